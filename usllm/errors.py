@@ -1,0 +1,11 @@
+"""The one exception that means "the user can fix this"."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something in the user's input is wrong.
+
+    The message names the key or file, the value, and the way out. Command-line programs print it as it is, without a
+    traceback, and exit with status 2.
+    """
