@@ -1,0 +1,30 @@
+"""Typed schema of the Hydra configuration and its validation before any long work."""
+
+from usllm.config.schema import (
+    AllocationConfig,
+    DataConfig,
+    EvalConfig,
+    EvaluationConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SourceConfig,
+    TrainConfig,
+)
+from usllm.config.validation import check_eval, check_train, plain_config, sketch_config
+
+__all__ = [
+    "AllocationConfig",
+    "DataConfig",
+    "EvalConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "SourceConfig",
+    "TrainConfig",
+    "check_eval",
+    "check_train",
+    "plain_config",
+    "sketch_config",
+]

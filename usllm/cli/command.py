@@ -1,0 +1,86 @@
+"""What every command shares: one clear message for a user's mistake, and shorter ways to say things."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from usllm.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+# Third-party notices that say nothing about a run of usllm and would bury its report.
+_QUIET_WARNINGS = (
+    r".*does not have many workers.*",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*You're resuming from a checkpoint that ended before the epoch ended.*",
+    r".*Precision bf16-mixed is not supported by the model summary.*",
+    r".*Found \d+ module\(s\) in eval mode at the start of training.*",
+    r".*`lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",
+)
+_QUIET_LOGGERS = ("lightning.pytorch", "lightning.fabric", "transformers", "datasets", "httpx", "fsspec")
+
+
+def report_errors(program: str, task: Callable[[], None]) -> None:
+    """Run ``task``; a :class:`UserError` becomes one message on stderr and exit status 2, without a traceback.
+
+    With ``HYDRA_FULL_ERROR=1`` in the environment the error passes through with its traceback.
+    """
+    try:
+        task()
+    except UserError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; the same command with resume=true continues", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def quiet_libraries() -> None:
+    """Keep third-party chatter off the screen; their errors and our own warnings stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data sets fork worker processes
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    for pattern in _QUIET_WARNINGS:
+        warnings.filterwarnings("ignore", message=pattern)
+    for name in _QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def expand_model(arguments: list[str]) -> list[str]:
+    """Let ``model=`` take a GGUF file, a folder or a hub name besides the options of the group ``model``.
+
+    A value that looks like a place (it has a slash, ends in ``.gguf``, or is an existing folder) becomes the group option
+    that reads such places; everything else is left to Hydra.
+    """
+    expanded: list[str] = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key != "model" or not value or "," in value:
+            expanded.append(argument)
+        elif value.endswith(".gguf"):
+            expanded += ["model=gguf", f"model.file={_quoted(value)}"]
+        elif Path(value).expanduser().is_dir():
+            expanded += ["model=folder", f"model.name={_quoted(value)}"]
+        elif value.startswith(("/", "./", "../", "~")):
+            expanded += ["model=folder", f"model.name={_quoted(value)}"]
+        elif "/" in value:
+            expanded += ["model=hub", f"model.name={_quoted(value)}"]
+        else:
+            expanded.append(argument)
+    return expanded
+
+
+def _quoted(value: str) -> str:
+    """``value`` as a string of Hydra's override grammar, in which spaces and colons have meanings."""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

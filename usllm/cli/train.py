@@ -1,0 +1,41 @@
+"""``usllm-train``: compose the configuration, check it, run.
+
+Only Hydra is imported at the top, so that ``--help`` and shell completion answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from usllm.cli.command import expand_model, quiet_libraries, report_errors
+from usllm.runs.directory import register_resolvers
+
+PROGRAM = "usllm-train"
+
+
+@hydra.main(version_base="1.3", config_path="pkg://usllm.conf", config_name="train")
+def _train(cfg: DictConfig) -> None:
+    def task() -> None:
+        quiet_libraries()
+        from usllm.config import check_train, plain_config
+
+        config = check_train(cfg)
+        from usllm.runs.finetune import finetune
+
+        finetune(config, plain_config(cfg), command=" ".join([PROGRAM, *sys.argv[1:]]))
+
+    report_errors(PROGRAM, task)
+
+
+def main() -> None:
+    """Entry point of ``usllm-train`` and ``python -m usllm.cli.train``."""
+    register_resolvers()
+    sys.argv[1:] = expand_model(sys.argv[1:])
+    _train()
+
+
+if __name__ == "__main__":
+    main()

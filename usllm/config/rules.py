@@ -1,0 +1,201 @@
+"""Ranges, choices, files and cross-field rules of a typed configuration; each broken rule becomes one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from usllm.config.schema import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SourceConfig,
+)
+
+MODEL_KINDS = ("gguf_package", "gguf", "hub", "folder", "random")
+SOURCE_KINDS = ("pydoc", "text", "jsonl", "parquet", "hub")
+FILE_SOURCES = ("text", "jsonl", "parquet")
+OBJECTIVES = ("cross_entropy", "distill")
+OPTIMIZERS = ("adamw",)
+SCHEDULES = ("linear", "cosine", "constant")
+PRECISIONS = ("auto", "32-true", "bf16-mixed")
+EXTERNAL_TRAINER_KEYS = ("callbacks", "logger", "default_root_dir", "max_epochs")
+
+
+class Problems(list[str]):
+    """A list of problem lines with the few kinds of rule that configurations need."""
+
+    def require(self, holds: bool, key: str, value: object, way_out: str) -> None:
+        if not holds:
+            self.append(f"{key}={value}: {way_out}")
+
+    def number(
+        self,
+        key: str,
+        value: float | None,
+        *,
+        above: float | None = None,
+        least: float | None = None,
+        below: float | None = None,
+        hint: str = "",
+    ) -> None:
+        """``value`` must be finite and inside the bounds; ``None`` means "not set" and passes."""
+        if value is None:
+            return
+        bounds: list[tuple[Callable[[float], bool], str]] = []
+        if above is not None:
+            bounds.append((lambda v: v > above, f"above {above}"))
+        if least is not None:
+            bounds.append((lambda v: v >= least, f"at least {least}"))
+        if below is not None:
+            bounds.append((lambda v: v < below, f"below {below}"))
+        if not math.isfinite(value) or not all(holds(value) for holds, _ in bounds):
+            words = " and ".join(text for _, text in bounds)
+            self.append(f"{key}={value}: must be {words}{f'; {hint}' if hint else ''}")
+
+    def choice(self, key: str, value: object, choices: Iterable[str]) -> None:
+        choices = tuple(choices)
+        if value not in choices:
+            self.append(f"{key}={value}: unknown; choose one of {', '.join(choices)}")
+
+
+def check_model(model: ModelConfig, problems: Problems) -> None:
+    """The kind is known and what that kind needs is there."""
+    if model.kind == "???":
+        return  # already reported as missing
+    problems.choice("model.kind", model.kind, MODEL_KINDS)
+    if model.kind in ("gguf_package", "hub", "folder"):
+        problems.require(bool(model.name), "model.name", model.name, f"model.kind={model.kind} needs a name")
+    if model.kind == "folder" and model.name:
+        folder = Path(model.name).expanduser()
+        found = (folder / "config.json").is_file()
+        problems.require(found, "model.name", model.name, "no such folder with a config.json in it")
+    if model.kind == "gguf":
+        problems.require(bool(model.file), "model.file", model.file, "model.kind=gguf needs the path of a .gguf file")
+        if model.file:
+            found = Path(model.file).expanduser().is_file()
+            problems.require(found, "model.file", model.file, "no such file; give the path of a .gguf file")
+    problems.require(
+        isinstance(model.patterns, list) and len(model.patterns) > 0,
+        "model.patterns",
+        model.patterns,
+        "names no layer to sketch; the usual ones are [q_proj,k_proj,v_proj,gate_proj,up_proj,down_proj]",
+    )
+
+
+def check_source(key: str, source: SourceConfig, problems: Problems) -> None:
+    """A text source has what its kind needs, and its files exist."""
+    if source.kind == "???":
+        return
+    problems.choice(f"{key}.kind", source.kind, SOURCE_KINDS)
+    if source.kind in FILE_SOURCES:
+        paths = source.path if isinstance(source.path, list) else [source.path]
+        if not source.path:
+            problems.append(f"{key}.path={source.path}: {key}.kind={source.kind} needs a file or a list of files")
+            return
+        for path in paths:
+            found = Path(str(path)).expanduser().is_file()
+            problems.require(found, f"{key}.path", path, f"no such file (looked from {Path.cwd()})")
+    if source.kind == "hub":
+        problems.require(bool(source.name), f"{key}.name", source.name, "a hub data set needs its name")
+        problems.require(bool(source.split), f"{key}.split", source.split, "a hub data set needs a split, say train")
+
+
+def check_data(data: DataConfig, problems: Problems) -> None:
+    check_source("data.train", data.train, problems)
+    if data.validation is not None:
+        check_source("data.validation", data.validation, problems)
+    else:
+        problems.number(
+            "data.validation_fraction",
+            data.validation_fraction,
+            above=0,
+            below=1,
+            hint="0.02 holds out every fiftieth document",
+        )
+    problems.number("data.context_length", data.context_length, least=2)
+    problems.number("data.batch_size", data.batch_size, least=1)
+    problems.number("data.num_proc", data.num_proc, least=1)
+    problems.number("data.num_workers", data.num_workers, least=0)
+
+
+def check_objective(objective: ObjectiveConfig, problems: Problems) -> None:
+    problems.choice("objective.name", objective.name, OBJECTIVES)
+    problems.number("objective.temperature", objective.temperature, above=0)
+    weights = {
+        "kl_weight": objective.kl_weight,
+        "hidden_weight": objective.hidden_weight,
+        "cross_entropy_weight": objective.cross_entropy_weight,
+    }
+    for key, weight in weights.items():
+        problems.number(f"objective.{key}", weight, least=0)
+    if objective.name == "distill" and not any(weights.values()):
+        problems.append("objective: all weights are 0, nothing would be minimised; try objective.kl_weight=1")
+
+
+def check_optimizer(optimizer: OptimizerConfig, problems: Problems) -> None:
+    problems.choice("optimizer.name", optimizer.name, OPTIMIZERS)
+    problems.choice("optimizer.schedule", optimizer.schedule, SCHEDULES)
+    problems.number("optimizer.lr", optimizer.lr, above=0, hint="the paper uses 5e-5")
+    problems.number("optimizer.weight_decay", optimizer.weight_decay, least=0)
+    problems.number("optimizer.warmup_steps", optimizer.warmup_steps, least=0)
+    problems.require(len(optimizer.betas) == 2, "optimizer.betas", optimizer.betas, "must be two numbers")
+    for beta in optimizer.betas:
+        problems.number("optimizer.betas", beta, least=0, below=1)
+
+
+def check_evaluation(evaluation: EvaluationConfig, problems: Problems) -> None:
+    for name, source in evaluation.test_sets.items():
+        check_source(f"evaluation.test_sets.{name}", source, problems)
+    problems.require(len(evaluation.windows) > 0, "evaluation.windows", evaluation.windows, "give at least one, say 512")
+    for window in evaluation.windows:
+        problems.number("evaluation.windows", window, least=2)
+    problems.number("evaluation.max_windows", evaluation.max_windows, least=1)
+    problems.number("evaluation.batch_size", evaluation.batch_size, least=1)
+
+
+def check_trainer(trainer: dict[str, Any], warmup_steps: int, problems: Problems) -> None:
+    """Length, precision and names of the arguments that go to ``lightning.Trainer``."""
+    steps, epochs = trainer.get("max_steps"), trainer.get("epochs")
+    if (steps is None) == (epochs is None):
+        problems.append(
+            f"trainer.max_steps={steps} and trainer.epochs={epochs}: set exactly one, the other to null "
+            "(an epoch is one pass over the packed training text)"
+        )
+    for key, value, kind in (("max_steps", steps, int), ("epochs", epochs, (int, float))):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            problems.append(f"trainer.{key}={value}: must be a number")
+        else:
+            problems.number(f"trainer.{key}", value, above=0)
+    if isinstance(steps, int) and steps > 0:
+        fits = warmup_steps <= steps
+        problems.require(fits, "optimizer.warmup_steps", warmup_steps, f"longer than trainer.max_steps={steps}")
+    accumulate = trainer.get("accumulate_grad_batches", 1)
+    is_count = isinstance(accumulate, int) and not isinstance(accumulate, bool) and accumulate >= 1
+    problems.require(is_count, "trainer.accumulate_grad_batches", accumulate, "must be a whole number of at least 1")
+    problems.choice("trainer.precision", trainer.get("precision", "auto"), PRECISIONS)
+    _check_trainer_names(trainer, problems)
+
+
+def _check_trainer_names(trainer: dict[str, Any], problems: Problems) -> None:
+    import inspect
+
+    from lightning import Trainer
+
+    known = set(inspect.signature(Trainer.__init__).parameters) - {"self", *EXTERNAL_TRAINER_KEYS} | {"epochs"}
+    for key in trainer:
+        if key in EXTERNAL_TRAINER_KEYS:
+            problems.append(f"trainer.{key}: set by usllm; use the groups callbacks and logger, run_dir and trainer.epochs")
+        elif key not in known:
+            problems.append(f"trainer.{key}={trainer[key]}: not an argument of lightning.Trainer")
+
+
+def check_nodes(group: str, nodes: dict[str, Any] | None, problems: Problems) -> None:
+    """``callbacks`` and ``logger`` hold named nodes, each with a ``_target_``; ``null`` removes one."""
+    for name, node in (nodes or {}).items():
+        if node is not None and not (isinstance(node, dict) and isinstance(node.get("_target_"), str)):
+            problems.append(f"{group}.{name}={node}: needs a _target_ (the dotted name of a class), or null to remove it")

@@ -1,0 +1,121 @@
+"""From a composed Hydra configuration to a typed, checked one; every problem ends in the same message."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from usllm.config import rules
+from usllm.config.rules import Problems
+from usllm.config.schema import AllocationConfig, EvalConfig, TrainConfig
+from usllm.config.structure import merge_typed
+from usllm.errors import UserError
+
+if TYPE_CHECKING:
+    from usllm.sketch import SketchConfig
+
+T = TypeVar("T")
+
+# Fields of SketchConfig that the user sets in the group `allocation`.
+_ALLOCATION_KEYS = {"allocation": "name", "layer_budget": "layer_budget", "min_importance": "min_importance"}
+
+
+def plain_config(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
+    """The resolved configuration as plain Python containers (what checkpoints, reports and loggers may hold).
+
+    Raises:
+        UserError: An interpolation does not resolve.
+    """
+    if isinstance(cfg, dict):
+        return cfg
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"The configuration does not resolve: {str(error).splitlines()[0]}") from error
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def check_train(cfg: DictConfig | dict[str, Any]) -> TrainConfig:
+    """Typed configuration of ``usllm-train``.
+
+    Raises:
+        UserError: With all problems in one message, each with key, value and way out.
+    """
+    problems = Problems()
+    config = merge_typed(TrainConfig, plain_config(cfg), problems)
+    _sketch(config.sketch, config.allocation, problems)
+    _check_run(config.name, config.seed, problems)
+    rules.check_model(config.model, problems)
+    rules.check_data(config.data, problems)
+    rules.check_objective(config.objective, problems)
+    rules.check_optimizer(config.optimizer, problems)
+    rules.check_nodes("callbacks", config.callbacks, problems)
+    rules.check_nodes("logger", config.logger, problems)
+    rules.check_evaluation(config.evaluation, problems)
+    rules.check_trainer(config.trainer, config.optimizer.warmup_steps, problems)
+    _raise_if_any(problems)
+    return config
+
+
+def check_eval(cfg: DictConfig | dict[str, Any]) -> EvalConfig:
+    """Typed configuration of ``usllm-eval``.
+
+    Raises:
+        UserError: With all problems in one message, each with key, value and way out.
+    """
+    problems = Problems()
+    config = merge_typed(EvalConfig, plain_config(cfg), problems)
+    problems.choice("device", config.device, ("auto", "cpu", "cuda"))
+    if config.ckpt is None:
+        rules.check_model(config.model, problems)
+    rules.check_evaluation(config.evaluation, problems)
+    if not config.evaluation.test_sets:
+        problems.append("evaluation.test_sets: none given; pass evaluation=..., or +evaluation.test_sets.<name>.kind=...")
+    _raise_if_any(problems)
+    return config
+
+
+def sketch_config(config: TrainConfig) -> SketchConfig:
+    """The sketch described by the groups ``sketch`` and ``allocation`` of a checked configuration."""
+    problems = Problems()
+    sketch = _sketch(config.sketch, config.allocation, problems)
+    _raise_if_any(problems)
+    assert sketch is not None
+    return sketch
+
+
+def _sketch(given: dict[str, Any], allocation: AllocationConfig, problems: Problems) -> SketchConfig | None:
+    from usllm.sketch import SketchConfig  # imports torch: not before the command line has been read
+
+    fields = [f for f in dataclasses.fields(SketchConfig) if f.name not in _ALLOCATION_KEYS]
+    # OmegaConf checks types on a mutable twin: SketchConfig is frozen and refuses values one at a time.
+    twin = dataclasses.make_dataclass("SketchSection", [(f.name, f.type, f.default) for f in fields])  # type: ignore[misc]
+    section = merge_typed(twin, given, problems, "sketch.")
+    shared = {field: getattr(allocation, key) for field, key in _ALLOCATION_KEYS.items()}
+    try:
+        return SketchConfig(**dataclasses.asdict(section), **shared)
+    except ValueError as error:
+        for line in str(error).splitlines():
+            for field, key in _ALLOCATION_KEYS.items():
+                line = line.replace(f"sketch.{field}=", f"allocation.{key}=")
+            problems.append(line)
+        return None
+
+
+def _check_run(name: str, seed: int, problems: Problems) -> None:
+    usable = bool(name) and name not in (".", "..") and not set(name) & set("/\\")
+    problems.require(usable, "name", name, "must be a plain name, it becomes a folder under output_root")
+    problems.number("seed", seed, least=0, below=2**32)
+
+
+def _raise_if_any(problems: list[str]) -> None:
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise UserError(f"Configuration: {problems[0]}")
+    lines = "\n".join(f"  - {line}" for line in problems)
+    raise UserError(f"The configuration has {len(problems)} problems:\n{lines}")

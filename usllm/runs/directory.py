@@ -1,0 +1,100 @@
+"""Run directories: named by what was asked for, refused when used, and written to atomically.
+
+The names come from the command line's overrides, never from the clock, so that the same command with ``resume=true``
+finds its run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from usllm.errors import UserError
+
+REPORT_FILE = "report.json"
+CHECKPOINT_FOLDER = "checkpoints"
+MAX_NAME_BYTES = 120  # far below the 255 that file systems allow: checkpoints and tables are named after it
+
+
+def run_id(override_dirname: str) -> str:
+    """A folder name for the overrides of a run: readable, unique, and short enough for every file system.
+
+    Args:
+        override_dirname: Hydra's sorted, comma-separated overrides without those that do not tell runs apart.
+
+    Returns:
+        ``default`` without overrides; else the overrides, with a hash appended where they had to be altered.
+    """
+    if not override_dirname:
+        return "default"
+    name = re.sub(r"[^\w.,=+~\[\]-]", "_", override_dirname)[:MAX_NAME_BYTES]
+    name = name.encode("ascii", "replace").decode().replace("?", "_").strip(".")
+    if name == override_dirname:
+        return name
+    digest = hashlib.sha256(override_dirname.encode()).hexdigest()[:8]
+    return f"{name}-{digest}"
+
+
+def register_resolvers() -> None:
+    """Make ``${usllm.run_id:...}`` known to OmegaConf; call before a configuration is composed."""
+    OmegaConf.register_new_resolver("usllm.run_id", run_id, replace=True)
+
+
+def checkpoint_folder(run_dir: Path) -> Path:
+    """Where the run keeps its checkpoints."""
+    return run_dir / CHECKPOINT_FOLDER
+
+
+def finished_report(run_dir: Path) -> dict[str, Any] | None:
+    """The report of a run that has ended, or ``None``."""
+    report = read_json(run_dir / REPORT_FILE)
+    return report if report and report.get("finished") else None
+
+
+def refuse_used(run_dir: Path) -> None:
+    """Keep a fresh run from mixing with an earlier one.
+
+    Raises:
+        UserError: The directory holds a checkpoint or the report of a finished run.
+    """
+    folder = checkpoint_folder(run_dir)
+    if (folder.is_dir() and any(folder.glob("*.ckpt"))) or (run_dir / REPORT_FILE).exists():
+        raise UserError(
+            f"{run_dir} already holds a run: pass resume=true to continue it (a finished one prints its report), "
+            "name=... for another folder, or delete it"
+        )
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` so that a reader never sees half a file, also when the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; ``None`` when there is no such file.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to go on") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (not an object); delete it to go on")
+    return content
