@@ -1,0 +1,31 @@
+"""Layers that compute with their sketch, and the surgery that puts them into a model. Needs torch alone."""
+
+from usllm.nn.report import CompressionReport, LayerReport, compression_report
+from usllm.nn.sketched_linear import Reprojection, SketchedLinear, sketched_layers
+from usllm.nn.straight_through import straight_through
+from usllm.nn.surgery import (
+    DEFAULT_PATTERNS,
+    allocate_,
+    compress_,
+    load_plans_,
+    reproject_,
+    save_plans,
+    swap_linears_,
+)
+
+__all__ = [
+    "DEFAULT_PATTERNS",
+    "CompressionReport",
+    "LayerReport",
+    "Reprojection",
+    "SketchedLinear",
+    "allocate_",
+    "compress_",
+    "compression_report",
+    "load_plans_",
+    "reproject_",
+    "save_plans",
+    "sketched_layers",
+    "straight_through",
+    "swap_linears_",
+]

@@ -1,0 +1,140 @@
+"""A linear layer that computes with its sketch and learns through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from usllm.nn.straight_through import straight_through
+from usllm.sketch import Plan, project, query
+
+
+class Reprojection(NamedTuple):
+    """What a projection changed; fp32 scalars on the layer's device, so that reading them is the caller's choice.
+
+    Attributes:
+        winner_change: Share of states whose code changed; 0 for a first projection.
+        relative_error: ``‖decoded - latent‖² / ‖latent‖²``, channels weighted by importance.
+    """
+
+    winner_change: Tensor
+    relative_error: Tensor
+
+
+class SketchedLinear(nn.Module):
+    """``y = x Ŵᵀ + b`` with ``Ŵ = query(states)``; the gradient of Ŵ goes straight to the latent weight.
+
+    Until a plan is set the layer is the dense layer of its latent weight. States are persistent buffers that change
+    only in :meth:`reproject`, so the forward weight stays between re-projections. The decoded weight is kept, in the
+    dtype it is computed with, until the states change.
+
+    Args:
+        linear: The dense layer; its weight becomes the fp32 latent weight [out, in], its bias is kept.
+        name: Stable name, part of the hash key.
+    """
+
+    importance: Tensor
+
+    def __init__(self, linear: nn.Linear, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight
+        self.weight = nn.Parameter(weight.detach().float(), requires_grad=weight.requires_grad)
+        self.bias = linear.bias
+        self.plan: Plan | None = None
+        self.register_buffer("importance", torch.ones(linear.in_features, device=weight.device))
+        self._state_names: tuple[str, ...] = ()
+        self._decoded: Tensor | None = None
+        self._projected = False
+
+    @property
+    def states(self) -> dict[str, Tensor]:
+        """The states, named as in :meth:`usllm.sketch.Plan.state_tensors`."""
+        return {name: self.get_buffer(f"state_{name}") for name in self._state_names}
+
+    def set_plan(self, plan: Plan, importance: Tensor | None = None) -> None:
+        """Take over a plan and make room for its states; call :meth:`reproject` or load a state dict to fill them.
+
+        Args:
+            plan: A plan for this weight's shape.
+            importance: E[a²] per input channel, [in]; ``None`` keeps the present values.
+
+        Raises:
+            ValueError: If the plan is for another shape.
+        """
+        if plan.shape != tuple(self.weight.shape):
+            raise ValueError(f"{self.name}: the plan is for {plan.shape}, the weight is {tuple(self.weight.shape)}")
+        for name in self._state_names:
+            delattr(self, f"state_{name}")
+        states = plan.state_tensors(self.weight.device)
+        for name, tensor in states.items():
+            self.register_buffer(f"state_{name}", tensor)
+        self._state_names = tuple(states)
+        self.plan, self._decoded, self._projected = plan, None, False
+        if importance is not None:
+            self.importance.copy_(importance)
+
+    @torch.no_grad()
+    def reproject(self) -> Reprojection:
+        """States follow the latent weight.
+
+        Raises:
+            RuntimeError: If no plan was set.
+        """
+        if self.plan is None:
+            raise RuntimeError(f"{self.name} has no plan yet: calibrate and allocate first")
+        fresh = project(self.weight, self.plan, self.importance)
+        codes = self.get_buffer("state_codes")
+        changed = (fresh["codes"] != codes).float().sum() / max(codes.numel(), 1)
+        change = changed if self._projected else torch.zeros_like(changed)
+        for name, tensor in fresh.items():
+            self.get_buffer(f"state_{name}").copy_(tensor)
+        self._projected = True
+        decoded = query(self.states, self.plan)
+        self._decoded = decoded
+        latent = self.weight.float()
+        error = (decoded - latent).square_().sum(0) @ self.importance
+        energy = latent.square().sum(0) @ self.importance
+        return Reprojection(change, error / energy.clamp_min(1e-30))
+
+    def decoded_weight(self) -> Tensor:
+        """``query(states)``, fp32 [out, in]; the latent weight while there is no plan."""
+        return self.weight.detach().float() if self.plan is None else query(self.states, self.plan)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]."""
+        if self.plan is None:
+            return functional.linear(x, self.weight, self.bias)
+        return functional.linear(x, straight_through(self.weight, self._compute_weight(x)), self.bias)
+
+    def _compute_weight(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        kept = self._decoded
+        if kept is None or kept.dtype not in (dtype, torch.float32) or kept.device != x.device:
+            assert self.plan is not None
+            kept = query(self.states, self.plan)
+        self._decoded = kept.to(dtype)
+        return self._decoded
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        self._decoded, self._projected = None, self.plan is not None
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{text}, bits_per_weight={self.plan.bits_per_weight:.4f}" if self.plan else text
+
+
+def sketched_layers(model: nn.Module) -> dict[str, SketchedLinear]:
+    """All sketched layers of a model by stable name, in module order."""
+    return {module.name: module for module in _sketched(model)}
+
+
+def _sketched(model: nn.Module) -> Iterator[SketchedLinear]:
+    return (module for module in model.modules() if isinstance(module, SketchedLinear))

@@ -1,0 +1,8 @@
+"""The data sketch: hash, operators, allocation, quantiser, bit count. Pure functions over tensors; needs torch alone."""
+
+from usllm.sketch.allocation import layer_rates
+from usllm.sketch.codec import States, channel_scales, project, query
+from usllm.sketch.config import SketchConfig
+from usllm.sketch.plan import Plan, build_plan
+
+__all__ = ["Plan", "SketchConfig", "States", "build_plan", "channel_scales", "layer_rates", "project", "query"]

@@ -1,0 +1,85 @@
+"""Bring weights into hash order and back, as whole-block copies.
+
+The hash of a channel is one small table turned by one step per channel. Along the channels that turn is a *skew*, and a
+skew is a strided view of a buffer in which every column is written twice: no index per weight is ever formed.
+Blocks are processed a few groups at a time so that they stay in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import Tensor
+
+from usllm.sketch.layout import Span
+from usllm.sketch.plan import Plan
+
+_CHUNK_ELEMENTS = 1 << 20
+
+
+def chunks(plan: Plan) -> Iterator[tuple[Span, int]]:
+    """Runs of groups small enough to process at once, each with the rotation of its first channel."""
+    channels = plan.shape[1]
+    for span in plan.spans:
+        step = max(_CHUNK_ELEMENTS // (span.size * channels), 1)
+        for first in range(0, span.groups, step):
+            part = replace(
+                span,
+                start=span.start + first * span.size,
+                groups=min(step, span.groups - first),
+                first_group=span.first_group + first,
+            )
+            yield part, plan.rotation(part)
+
+
+def rotate(weight: Tensor, span: Span, rotation: int) -> Tensor:
+    """Weights of a span by rotated position.
+
+    Args:
+        weight: [out, in].
+        span: Groups to take.
+        rotation: Rotation of the first channel of the span's first group.
+
+    Returns:
+        [groups * in, n], row ``g * in + c`` holding channel c of group g from its rotation on.
+    """
+    groups, n, channels = span.groups, span.size, weight.shape[1]
+    twice = weight.new_empty(groups * channels + 1, 2 * n)  # one spare row: the last view reaches past its end
+    columns = weight[span.start : span.start + groups * n].reshape(groups, n, channels).transpose(1, 2)
+    rows = twice[:-1].view(groups, channels, 2 * n)
+    rows[..., :n] = columns
+    rows[..., n:] = rows[..., :n]
+    rotated = weight.new_empty(groups * channels, n)
+    for first, last, turn in _runs(groups * channels, n, rotation):
+        offset = first * 2 * n + turn
+        rotated[first:last] = twice.as_strided((last - first, n), (2 * n + 1, 1), twice.storage_offset() + offset)
+    return rotated
+
+
+def unrotate_(twice: Tensor, out: Tensor, span: Span, rotation: int) -> None:
+    """Inverse of :func:`rotate`, into the span's rows of ``out``.
+
+    Args:
+        twice: [groups * in, 2n], each row holding its n rotated values twice over.
+        out: [out, in], written.
+        span: Groups to write.
+        rotation: As in :func:`rotate`.
+    """
+    groups, n, channels = span.groups, span.size, out.shape[1]
+    straight = twice.new_empty(groups * channels, n)
+    for first, last, turn in _runs(groups * channels, n, rotation):
+        offset = first * 2 * n + n - turn
+        straight[first:last] = twice.as_strided((last - first, n), (2 * n - 1, 1), twice.storage_offset() + offset)
+    rows = out[span.start : span.start + groups * n].view(groups, n, channels)
+    rows.copy_(straight.view(groups, channels, n).transpose(1, 2))
+
+
+def _runs(rows: int, n: int, rotation: int) -> Iterator[tuple[int, int, int]]:
+    """Runs of rows over which the rotation rises by one without wrapping: first, last, rotation of the first."""
+    first = 0
+    while first < rows:
+        turn = (rotation + first) % n
+        last = min(first + n - turn, rows)
+        yield first, last, turn
+        first = last

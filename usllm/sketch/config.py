@@ -1,0 +1,93 @@
+"""Everything a user may choose about a sketch, checked in one place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from usllm.sketch.allocation import ALLOCATIONS
+from usllm.sketch.hash import HASHES
+from usllm.sketch.operators import OPERATORS
+
+STATE_BITS = (1, 2, 3, 4, 8, 16)
+MAX_GROUP_SIZE = 4096
+MAX_ROWS = 15  # a class entry stores the rows in four bits
+
+
+@dataclass(frozen=True)
+class SketchConfig:
+    """Configuration of the sketch of every compressed layer.
+
+    Attributes:
+        bits_per_weight: Ceiling on the bits per weight of the compressed layers; states of all rows, scales,
+            tables and metadata included.
+        rows: Hash functions per group. ``waterfill`` may spend fewer on a channel, the others use all.
+        group_size: Largest number of weights G that may collide; consecutive output rows of one input channel.
+        operator: How a bucket becomes a state: ``absmaxmin`` (the paper), ``countmin`` or ``mean``.
+        query: Which candidate ``absmaxmin`` decodes over several rows: ``magnitude_max`` or ``signed_max``.
+        hash: ``balanced`` (a keyed bijection, equal loads) or ``uniform`` (independent random buckets).
+        state_bits: Width of a state. ``waterfill`` chooses 1 to 8 bits per channel itself and ignores it.
+        rounding: ``toward_zero`` keeps the underestimate property through quantisation; ``nearest`` is closer.
+            One-bit states are sign times scale under either.
+        output_scale: Fit one least-squares scale per output row after projection.
+        allocation: How states are shared out over input channels.
+        layer_budget: ``equal`` gives each layer ``bits_per_weight``; ``importance`` gives layers shares in
+            proportion to the mean importance of their channels, the model's total kept.
+        min_importance: Channels whose E[a²] is below this share of the layer's mean get no states.
+        seed: Seed of every hash.
+
+    Raises:
+        ValueError: With all problems in one message, each naming the key, the value and the way out.
+    """
+
+    bits_per_weight: float = 0.5
+    rows: int = 3
+    group_size: int = 512
+    operator: str = "absmaxmin"
+    query: str = "magnitude_max"
+    hash: str = "balanced"
+    state_bits: int = 4
+    rounding: str = "toward_zero"
+    output_scale: bool = False
+    allocation: str = "proportional"
+    layer_budget: str = "equal"
+    min_importance: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = self.problems()
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def problems(self) -> list[str]:
+        """All problems of this configuration, each with key, value and way out."""
+        found = []
+
+        def choice(key: str, choices: tuple[object, ...]) -> None:
+            value = getattr(self, key)
+            if value not in choices:
+                found.append(f"sketch.{key}={value!r} is unknown: choose one of {', '.join(map(str, choices))}")
+
+        def whole(key: str, low: int, high: int) -> None:
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                found.append(f"sketch.{key}={value!r} must be a whole number from {low} to {high}")
+
+        rate = self.bits_per_weight
+        if not math.isfinite(rate) or rate <= 0:
+            found.append(f"sketch.bits_per_weight={rate!r} must be above 0: give the ceiling in bits, such as 0.5")
+        whole("rows", 1, MAX_ROWS)
+        whole("group_size", 1, MAX_GROUP_SIZE)
+        whole("seed", 0, 2**32 - 1)
+        choice("operator", tuple(OPERATORS))
+        choice("query", ("magnitude_max", "signed_max"))
+        choice("hash", tuple(HASHES))
+        choice("state_bits", STATE_BITS)
+        choice("rounding", ("toward_zero", "nearest"))
+        choice("allocation", tuple(ALLOCATIONS))
+        choice("layer_budget", ("equal", "importance"))
+        if self.query != "magnitude_max" and self.operator != "absmaxmin":
+            found.append(f"sketch.query={self.query!r} is a variant of absmaxmin: leave it at magnitude_max")
+        if not math.isfinite(self.min_importance) or self.min_importance < 0:
+            found.append(f"sketch.min_importance={self.min_importance!r} must be 0 (keep all channels) or above")
+        return found

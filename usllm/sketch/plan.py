@@ -1,0 +1,242 @@
+"""Plans: everything needed to place the states of one layer. Integers only, no index per weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from usllm.sketch.allocation import ALLOCATIONS, AllocationProblem, ChannelClass
+from usllm.sketch.bits import bit_breakdown
+from usllm.sketch.config import SketchConfig
+from usllm.sketch.hash import HASHES, first_rotation, layer_key
+from usllm.sketch.layout import Span, spans, states_per_channel
+from usllm.sketch.operators import OPERATORS, Operator
+
+
+@dataclass(frozen=True)
+class ClassBlock:
+    """The channels of one class and where their states lie.
+
+    Attributes:
+        choice: Rows, states per group, width.
+        channels: int64 [channels], rising.
+        first_state: Offset of the block in the layer's states, which are ordered by class, channel, group, row.
+        states_per_channel: States of one channel.
+    """
+
+    choice: ChannelClass
+    channels: Tensor
+    first_state: int
+    states_per_channel: int
+
+    @property
+    def num_states(self) -> int:
+        return len(self.channels) * self.states_per_channel
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Where the states of one layer are.
+
+    Attributes:
+        name: Stable layer name; part of the hash key.
+        shape: ``(out, in)`` of the weight.
+        config: The sketch configuration (format constants among it).
+        classes: Up to 16 classes of channels.
+        channel_class: uint8 [in].
+    """
+
+    name: str
+    shape: tuple[int, int]
+    config: SketchConfig
+    classes: tuple[ChannelClass, ...]
+    channel_class: Tensor
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """Runs of equally large groups."""
+        return spans(self.shape[0], self.config.group_size)
+
+    @cached_property
+    def key(self) -> int:
+        """32-bit hash key of the layer."""
+        return layer_key(self.config.seed, self.name)
+
+    @property
+    def operator(self) -> Operator:
+        return OPERATORS[self.config.operator]
+
+    @cached_property
+    def blocks(self) -> tuple[ClassBlock, ...]:
+        """Classes that hold states, in storage order."""
+        found, first = [], 0
+        for number, choice in enumerate(self.classes):
+            per_channel = states_per_channel(self.spans, choice.rows, choice.states)
+            if per_channel:
+                channels = (self.channel_class == number).nonzero().flatten()
+                found.append(ClassBlock(choice, channels, first, per_channel))
+                first += found[-1].num_states
+        return tuple(found)
+
+    @cached_property
+    def num_states(self) -> int:
+        return sum(block.num_states for block in self.blocks)
+
+    @cached_property
+    def num_scales(self) -> int:
+        """Channels that hold states."""
+        return sum(len(block.channels) for block in self.blocks)
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Type of the unpacked state codes."""
+        return torch.int16 if any(block.choice.bits > 8 for block in self.blocks) else torch.int8
+
+    def state_tensors(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Zeroed states of this plan: the names, shapes and types that :func:`usllm.sketch.project` returns."""
+        uint8 = {"dtype": torch.uint8, "device": device}
+        states = {
+            "codes": torch.zeros(self.num_states, dtype=self.code_dtype, device=device),
+            "scales": torch.zeros(self.num_scales, **uint8),
+            "scale_base": torch.zeros(1, **uint8),
+        }
+        if self.config.output_scale:
+            states["output_scales"] = torch.zeros(self.shape[0], **uint8)
+            states["output_scale_base"] = torch.zeros(1, **uint8)
+        return states
+
+    def rotation(self, span: Span) -> int:
+        """Rotation of channel 0 in the first group of a span; the next channel, or group, turns one further."""
+        return (first_rotation(self.key, span.size) + span.first_group * self.shape[1]) % span.size
+
+    @cached_property
+    def tables(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """By group size: the hash tables of all rows and their argsort, both int64 [rows, n]."""
+        rows = max((block.choice.rows for block in self.blocks), default=1)
+        tables = {}
+        for n in {span.size for span in self.spans}:
+            table = torch.stack([HASHES[self.config.hash].table(self.key, row, n) for row in range(rows)])
+            tables[n] = (table, torch.argsort(table, dim=1, stable=True))
+        return tables
+
+    def buckets(self, choice: ChannelClass, n: int) -> Tensor:
+        """Bucket of each rotated position of a group of ``n`` weights, int64 [rows, n]."""
+        return HASHES[self.config.hash].bucket(self.tables[n][0][: choice.rows], min(choice.states, n))
+
+    def slots(self, choice: ChannelClass, n: int) -> Tensor:
+        """Positions that share each bucket, int64 [rows, slots, K]; unused slots hold ``n``."""
+        table, order = self.tables[n]
+        return HASHES[self.config.hash].slots(table[: choice.rows], order[: choice.rows], min(choice.states, n))
+
+    @cached_property
+    def _load_counts(self) -> Tensor:
+        """How many states have 0, 1, 2 … members, int64 [largest load + 1]."""
+        counts = torch.zeros(1, dtype=torch.int64)
+        for block in self.blocks:
+            for span in self.spans:
+                loads = (self.slots(block.choice, span.size) < span.size).sum(1)
+                one = torch.bincount(loads.flatten()) * len(block.channels) * span.groups
+                longer, shorter = (one, counts) if len(one) > len(counts) else (counts, one)
+                counts = longer.clone()
+                counts[: len(shorter)] += shorter
+        return counts
+
+    def occupancy(self) -> float:
+        """Share of states with at least one member; 1.0 where there are no states."""
+        return 1.0 - float(self._load_counts[0]) / max(int(self._load_counts.sum()), 1)
+
+    def load(self) -> tuple[int, float, int]:
+        """Fewest, mean and most members per state."""
+        counts = self._load_counts
+        present = counts.nonzero().flatten()
+        if not len(present):
+            return 0, 0.0, 0
+        mean = float((counts * torch.arange(len(counts))).sum() / counts.sum())
+        return int(present[0]), mean, int(present[-1])
+
+    def bit_breakdown(self) -> dict[str, int]:
+        """Bits of each section of the packed layer."""
+        return bit_breakdown(self)
+
+    @property
+    def total_bits(self) -> int:
+        """Bits of the packed layer, padding and metadata included."""
+        return sum(self.bit_breakdown().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return self.total_bits / (self.shape[0] * self.shape[1])
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The plan as it is stored: int32 ``classes`` [classes, 3] and uint8 ``channel_class`` [in]."""
+        return {"classes": torch.tensor(self.classes, dtype=torch.int32), "channel_class": self.channel_class}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], config: SketchConfig, name: str
+    ) -> Plan:
+        """Inverse of :meth:`to_tensors`."""
+        classes = tuple(ChannelClass(*row) for row in tensors["classes"].tolist())
+        return cls(name, shape, config, classes, tensors["channel_class"].cpu())
+
+
+def build_plan(
+    shape: tuple[int, int],
+    importance: Tensor | None,
+    config: SketchConfig,
+    name: str,
+    *,
+    weight_energy: Tensor | None = None,
+    bits_per_weight: float | None = None,
+) -> Plan:
+    """Share the bits of one layer out over its channels.
+
+    Args:
+        shape: ``(out, in)`` of the weight.
+        importance: E[a²] of each input channel, [in]; ``None`` takes all channels as equal.
+        config: The sketch configuration.
+        name: Stable layer name.
+        weight_energy: E[w²] of each input channel, [in]; used by ``waterfill``; ``None`` takes all as equal.
+        bits_per_weight: Ceiling for this layer; ``None`` takes the configuration's.
+
+    Raises:
+        ValueError: Shape or importance do not fit, or the ceiling leaves no room for the tables alone.
+    """
+    out_features, in_features = shape
+    if out_features < 1 or in_features < 1:
+        raise ValueError(f"{name}: shape {tuple(shape)} must have at least one row and one column")
+    values = _channel_values(importance, in_features, name, "importance")
+    kept = values >= config.min_importance * values.mean() if config.min_importance else torch.ones_like(values) > 0
+    rate = config.bits_per_weight if bits_per_weight is None else bits_per_weight
+    problem = AllocationProblem(
+        name=name,
+        shape=(out_features, in_features),
+        config=config,
+        importance=values,
+        weight_energy=_channel_values(weight_energy, in_features, name, "weight_energy"),
+        kept=kept,
+        budget_bits=int(rate * out_features * in_features),
+    )
+    if problem.available(2) < 0:
+        least = (problem.budget_bits - problem.available(2)) / (out_features * in_features)
+        raise ValueError(
+            f"{name}: {rate:g} bits per weight is too little for a {out_features}x{in_features} layer, whose tables alone"
+            f" take {least:.3g}: raise sketch.bits_per_weight or leave the layer out of model.patterns"
+        )
+    classes, channel_class = ALLOCATIONS[config.allocation](problem)
+    return Plan(name, (out_features, in_features), config, classes, channel_class)
+
+
+def _channel_values(values: Tensor | None, channels: int, name: str, what: str) -> Tensor:
+    if values is None:
+        return torch.ones(channels, dtype=torch.float64)
+    if values.shape != (channels,):
+        raise ValueError(f"{name}: {what} has shape {tuple(values.shape)}, expected ({channels},)")
+    values = values.detach().to("cpu", torch.float64)
+    if not bool(torch.isfinite(values).all()) or bool((values < 0).any()):
+        raise ValueError(f"{name}: {what} must be finite and not negative; check the calibration text and the model")
+    return values
