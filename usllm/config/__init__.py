@@ -5,10 +5,6 @@ from usllm.config.schema import (
     DataConfig,
     EvalConfig,
     EvaluationConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    SourceConfig,
     TrainConfig,
 )
 from usllm.config.validation import check_eval, check_train, plain_config, sketch_config
@@ -18,10 +14,6 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "EvaluationConfig",
-    "ModelConfig",
-    "ObjectiveConfig",
-    "OptimizerConfig",
-    "SourceConfig",
     "TrainConfig",
     "check_eval",
     "check_train",

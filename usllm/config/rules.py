@@ -7,23 +7,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from usllm.config.schema import (
-    DataConfig,
-    EvaluationConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    SourceConfig,
-)
+from usllm.config.schema import DataConfig, EvaluationConfig
+from usllm.config.structure import built
+from usllm.data import SourceSpec
+from usllm.models import ModelSpec
 
-MODEL_KINDS = ("gguf_package", "gguf", "hub", "folder", "random")
-SOURCE_KINDS = ("pydoc", "text", "jsonl", "parquet", "hub")
-FILE_SOURCES = ("text", "jsonl", "parquet")
-OBJECTIVES = ("cross_entropy", "distill")
-OPTIMIZERS = ("adamw",)
-SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
-EXTERNAL_TRAINER_KEYS = ("callbacks", "logger", "default_root_dir", "max_epochs")
+RESERVED_TRAINER_KEYS = ("callbacks", "logger", "default_root_dir", "max_epochs")
 
 
 class Problems(list[str]):
@@ -63,46 +53,36 @@ class Problems(list[str]):
             self.append(f"{key}={value}: unknown; choose one of {', '.join(choices)}")
 
 
-def check_model(model: ModelConfig, problems: Problems) -> None:
-    """The kind is known and what that kind needs is there."""
-    if model.kind == "???":
-        return  # already reported as missing
-    problems.choice("model.kind", model.kind, MODEL_KINDS)
-    if model.kind in ("gguf_package", "hub", "folder"):
-        problems.require(bool(model.name), "model.name", model.name, f"model.kind={model.kind} needs a name")
-    if model.kind == "folder" and model.name:
-        folder = Path(model.name).expanduser()
-        found = (folder / "config.json").is_file()
+def check_model(model: ModelSpec, problems: Problems) -> None:
+    """The rules of ``ModelSpec``, and that the files it names are there."""
+    broken = model.problems()
+    problems.extend(broken)
+    if broken:
+        return
+    if model.kind == "folder":
+        found = (Path(str(model.name)).expanduser() / "config.json").is_file()
         problems.require(found, "model.name", model.name, "no such folder with a config.json in it")
     if model.kind == "gguf":
-        problems.require(bool(model.file), "model.file", model.file, "model.kind=gguf needs the path of a .gguf file")
-        if model.file:
-            found = Path(model.file).expanduser().is_file()
-            problems.require(found, "model.file", model.file, "no such file; give the path of a .gguf file")
-    problems.require(
-        isinstance(model.patterns, list) and len(model.patterns) > 0,
-        "model.patterns",
-        model.patterns,
-        "names no layer to sketch; the usual ones are [q_proj,k_proj,v_proj,gate_proj,up_proj,down_proj]",
-    )
+        found = Path(str(model.file)).expanduser().is_file()
+        problems.require(found, "model.file", model.file, "no such file; give the path of a .gguf file")
 
 
-def check_source(key: str, source: SourceConfig, problems: Problems) -> None:
-    """A text source has what its kind needs, and its files exist."""
-    if source.kind == "???":
-        return
-    problems.choice(f"{key}.kind", source.kind, SOURCE_KINDS)
-    if source.kind in FILE_SOURCES:
-        paths = source.path if isinstance(source.path, list) else [source.path]
-        if not source.path:
-            problems.append(f"{key}.path={source.path}: {key}.kind={source.kind} needs a file or a list of files")
-            return
-        for path in paths:
-            found = Path(str(path)).expanduser().is_file()
-            problems.require(found, f"{key}.path", path, f"no such file (looked from {Path.cwd()})")
-    if source.kind == "hub":
-        problems.require(bool(source.name), f"{key}.name", source.name, "a hub data set needs its name")
-        problems.require(bool(source.split), f"{key}.split", source.split, "a hub data set needs a split, say train")
+def check_source(key: str, source: SourceSpec, problems: Problems) -> None:
+    """The rules of ``SourceSpec``, and that the files it names are there."""
+    problems.extend(source.problems(key))
+    for path in source.paths:
+        found = Path(path).expanduser().is_file()
+        problems.require(found, f"{key}.path", path, f"no such file (relative paths start at {Path.cwd()})")
+
+
+def check_objective(objective: dict[str, Any], problems: Problems) -> None:
+    """Build the objective once: it checks its own arguments, and takes no memory before it gets a teacher."""
+    from usllm.training.objectives import build_objective
+
+    if "name" in objective:
+        built(lambda: build_objective(**objective), problems)
+    else:
+        problems.append("objective.name: needs a value; pass objective=cross_entropy")
 
 
 def check_data(data: DataConfig, problems: Problems) -> None:
@@ -121,31 +101,6 @@ def check_data(data: DataConfig, problems: Problems) -> None:
     problems.number("data.batch_size", data.batch_size, least=1)
     problems.number("data.num_proc", data.num_proc, least=1)
     problems.number("data.num_workers", data.num_workers, least=0)
-
-
-def check_objective(objective: ObjectiveConfig, problems: Problems) -> None:
-    problems.choice("objective.name", objective.name, OBJECTIVES)
-    problems.number("objective.temperature", objective.temperature, above=0)
-    weights = {
-        "kl_weight": objective.kl_weight,
-        "hidden_weight": objective.hidden_weight,
-        "cross_entropy_weight": objective.cross_entropy_weight,
-    }
-    for key, weight in weights.items():
-        problems.number(f"objective.{key}", weight, least=0)
-    if objective.name == "distill" and not any(weights.values()):
-        problems.append("objective: all weights are 0, nothing would be minimised; try objective.kl_weight=1")
-
-
-def check_optimizer(optimizer: OptimizerConfig, problems: Problems) -> None:
-    problems.choice("optimizer.name", optimizer.name, OPTIMIZERS)
-    problems.choice("optimizer.schedule", optimizer.schedule, SCHEDULES)
-    problems.number("optimizer.lr", optimizer.lr, above=0, hint="the paper uses 5e-5")
-    problems.number("optimizer.weight_decay", optimizer.weight_decay, least=0)
-    problems.number("optimizer.warmup_steps", optimizer.warmup_steps, least=0)
-    problems.require(len(optimizer.betas) == 2, "optimizer.betas", optimizer.betas, "must be two numbers")
-    for beta in optimizer.betas:
-        problems.number("optimizer.betas", beta, least=0, below=1)
 
 
 def check_evaluation(evaluation: EvaluationConfig, problems: Problems) -> None:
@@ -186,9 +141,9 @@ def _check_trainer_names(trainer: dict[str, Any], problems: Problems) -> None:
 
     from lightning import Trainer
 
-    known = set(inspect.signature(Trainer.__init__).parameters) - {"self", *EXTERNAL_TRAINER_KEYS} | {"epochs"}
+    known = set(inspect.signature(Trainer.__init__).parameters) - {"self", *RESERVED_TRAINER_KEYS} | {"epochs"}
     for key in trainer:
-        if key in EXTERNAL_TRAINER_KEYS:
+        if key in RESERVED_TRAINER_KEYS:
             problems.append(f"trainer.{key}: set by usllm; use the groups callbacks and logger, run_dir and trainer.epochs")
         elif key not in known:
             problems.append(f"trainer.{key}={trainer[key]}: not an argument of lightning.Trainer")

@@ -1,91 +1,133 @@
-"""Merging a composed configuration into its typed form, collecting every mismatch instead of stopping at the first.
+"""Merging a composed configuration into dataclasses, collecting every mismatch instead of stopping at the first.
 
-OmegaConf converts and checks each value against the dataclass field, one key at a time, so that two wrong keys give two
-lines of one message.
+The dataclasses belong to the parts they configure (``SketchConfig``, ``ModelSpec``, …): a field added there is a key that
+the configuration accepts, with its type. OmegaConf converts and checks each value.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import types
-from collections.abc import Mapping
-from dataclasses import is_dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from usllm.errors import UserError
+
 T = TypeVar("T")
+_SCALARS = (bool, int, float, str)
 
 
-def merge_typed(cls: type[T], given: Mapping[Any, Any], problems: list[str], path: str = "") -> T:
-    """Build ``cls`` from plain nested dictionaries; what does not fit is described in ``problems`` and left at its default.
+def merge_typed(cls: type[T], given: Mapping[Any, Any], problems: list[str], path: str = "") -> T | None:
+    """Build the dataclass ``cls`` from plain nested dictionaries.
 
     Args:
-        cls: a dataclass of ``usllm.config.schema``.
+        cls: the dataclass.
         given: plain Python containers (``OmegaConf.to_container(..., resolve=True)``).
-        problems: one line per mismatch is appended, each with the full key, the value and the way out.
-        path: dotted prefix of the keys of ``given``.
+        problems: one line per mismatch is appended, each with the full key, the value and the way out. A field whose
+            value does not fit keeps its default, so that the rules can still look at the others.
+        path: dotted prefix of the keys of ``given``, with its last dot.
+
+    Returns:
+        The dataclass, or ``None`` where it refuses the values; its reasons are in ``problems``.
     """
+    values = merge_values(cls, given, problems, path)
+    return built(lambda: cls(**values), problems)
+
+
+def merge_values(
+    cls: type, given: Mapping[Any, Any], problems: list[str], path: str = "", exclude: Iterable[str] = ()
+) -> dict[str, Any]:
+    """As :func:`merge_typed`, giving the keyword arguments for ``cls`` instead; ``exclude`` names fields set elsewhere."""
     hints = get_type_hints(cls)
-    base = OmegaConf.structured(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in exclude}
     values: dict[str, Any] = {}
     for key, value in given.items():
         full = f"{path}{key}"
-        if key not in hints:
-            problems.append(f"{full}={_short(value)}: unknown key; {_nearest(str(key), hints, path)}")
+        if key not in fields:
+            problems.append(f"{full}={_short(value)}: unknown key; {_nearest(str(key), fields, path)}")
         elif value == MISSING:
-            problems.append(f"{full}: needs a value; pass {full}=...")
+            problems.append(f"{full}: needs a value; pass {full}=…")
         else:
-            _merge_value(hints[key], base, key, value, values, problems, full)
-    # A required field that is still missing must not reach the rules as "???" with a wrong type.
-    for key in hints:
-        if key not in values and OmegaConf.is_missing(base, key):
+            _merge_value(hints[key], key, value, values, problems, full)
+    for key, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and key not in values:
             if key not in given:
-                problems.append(f"{path}{key}: needs a value; pass {path}{key}=...")
-            values[key] = MISSING
-    return cls(**values)
+                problems.append(f"{path}{key}: needs a value; pass {path}{key}=…")
+            values[key] = None  # never used: there is a problem to report
+    return values
 
 
-def _merge_value(
-    hint: Any, base: Any, key: str, value: Any, values: dict[str, Any], problems: list[str], full: str
-) -> None:
+def built(build: Callable[[], T], problems: list[str]) -> T | None:
+    """The result of ``build``, or ``None`` with the lines of its error in ``problems``."""
+    try:
+        return build()
+    except (UserError, ValueError, TypeError) as error:
+        problems.extend(str(error).splitlines())
+        return None
+
+
+def _merge_value(hint: Any, key: str, value: Any, values: dict[str, Any], problems: list[str], full: str) -> None:
     section = _dataclass_in(hint)
     entries = _dataclass_in(get_args(hint)[1]) if get_origin(hint) is dict else None
     if section is not None and value is not None:
-        if isinstance(value, Mapping):
-            values[key] = merge_typed(section, value, problems, f"{full}.")
-        else:
-            problems.append(f"{full}={_short(value)}: must be a group of settings ({', '.join(get_type_hints(section))})")
+        if not isinstance(value, Mapping):
+            problems.append(f"{full}={_short(value)}: must be a group of settings ({_names(section)})")
+        elif (merged := merge_typed(section, value, problems, f"{full}.")) is not None:
+            values[key] = merged
     elif entries is not None and isinstance(value, Mapping):
         values[key] = {}
         for name, entry in value.items():
             if isinstance(entry, Mapping):
-                values[key][str(name)] = merge_typed(entries, entry, problems, f"{full}.{name}.")
+                if (merged := merge_typed(entries, entry, problems, f"{full}.{name}.")) is not None:
+                    values[key][str(name)] = merged
             elif entry is not None:  # null removes an entry of a group
-                problems.append(f"{full}.{name}={_short(entry)}: must be a group of settings")
+                problems.append(f"{full}.{name}={_short(entry)}: must be a group of settings ({_names(entries)})")
     else:
         try:
-            base[key] = value
-            converted = base[key]
-            values[key] = OmegaConf.to_container(converted) if OmegaConf.is_config(converted) else converted
+            values[key] = _converted(hint, value)
         except OmegaConfBaseException as error:
             problems.append(f"{full}={_short(value)}: {str(error).splitlines()[0]}")
+
+
+def _converted(hint: Any, value: Any) -> Any:
+    """``value`` in the type of ``hint``; hints that OmegaConf cannot express are left to the dataclass's own checks."""
+    if not _expressible(hint):
+        return value
+    holder = OmegaConf.structured(dataclasses.make_dataclass("Field", [("value", hint, MISSING)]))
+    holder.value = value
+    return OmegaConf.to_container(holder)["value"]  # type: ignore[index,call-overload]
+
+
+def _expressible(hint: Any) -> bool:
+    if get_origin(hint) in (Union, types.UnionType):
+        return all(part in (*_SCALARS, type(None)) for part in get_args(hint))
+    if get_origin(hint) in (list, tuple):
+        return all(part in (*_SCALARS, Ellipsis) for part in get_args(hint))
+    if get_origin(hint) is dict or hint is dict:
+        return True
+    return hint in _SCALARS
 
 
 def _dataclass_in(hint: Any) -> type | None:
     """The dataclass of ``Section`` or ``Section | None``."""
     candidates = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return next((c for c in candidates if isinstance(c, type) and is_dataclass(c)), None)
+    return next((c for c in candidates if isinstance(c, type) and dataclasses.is_dataclass(c)), None)
+
+
+def _names(cls: type) -> str:
+    return ", ".join(f.name for f in dataclasses.fields(cls))
 
 
 def _nearest(key: str, known: Mapping[str, Any], path: str) -> str:
     match = difflib.get_close_matches(key, known, n=1)
-    if match:
-        return f"did you mean {path}{match[0]}?"
-    return f"known here: {', '.join(known)}"
+    return f"did you mean {path}{match[0]}?" if match else f"known here: {', '.join(known)}"
 
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 80 else f"{text[:77]}…"

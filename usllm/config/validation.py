@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -11,13 +10,9 @@ from omegaconf.errors import OmegaConfBaseException
 from usllm.config import rules
 from usllm.config.rules import Problems
 from usllm.config.schema import AllocationConfig, EvalConfig, TrainConfig
-from usllm.config.structure import merge_typed
+from usllm.config.structure import built, merge_typed, merge_values
 from usllm.errors import UserError
-
-if TYPE_CHECKING:
-    from usllm.sketch import SketchConfig
-
-T = TypeVar("T")
+from usllm.sketch import SketchConfig
 
 # Fields of SketchConfig that the user sets in the group `allocation`.
 _ALLOCATION_KEYS = {"allocation": "name", "layer_budget": "layer_budget", "min_importance": "min_importance"}
@@ -34,7 +29,7 @@ def plain_config(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"The configuration does not resolve: {str(error).splitlines()[0]}") from error
+        raise UserError(f"the configuration does not resolve: {str(error).splitlines()[0]}") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
@@ -47,17 +42,19 @@ def check_train(cfg: DictConfig | dict[str, Any]) -> TrainConfig:
     """
     problems = Problems()
     config = merge_typed(TrainConfig, plain_config(cfg), problems)
+    if config is None or None in (config.model, config.data, config.objective, config.trainer):
+        raise user_error(problems)  # a whole group is missing or unusable: nothing to apply the rules to
     _sketch(config.sketch, config.allocation, problems)
     _check_run(config.name, config.seed, problems)
     rules.check_model(config.model, problems)
     rules.check_data(config.data, problems)
     rules.check_objective(config.objective, problems)
-    rules.check_optimizer(config.optimizer, problems)
     rules.check_nodes("callbacks", config.callbacks, problems)
     rules.check_nodes("logger", config.logger, problems)
     rules.check_evaluation(config.evaluation, problems)
     rules.check_trainer(config.trainer, config.optimizer.warmup_steps, problems)
-    _raise_if_any(problems)
+    if problems:
+        raise user_error(problems)
     return config
 
 
@@ -69,13 +66,16 @@ def check_eval(cfg: DictConfig | dict[str, Any]) -> EvalConfig:
     """
     problems = Problems()
     config = merge_typed(EvalConfig, plain_config(cfg), problems)
+    if config is None or config.model is None:
+        raise user_error(problems)
     problems.choice("device", config.device, ("auto", "cpu", "cuda"))
     if config.ckpt is None:
         rules.check_model(config.model, problems)
     rules.check_evaluation(config.evaluation, problems)
     if not config.evaluation.test_sets:
         problems.append("evaluation.test_sets: none given; pass evaluation=..., or +evaluation.test_sets.<name>.kind=...")
-    _raise_if_any(problems)
+    if problems:
+        raise user_error(problems)
     return config
 
 
@@ -83,27 +83,22 @@ def sketch_config(config: TrainConfig) -> SketchConfig:
     """The sketch described by the groups ``sketch`` and ``allocation`` of a checked configuration."""
     problems = Problems()
     sketch = _sketch(config.sketch, config.allocation, problems)
-    _raise_if_any(problems)
+    if problems:
+        raise user_error(problems)
     assert sketch is not None
     return sketch
 
 
 def _sketch(given: dict[str, Any], allocation: AllocationConfig, problems: Problems) -> SketchConfig | None:
-    from usllm.sketch import SketchConfig  # imports torch: not before the command line has been read
-
-    fields = [f for f in dataclasses.fields(SketchConfig) if f.name not in _ALLOCATION_KEYS]
-    # OmegaConf checks types on a mutable twin: SketchConfig is frozen and refuses values one at a time.
-    twin = dataclasses.make_dataclass("SketchSection", [(f.name, f.type, f.default) for f in fields])  # type: ignore[misc]
-    section = merge_typed(twin, given, problems, "sketch.")
-    shared = {field: getattr(allocation, key) for field, key in _ALLOCATION_KEYS.items()}
-    try:
-        return SketchConfig(**dataclasses.asdict(section), **shared)
-    except ValueError as error:
-        for line in str(error).splitlines():
-            for field, key in _ALLOCATION_KEYS.items():
-                line = line.replace(f"sketch.{field}=", f"allocation.{key}=")
-            problems.append(line)
-        return None
+    values = merge_values(SketchConfig, given or {}, problems, "sketch.", exclude=_ALLOCATION_KEYS)
+    values |= {field: getattr(allocation, key) for field, key in _ALLOCATION_KEYS.items()}
+    found: list[str] = []
+    sketch = built(lambda: SketchConfig(**values), found)
+    for line in found:
+        for field, key in _ALLOCATION_KEYS.items():
+            line = line.replace(f"sketch.{field}=", f"allocation.{key}=")
+        problems.append(line)
+    return sketch
 
 
 def _check_run(name: str, seed: int, problems: Problems) -> None:
@@ -112,10 +107,9 @@ def _check_run(name: str, seed: int, problems: Problems) -> None:
     problems.number("seed", seed, least=0, below=2**32)
 
 
-def _raise_if_any(problems: list[str]) -> None:
-    if not problems:
-        return
+def user_error(problems: list[str]) -> UserError:
+    """One error that lists all ``problems``."""
     if len(problems) == 1:
-        raise UserError(f"Configuration: {problems[0]}")
+        return UserError(problems[0])
     lines = "\n".join(f"  - {line}" for line in problems)
-    raise UserError(f"The configuration has {len(problems)} problems:\n{lines}")
+    return UserError(f"the configuration has {len(problems)} problems:\n{lines}")

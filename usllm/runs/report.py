@@ -1,0 +1,98 @@
+"""The report of a run: plain data for ``report.json``, and the table that closes a run on the screen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from usllm.runs.machine import machine_line
+
+# Columns of the perplexity table: key in the report, heading.
+_STAGES = (("dense", "dense"), ("before", "sketched"), ("after", "finetuned"))
+
+
+def perplexity_table(rows: list[dict[str, Any]], title: str | None = None) -> Table:
+    """Perplexities by test set and window.
+
+    Args:
+        rows: one per test set and window: ``test_set``, ``window``, ``tokens``, and a figure for some of ``dense``,
+            ``before``, ``after`` and ``perplexity``.
+    """
+    stages = [(key, heading) for key, heading in (*_STAGES, ("perplexity", "perplexity")) if any(key in r for r in rows)]
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("test set")
+    table.add_column("window", justify="right")
+    table.add_column("tokens", justify="right")
+    for _, heading in stages:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        figures = [_figure(row.get(key)) for key, _ in stages]
+        table.add_row(str(row["test_set"]), str(row["window"]), f"{row['tokens']:,}", *figures)
+    return table
+
+
+def facts_table(facts: list[tuple[str, str]]) -> Table:
+    """Two columns without borders: what, and its value."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(name, value)
+    return table
+
+
+def print_report(report: dict[str, Any], console: Console | None = None) -> None:
+    """Print the closing tables of a finetuning run (the content of ``report.json``)."""
+    console = console or Console()
+    bits, size, seconds = report["bits_per_weight"], report["bytes"], report["seconds"]
+    console.print()
+    console.print(perplexity_table(report["perplexity"], title=f"Perplexity, {report['name']}"))
+    console.print(
+        facts_table(
+            [
+                ("bits per weight", f"{bits['achieved']:.4f} of {bits['asked']:g} asked (compressed layers)"),
+                ("", f"{bits['model']:.4f} over all parameters of the model"),
+                ("bytes", f"{human_bytes(size['sketched'])} sketched, {human_bytes(size['dense_bf16'])} dense in bf16"),
+                ("training", f"{report['steps']:,} steps, {report['tokens']:,} tokens, precision {report['precision']}"),
+                ("time", f"{human_seconds(seconds['training'])} training, {human_seconds(seconds['total'])} in all"),
+                ("tokenizer", f"{report['tokenizer']['name']}, {report['tokenizer']['bos']}"),
+                ("machine", machine_line(report["machine"])),
+                ("checkpoint", str(report["checkpoint"])),
+                ("report", str(report["report"])),
+            ]
+        )
+    )
+    for warning in report.get("warnings", []):
+        console.print(f"warning: {warning}", style="yellow", markup=False)
+    console.print("\nNext, try")
+    for command in report["next"]:
+        # Plain and unwrapped, so that it can be copied from the screen.
+        console.print(f"  {command}", style="bold", markup=False, soft_wrap=True, highlight=False)
+
+
+def human_bytes(count: int) -> str:
+    """Decimal units, as file managers and download pages show them."""
+    size = float(count)
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
+
+
+def human_seconds(seconds: float) -> str:
+    """Such as ``12.3 s``, ``4 min 05 s`` or ``3 h 20 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"

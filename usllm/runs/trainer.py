@@ -1,0 +1,74 @@
+"""Lightning's parts from configuration: callbacks and loggers one by one, and the Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from usllm.config import TrainConfig
+from usllm.errors import UserError
+from usllm.runs.machine import choose_precision
+
+
+def build_nodes(group: str, nodes: dict[str, Any] | None) -> dict[str, Any]:
+    """Instantiate the named nodes of a group; ``null`` nodes are left out.
+
+    Raises:
+        UserError: a node's class does not exist or refuses its arguments.
+    """
+    built = {}
+    for name, node in (nodes or {}).items():
+        if node is None:
+            continue
+        try:
+            built[name] = instantiate(node, _convert_="all")
+        except HydraException as error:
+            cause = error.__cause__
+            if isinstance(cause, UserError):
+                raise cause from None
+            reason = str(cause or error).strip().splitlines()[0]
+            raise UserError(f"{group}.{name} ({node.get('_target_')}) cannot be made: {reason}") from error
+    return built
+
+
+def devices_in(trainer: dict[str, Any]) -> int:
+    """Number of processes that share a step, as far as the configuration says."""
+    devices, nodes = trainer.get("devices", 1), trainer.get("num_nodes", 1)
+    if isinstance(devices, list):
+        devices = len(devices)
+    if not isinstance(devices, int) or devices < 1:
+        import torch
+
+        devices = max(1, torch.cuda.device_count())
+    return devices * int(nodes)
+
+
+def build_trainer(
+    config: TrainConfig, max_steps: int, first: list[Callback], callbacks: list[Callback], loggers: list[Logger]
+) -> Trainer:
+    """The Trainer of a run.
+
+    Args:
+        max_steps: optimizer steps of the run.
+        first: callbacks that must come before those of the configuration.
+
+    Raises:
+        UserError: Lightning refuses an argument.
+    """
+    arguments = {key: value for key, value in config.trainer.items() if key not in ("epochs", "max_steps")}
+    accelerator = str(arguments.get("accelerator", "auto"))
+    arguments["precision"] = choose_precision(str(arguments.get("precision", "auto")), accelerator)
+    # The sampler unrolls all passes into one Lightning epoch (resume is exact only away from an epoch's end), and it
+    # shares the sequences out among ranks itself.
+    arguments |= {"max_steps": max_steps, "max_epochs": -1, "use_distributed_sampler": False}
+    try:
+        return Trainer(
+            **arguments, callbacks=[*first, *callbacks], logger=loggers or False, default_root_dir=config.run_dir
+        )
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise UserError(f"trainer: {error}") from error
