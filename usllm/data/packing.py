@@ -1,0 +1,133 @@
+"""Documents to token sequences of one length, cached by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from usllm.cache import published
+from usllm.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_FORMAT = 1  # part of the cache key: raise it when the same input is to give other sequences
+_SEQUENCES_PER_BATCH = 256
+
+
+def pack(
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    *,
+    key: str,
+    cache_dir: Path,
+    num_proc: int = 1,
+) -> Dataset:
+    """Tokenise documents, put the end-of-text token after each, and cut the stream into sequences.
+
+    Special tokens that the tokenizer adds by itself (a Llama 3's BOS) are kept at the start of each document. The
+    remainder that fills no sequence is dropped. The result is memory-mapped from a cache under
+    ``cache_dir/sequences``, whose key is the text, the tokenizer and the length: nothing else decides the content.
+
+    Args:
+        documents: data set with a column ``text``.
+        tokenizer: any tokenizer with an end-of-text token.
+        context_length: tokens per sequence.
+        key: what the source is called in the configuration, for messages.
+        cache_dir: folder of the cache.
+        num_proc: processes that tokenise.
+
+    Returns:
+        Data set with one column, ``input_ids``: int32 ``[context_length]`` per row.
+
+    Raises:
+        UserError: the text does not fill one sequence.
+    """
+    from datasets import Dataset
+
+    if tokenizer.eos_token_id is None:
+        raise UserError("The tokenizer has no end-of-text token (eos_token) to put between documents; set one in it")
+    digest = hashlib.sha256(f"{_FORMAT},{context_length}".encode())
+    digest.update(_tokenizer_digest(tokenizer))
+    for text in _texts(documents):
+        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+
+    def build(folder: Path) -> None:
+        tokenised = _tokenise(documents, tokenizer, num_proc, folder)
+        found = _write_sequences(tokenised, context_length, folder / "sequences.arrow")
+        if found < context_length:
+            raise UserError(
+                f"{key} holds {found} tokens, fewer than one sequence of data.context_length={context_length}; "
+                "give more text (or a larger data.validation_fraction, if it was split off) or a shorter context"
+            )
+        del tokenised
+        for file in folder.glob("tokenised*.arrow"):
+            file.unlink()
+
+    folder = published(cache_dir.expanduser() / "sequences" / digest.hexdigest()[:32], build)
+    return Dataset.from_file(str(folder / "sequences.arrow"))
+
+
+def _texts(documents: Dataset) -> Iterator[str]:
+    for batch in documents.iter(batch_size=1000):
+        yield from batch["text"]
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    """Fingerprint of vocabulary, merges, normalisation and special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    probe = tokenizer("A probe: 1 2\n\n three.").input_ids  # what it adds by itself shows only in use
+    return hashlib.sha256(f"{content}|{probe}|{tokenizer.eos_token_id}".encode()).digest()
+
+
+def _tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int, folder: Path) -> Dataset:
+    """Column ``ids``: the tokens of each document and the end-of-text token."""
+    from datasets import Features, List, Value
+
+    end = tokenizer.eos_token_id
+
+    def encode(batch: dict[str, Any]) -> dict[str, Any]:
+        ids = tokenizer(batch["text"], return_attention_mask=False, verbose=False).input_ids
+        return {"ids": [[*document, end] for document in ids]}
+
+    return documents.map(
+        encode,
+        batched=True,
+        batch_size=256,
+        num_proc=num_proc if num_proc > 1 and len(documents) >= 2 * 256 else None,
+        remove_columns=documents.column_names,
+        features=Features({"ids": List(Value("int32"))}),
+        cache_file_name=str(folder / "tokenised.arrow"),
+        # Our own key has taken care of the content; this keeps datasets from hashing the tokenizer by pickling it.
+        new_fingerprint=folder.name.replace(".", "_")[:64],
+        desc="tokenising",
+    )
+
+
+def _write_sequences(tokenised: Dataset, context_length: int, path: Path) -> int:
+    """Write the packed sequences as an Arrow stream; returns the number of tokens found, remainder included."""
+    import pyarrow as pa
+
+    schema = pa.schema({"input_ids": pa.list_(pa.int32())})
+    total = 0
+    rest = np.empty(0, dtype=np.int32)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for batch in tokenised.with_format("arrow").iter(batch_size=_SEQUENCES_PER_BATCH):
+            ids = batch["ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            total += len(ids)
+            stream = np.concatenate([rest, ids])
+            count = len(stream) // context_length
+            rest = stream[count * context_length :]
+            if count:
+                offsets = np.arange(count + 1, dtype=np.int32) * context_length
+                column = pa.ListArray.from_arrays(offsets, pa.array(stream[: count * context_length]))
+                writer.write_batch(pa.record_batch([column], schema=schema))
+    return total

@@ -1,0 +1,87 @@
+"""Sources of text, one file each behind one protocol.
+
+A source module offers ``documents`` (what training is packed from) and ``whole_text`` (what perplexity is measured on,
+unchanged). To add one, write the module, name its kind in :data:`usllm.data.sources.spec.KINDS` and in :func:`_source`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from usllm.data.sources.spec import SourceSpec
+from usllm.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["SourceSpec", "read_documents", "read_text"]
+
+T = TypeVar("T")
+
+
+class Source(Protocol):
+    """What a module of this package must define."""
+
+    def documents(self, spec: SourceSpec) -> list[str]:
+        """All documents, in an order that depends on the content alone."""
+
+    def whole_text(self, spec: SourceSpec) -> str:
+        """The text as it is, without document boundaries."""
+
+
+def read_documents(spec: SourceSpec, key: str) -> Dataset:
+    """All documents of a source that hold more than white space.
+
+    Args:
+        spec: the source.
+        key: what it is called in the configuration, for messages.
+
+    Returns:
+        A data set with one column, ``text``, one row per document.
+
+    Raises:
+        UserError: the specification is wrong, a file is missing or unreadable, or there is no text.
+    """
+    from datasets import Dataset, Features, Value
+
+    source = _source(spec, key)
+    documents = [document for document in _read(source.documents, spec, key) if document.strip()]
+    if not documents:
+        raise UserError(f"{key} ({_describe(spec)}) holds no text; choose another file or data set")
+    return Dataset.from_dict({"text": documents}, features=Features({"text": Value("large_string")}))
+
+
+def read_text(spec: SourceSpec, key: str) -> str:
+    """The whole text of a source for perplexity: files as they are, rows joined by ``spec.separator``.
+
+    Raises:
+        UserError: as :func:`read_documents`.
+    """
+    source = _source(spec, key)
+    text = _read(source.whole_text, spec, key)
+    if not text.strip():
+        raise UserError(f"{key} ({_describe(spec)}) holds no text; choose another file or data set")
+    return text
+
+
+def _source(spec: SourceSpec, key: str) -> Source:
+    problems = spec.problems(key)
+    if problems:
+        raise UserError("; ".join(problems))
+    from usllm.data.sources import hub, jsonl, parquet, pydoc, text
+
+    modules: dict[str, Source] = {"pydoc": pydoc, "text": text, "jsonl": jsonl, "parquet": parquet, "hub": hub}
+    return modules[spec.kind]
+
+
+def _read(function: Callable[[SourceSpec], T], spec: SourceSpec, key: str) -> T:
+    """Run a source's function; name the configuration key in its errors."""
+    try:
+        return function(spec)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error.__cause__
+
+
+def _describe(spec: SourceSpec) -> str:
+    return ", ".join(spec.paths) or spec.name or spec.kind

@@ -1,0 +1,37 @@
+"""Data sets from the Hugging Face hub, from its local cache where there is no network."""
+
+from __future__ import annotations
+
+from usllm.data.sources.boundaries import group_rows
+from usllm.data.sources.spec import SourceSpec
+from usllm.errors import UserError
+
+
+def documents(spec: SourceSpec) -> list[str]:
+    """The text column of the split; rows are joined into documents where ``spec.document_start`` says so."""
+    rows = _rows(spec)
+    return rows if spec.document_start is None else group_rows(rows, spec.document_start)
+
+
+def whole_text(spec: SourceSpec) -> str:
+    """All rows, joined by ``spec.separator``: with a blank line, the text of published WikiText perplexities."""
+    return spec.separator.join(_rows(spec))
+
+
+def _rows(spec: SourceSpec) -> list[str]:
+    from datasets import load_dataset
+
+    what = f"{spec.name}{f' ({spec.config})' if spec.config else ''}, split {spec.split!r}"
+    try:
+        data = load_dataset(str(spec.name), spec.config, split=spec.split)
+    except Exception as error:  # hub, HTTP and builder errors have no common base class
+        reason = (str(error).strip().splitlines() or ["no message"])[0]
+        raise UserError(
+            f"the data set {what} cannot be loaded from the Hugging Face hub ({type(error).__name__}: {reason}). "
+            "Without a network, use data=pydoc (Python's own documentation), data=text data.train.path=<file>, or the "
+            "jsonl or parquet kinds"
+        ) from error
+    if spec.text_field not in data.column_names:
+        raise UserError(f"{what} has no column {spec.text_field!r} but {data.column_names}; set text_field")
+    # Empty rows stay: the published WikiText figures are measured with them.
+    return [row for row in data[spec.text_field] if row is not None]

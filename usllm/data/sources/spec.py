@@ -1,0 +1,69 @@
+"""One source of text as a value: what ``data.train``, ``data.validation`` and each test set hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+KINDS = ("pydoc", "text", "jsonl", "parquet", "hub")
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """Where documents come from.
+
+    Attributes:
+        kind: ``pydoc`` (Python's own documentation, always at hand), ``text``, ``jsonl``, ``parquet`` (files) or
+            ``hub`` (a Hugging Face data set).
+        path: file or files (``text``, ``jsonl``, ``parquet``); ``.xz``, ``.gz`` and ``.bz2`` are unpacked on the fly.
+        name: data set on the hub, for example ``Salesforce/wikitext``.
+        config: configuration of the hub data set, for example ``wikitext-2-raw-v1``.
+        split: split of the hub data set.
+        text_field: column that holds the text (``jsonl``, ``parquet``, ``hub``).
+        separator: what lies between two documents of a text file; also what joins rows into one test text.
+        document_start: regular expression; a line (text files) or row (the others) that matches it begins a new
+            document, and rows up to the next one belong together. Null: every row is a document.
+    """
+
+    kind: str = "pydoc"
+    path: str | Sequence[str] | None = None
+    name: str | None = None
+    config: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    separator: str = "\n\n"
+    document_start: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.path is not None and not isinstance(self.path, str):
+            object.__setattr__(self, "path", tuple(str(path) for path in self.path))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All files, as given."""
+        if self.path is None:
+            return ()
+        return (self.path,) if isinstance(self.path, str) else tuple(self.path)
+
+    def problems(self, key: str) -> list[str]:
+        """Everything wrong with the values themselves (nothing is opened).
+
+        Args:
+            key: what the source is called in the configuration, for example ``data.train``.
+        """
+        found = []
+        if self.kind not in KINDS:
+            found.append(f"{key}.kind={self.kind!r} is unknown; use one of {', '.join(KINDS)}")
+        if self.kind in ("text", "jsonl", "parquet") and not self.paths:
+            found.append(f"{key}.kind={self.kind} needs {key}.path=/path/to/file")
+        if self.kind == "hub" and not self.name:
+            found.append(f"{key}.kind=hub needs {key}.name=…, for example Salesforce/wikitext")
+        if self.kind == "text" and not self.separator:
+            found.append(f"{key}.separator is empty; give what lies between documents, for example a blank line")
+        if self.document_start is not None:
+            try:
+                re.compile(self.document_start)
+            except re.error as error:
+                found.append(f"{key}.document_start={self.document_start!r} is not a regular expression: {error}")
+        return found

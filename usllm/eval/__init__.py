@@ -1,0 +1,1 @@
+"""Measuring models: perplexity, and what a sketch does to a layer's output."""

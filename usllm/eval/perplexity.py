@@ -1,0 +1,228 @@
+"""Perplexity, as compression papers measure it.
+
+The text as it is, tokenised once (so one BOS at its very start, and only if this tokenizer adds it), cut into
+non-overlapping windows, the remainder dropped; cross-entropy of each token given those before it in its window, from
+fp32 logits; the exponential of the mean. The figure depends on window, tokenizer and text, so results carry them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from usllm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from usllm.data import SourceSpec
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, windows done, windows in all)."""
+
+_POSITIONS_PER_CHUNK = 1024  # bounds the fp32 copy of the logits: 128k tokens of vocabulary x 1024 x 4 B = 0.5 GB
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """A perplexity and what it was measured on.
+
+    Attributes:
+        perplexity: exp of the mean cross-entropy in nats; ``nan`` or ``inf`` are reported as they come.
+        window: tokens per window; ``window - 1`` of them are predicted.
+        windows: number of windows measured.
+        tokens: tokens in the whole text, measured or not.
+        seconds: wall-clock time.
+        name: of the test set.
+        tokenizer: class and size of the vocabulary, or where the tokenizer came from.
+        bos: whether this tokenizer puts a beginning-of-text token before the text.
+    """
+
+    perplexity: float
+    window: int
+    windows: int
+    tokens: int
+    seconds: float
+    name: str = "text"
+    tokenizer: str = "unknown"
+    bos: str = "unknown"
+
+
+def perplexity(
+    model: nn.Module,
+    token_ids: Tensor,
+    window: int,
+    max_windows: int | None = None,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+    *,
+    autocast: torch.dtype | None = None,
+    name: str = "text",
+) -> PerplexityResult:
+    """Perplexity of a causal language model on one token stream.
+
+    Training mode of every module and the global RNG are as before afterwards.
+
+    Args:
+        model: returns an object with ``logits`` ``[batch, window, vocabulary]``; used in its own dtype, on its device.
+        token_ids: integer ``[n]``, the whole text.
+        window: tokens per window, at least 2.
+        max_windows: measure only the first ones.
+        batch_size: windows per forward pass.
+        progress: told after every forward pass.
+        autocast: dtype of ``torch.autocast``; None leaves the caller's setting.
+        name: of the test set.
+
+    Raises:
+        UserError: the text does not fill one window.
+    """
+    if window < 2 or batch_size < 1 or (max_windows is not None and max_windows < 1):
+        raise UserError(
+            f"evaluation.windows={window} must be at least 2, evaluation.batch_size={batch_size} and "
+            f"evaluation.max_windows={max_windows} at least 1"
+        )
+    check_long_enough(token_ids, window, name)
+    windows = token_ids.numel() // window
+    if max_windows is not None:
+        windows = min(windows, max_windows)
+    device = next(model.parameters()).device
+    batches = token_ids[: windows * window].view(windows, window).split(batch_size)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    started = time.perf_counter()
+    done = 0
+    with _evaluating(model), torch.no_grad(), _autocast(device, autocast):
+        for batch in batches:
+            ids = batch.to(device=device, dtype=torch.long)
+            total += _summed_loss(model(input_ids=ids, use_cache=False).logits, ids)
+            done += len(batch)
+            if progress is not None:
+                progress(name, done, windows)
+    mean = total.item() / (windows * (window - 1))
+    return PerplexityResult(
+        perplexity=math.exp(mean) if not mean > 700 else math.inf,
+        window=window,
+        windows=windows,
+        tokens=token_ids.numel(),
+        seconds=time.perf_counter() - started,
+        name=name,
+    )
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    test_sets: Mapping[str, Tensor],
+    windows: Sequence[int],
+    *,
+    max_windows: int | None = None,
+    batch_size: int = 1,
+    autocast: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> list[PerplexityResult]:
+    """Perplexity on every test set with every window, in the order given.
+
+    Args:
+        model: causal language model.
+        tokenizer: that made the tokens; only described in the results.
+        test_sets: name to token stream ``[n]``; see :func:`tokenise_test_sets`.
+        windows: tokens per window.
+        max_windows: per test set and window.
+        batch_size: windows per forward pass.
+        autocast: dtype of ``torch.autocast``; None leaves the caller's setting.
+        progress: told after every forward pass.
+
+    Raises:
+        UserError: a window is longer than the model's context or than a test set; before anything is computed.
+    """
+    from usllm.models.loading import check_context_length
+
+    for window in windows:
+        check_context_length(model.config, window, "evaluation.windows")
+        for name, token_ids in test_sets.items():
+            check_long_enough(token_ids, window, name)
+    tokenizer_described, bos = tokenizer_name(tokenizer), bos_rule(tokenizer)
+    results = []
+    for name, ids in test_sets.items():
+        for window in windows:
+            result = perplexity(model, ids, window, max_windows, batch_size, progress, autocast=autocast, name=name)
+            results.append(replace(result, tokenizer=tokenizer_described, bos=bos))
+    return results
+
+
+def tokenise_test_sets(
+    sources: Mapping[str, SourceSpec], tokenizer: PreTrainedTokenizerBase, windows: Sequence[int] = ()
+) -> dict[str, Tensor]:
+    """Read and tokenise every test set once: int64 ``[n]`` each.
+
+    Args:
+        sources: name to source.
+        tokenizer: of the model.
+        windows: the windows to come, so that a text too short for one fails here, before a model is loaded.
+
+    Raises:
+        UserError: a file is missing, unreadable, empty or too short.
+    """
+    from usllm.data.sources import read_text
+
+    streams = {}
+    for name, source in sources.items():
+        ids = tokenizer(read_text(source, f"evaluation.test_sets.{name}"), verbose=False).input_ids
+        streams[name] = torch.tensor(ids, dtype=torch.long)
+        for window in windows:
+            check_long_enough(streams[name], window, name)
+    return streams
+
+
+def check_long_enough(token_ids: Tensor, window: int, name: str) -> None:
+    """Raise a UserError when a test set does not fill one window."""
+    if token_ids.numel() < window:
+        raise UserError(
+            f"Test set {name!r} holds {token_ids.numel()} tokens, fewer than one window of {window}; "
+            "give more text or a smaller evaluation.windows"
+        )
+
+
+def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Where the tokenizer came from, if known, and its number of tokens."""
+    return f"{tokenizer.name_or_path or type(tokenizer).__name__} ({len(tokenizer)} tokens)"
+
+
+def bos_rule(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Whether this tokenizer puts a beginning-of-text token before a text, in words."""
+    ids = tokenizer("a").input_ids
+    if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id:
+        return f"one {tokenizer.bos_token} at the start of the text"
+    return "none added"
+
+
+def _summed_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Summed cross-entropy in nats, fp64 scalar, of ``logits`` [batch, window, vocabulary] predicting the next id."""
+    predicted = logits[:, :-1].flatten(0, 1)
+    targets = ids[:, 1:].flatten()
+    chunks = zip(predicted.split(_POSITIONS_PER_CHUNK), targets.split(_POSITIONS_PER_CHUNK), strict=True)
+    losses = [F.cross_entropy(part.float(), target, reduction="sum").double() for part, target in chunks]
+    return torch.stack(losses).sum()
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every module's own mode afterwards (a frozen part may differ from the whole)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object]:
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)

