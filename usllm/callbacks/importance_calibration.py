@@ -1,0 +1,135 @@
+"""Measures E[a²] of every sketched layer's input before the first step, and allocates the sketch by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from usllm.calibration import SecondMoments
+from usllm.callbacks.rng_state import preserved_rng
+from usllm.errors import UserError
+from usllm.nn import allocate_, sketched_layers
+from usllm.training.module import sketch_finetuner
+
+
+def measure_importance(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    sequences: int,
+    *,
+    device: torch.device | str = "cpu",
+    context: AbstractContextManager[Any] | None = None,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """Stream calibration batches through ``model`` as it is; E[a²] per input channel of its sketched layers.
+
+    The model is in evaluation mode meanwhile and the random number generators are left as they were found, so that a
+    run with calibration draws the same dropout masks as one that was resumed behind it.
+
+    Args:
+        batches: micro batches with ``input_ids`` ``[sequences, context]`` int64.
+        sequences: how many sequences ``batches`` holds, for the progress bar.
+        device: where the model is.
+        context: context of the forward passes, such as autocast.
+        progress: show a progress bar.
+
+    Returns:
+        ``{layer name: [in] fp32}``.
+
+    Raises:
+        UserError: there was no sequence, or a layer's input is not finite.
+    """
+    layers = sketched_layers(model)
+    forward = _smallest_forward(model, layers.values())
+    training, seen = model.training, 0
+    model.eval()
+    try:
+        with (
+            preserved_rng(),
+            torch.no_grad(),
+            context or nullcontext(),
+            Progress(disable=not progress, transient=True) as bar,
+            SecondMoments(layers) as moments,
+        ):
+            task = bar.add_task("Measuring importance", total=sequences)
+            for batch in batches:
+                input_ids = batch["input_ids"].to(device)
+                forward(input_ids=input_ids, use_cache=False)
+                seen += len(input_ids)
+                bar.advance(task, len(input_ids))
+    finally:
+        model.train(training)
+    if not seen:
+        raise UserError("calibration: the training split gave no sequence; take a longer text")
+    try:
+        return moments.mean()
+    except ValueError as error:  # a layer saw nothing, or something that is not finite
+        raise UserError(f"calibration: {error}") from error
+
+
+def _smallest_forward(model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
+    """The part of the model that reaches all ``layers``: without its head, unless the head is one of them.
+
+    The head's logits are the largest tensor of a forward pass and tell nothing about the inputs of the layers below.
+    """
+    body = getattr(model, "base_model", model)
+    inside = {id(module) for module in body.modules()}
+    return body if all(id(layer) in inside for layer in layers) else model
+
+
+class ImportanceCalibration(Callback):
+    """Calibrates once, before the first step of a fresh run, and allocates the sketch.
+
+    Streams ``sequences`` sequences of the training split (``trainer.datamodule.calibration_batches``) through the still
+    dense model in the run's precision. Plans and importance are part of the checkpoint, so a resumed run, whose layers
+    have plans already, skips it.
+
+    Args:
+        sequences: number of calibration sequences, 1 or more.
+
+    Attributes:
+        moments: E[a²] ``{layer name: [in] fp32}`` of the last measurement; empty where none was needed.
+    """
+
+    def __init__(self, sequences: int = 32) -> None:
+        if sequences < 1:
+            raise UserError(f"callbacks.importance_calibration.sequences={sequences}: must be 1 or more")
+        self.sequences = sequences
+        self.moments: dict[str, Tensor] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure and allocate, unless every layer has a plan.
+
+        Raises:
+            UserError: see ``measure_importance``.
+        """
+        module = sketch_finetuner(pl_module)
+        if all(layer.plan is not None for layer in sketched_layers(module.network).values()):
+            return
+        self.moments = measure_in_trainer(trainer, pl_module, self.sequences, progress=_shows_progress(trainer))
+        allocate_(module.network, module.sketch, self.moments)
+
+
+def measure_in_trainer(
+    trainer: Trainer, pl_module: LightningModule, sequences: int, progress: bool = False
+) -> dict[str, Tensor]:
+    """``measure_importance`` with the trainer's data, device and precision."""
+    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit, not declared
+    return measure_importance(
+        sketch_finetuner(pl_module).network,
+        datamodule.calibration_batches(sequences),
+        sequences,
+        device=pl_module.device,
+        context=trainer.precision_plugin.forward_context(),
+        progress=progress,
+    )
+
+
+def _shows_progress(trainer: Trainer) -> bool:
+    return trainer.is_global_zero and trainer.progress_bar_callback is not None

@@ -1,0 +1,98 @@
+"""Stops training at the first loss or gradient that is not finite, before it reaches the weights or a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from usllm.callbacks.rng_state import preserved_rng
+from usllm.errors import UserError
+
+
+class NanGuard(Callback):
+    """Raises a ``UserError`` that names the step and the first layer in which numbers stopped being finite.
+
+    The loss is looked at before each backward pass and the gradients before each optimizer step, so the latent weights
+    stay as they were and no checkpoint is written with the poisoned state. Looking at the loss waits for the device
+    once per micro batch.
+    """
+
+    def __init__(self) -> None:
+        self._batch: Any = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the micro batch, to run it again when its loss turns out not to be finite."""
+        self._batch = batch
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Stop on a loss that is not finite.
+
+        Raises:
+            UserError: names the step and the first layer with a weight, state or output that is not finite.
+        """
+        if torch.isfinite(loss).all():
+            return
+        where = first_nonfinite_tensor(pl_module) or self._first_nonfinite_output(trainer, pl_module)
+        raise UserError(_message("loss", loss.item(), where or "the objective itself", trainer))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Stop on a gradient that is not finite.
+
+        Raises:
+            UserError: names the step and, of the layers with such a gradient, the one nearest to the loss: the backward
+                pass met it first.
+        """
+        if trainer.precision == "16-mixed":
+            return  # its gradient scaler meets infinite gradients by design, skips the step and lowers the scale
+        named = [(name, p.grad) for name, p in pl_module.named_parameters() if p.grad is not None]
+        if not named or torch.isfinite(torch.nn.utils.get_total_norm([gradient for _, gradient in named])):
+            return
+        for name, gradient in reversed(named):
+            if not torch.isfinite(gradient).all():
+                raise UserError(_message("gradient", float("nan"), f"the gradient of {name}", trainer))
+
+    def _first_nonfinite_output(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
+        """Run the micro batch again, watching each module's output; ``None`` where all of them are finite."""
+        found: list[str] = []
+        handles = []
+
+        def watch(name: str) -> Any:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                value = output[0] if isinstance(output, tuple) else output
+                if not found and isinstance(value, Tensor) and not torch.isfinite(value).all():
+                    found.append(f"the output of {name}")
+
+            return hook
+
+        for name, module in pl_module.named_modules():
+            if not list(module.children()):
+                handles.append(module.register_forward_hook(watch(name)))
+        try:
+            with preserved_rng(), torch.no_grad(), trainer.precision_plugin.forward_context():
+                pl_module.training_step(self._batch, 0)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found[0] if found else None
+
+
+def first_nonfinite_tensor(module: nn.Module) -> str | None:
+    """Name of the first parameter or floating buffer of ``module`` with a value that is not finite, if there is one."""
+    for kind, named in (("weight", module.named_parameters()), ("state", module.named_buffers())):
+        for name, tensor in named:
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                return f"the {kind} {name}"
+    return None
+
+
+def _message(what: str, value: float, where: str, trainer: Trainer) -> str:
+    saved = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    kept = f"The last good checkpoint is {saved}" if saved else "No checkpoint had been written yet"
+    return (
+        f"step {trainer.global_step + 1}: the {what} is {value} and first seen in {where}; training stopped before it "
+        f"reached the weights. {kept}. Lower optimizer.lr, raise optimizer.warmup_steps or set gradient_clip_val"
+    )

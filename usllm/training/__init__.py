@@ -1,0 +1,24 @@
+"""Training: the LightningModule, its objectives, its optimizer and its checkpoints."""
+
+from __future__ import annotations
+
+from usllm.training.checkpoints import AtomicCheckpointIO, StepCheckpoint, latest_checkpoint, load_checkpoint
+from usllm.training.module import SketchFinetuner, sketch_finetuner
+from usllm.training.objectives import CrossEntropy, Distill, Objective, build_objective
+from usllm.training.optimization import OptimizerConfig, build_optimizer, build_schedule
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "CrossEntropy",
+    "Distill",
+    "Objective",
+    "OptimizerConfig",
+    "SketchFinetuner",
+    "StepCheckpoint",
+    "build_objective",
+    "build_optimizer",
+    "build_schedule",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "sketch_finetuner",
+]

@@ -1,0 +1,206 @@
+"""The LightningModule: a causal language model trained through its weight sketch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from usllm.errors import UserError
+from usllm.nn import DEFAULT_PATTERNS, load_plans_, save_plans, swap_linears_
+from usllm.sketch import SketchConfig
+from usllm.training.objectives import Batch, Objective, next_token_loss
+from usllm.training.optimization import OptimizerConfig, build_optimizer, build_schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHECKPOINT_KEY = "usllm"
+CHECKPOINT_FORMAT = 1
+_CONFIG_KEYS = {
+    "allocation": "allocation.name",
+    "layer_budget": "allocation.layer_budget",
+    "min_importance": "allocation.min_importance",
+}
+"""Fields of ``SketchConfig`` that the configuration tree keeps outside of ``sketch``."""
+_COMPUTE_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
+
+
+class SketchFinetuner(LightningModule):
+    """Finetunes a dense model through the sketch of its linear layers.
+
+    Before ``ImportanceCalibration`` (or a checkpoint) has set the layers' plans, the model is exactly the dense one.
+
+    Args:
+        load_model: returns the dense model, fp32 (the latents of a straight-through estimator lose small updates in
+            bf16). Called once, in ``configure_model``.
+        sketch: configuration of the sketch; a checkpoint made under another one is refused.
+        objective: what is minimised. Validation is cross-entropy whatever the objective.
+        optimizer: AdamW and its schedule over ``trainer.max_steps``.
+        patterns: names of the linear layers to sketch.
+        config: the run's resolved configuration as plain Python, stored in checkpoints.
+        gradient_checkpointing: recompute activations in the backward pass.
+    """
+
+    model: nn.Module | None
+
+    def __init__(
+        self,
+        load_model: Callable[[], PreTrainedModel],
+        sketch: SketchConfig,
+        objective: Objective,
+        optimizer: OptimizerConfig,
+        patterns: Sequence[str] = DEFAULT_PATTERNS,
+        config: Mapping[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.load_model = load_model
+        self.sketch = sketch
+        self.objective = objective
+        self.optimizer_config = optimizer
+        self.patterns = tuple(patterns)
+        self.run_config = dict(config or {})
+        self.gradient_checkpointing = gradient_checkpointing
+        self.model = None
+        self.validation_loss = MeanMetric()
+        self._window: list[Tensor] = []
+        self._part_names: tuple[str, ...] = ()
+        self._stepped = 0
+
+    def configure_model(self) -> None:
+        """Load the dense model, give the objective its teacher, and swap the linear layers. Safe to call again."""
+        if self.model is not None:
+            return
+        model = self.load_model()
+        self.objective.attach(model)
+        swap_linears_(model, self.patterns)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model = model.train()  # transformers hands models out in evaluation mode, and Lightning keeps it
+
+    @property
+    def network(self) -> nn.Module:
+        """The language model with its sketched layers.
+
+        Raises:
+            RuntimeError: ``configure_model`` has not been called.
+        """
+        if self.model is None:
+            raise RuntimeError("SketchFinetuner.configure_model has not been called: there is no model")
+        return self.model
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW and the schedule, advanced once per optimizer step."""
+        # trainer.estimated_stepping_batches would build the training loader before a checkpoint has restored its state
+        optimizer = build_optimizer(self.parameters(), self.optimizer_config)
+        schedule = build_schedule(optimizer, self.optimizer_config, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+
+    def on_fit_start(self) -> None:
+        """Move the teacher, if there is one, to the device and the precision of the run."""
+        precision = str(self.trainer.precision).split("-")[0]
+        self.objective.place(self.device, _COMPUTE_DTYPES.get(precision, torch.float32))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits ``[sequences, context, vocabulary]`` of ``input_ids`` ``[sequences, context]``."""
+        return self.network(input_ids=input_ids, use_cache=False).logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one micro batch."""
+        loss, parts = self.objective.loss(self.network, batch)
+        self._window.append(torch.stack([loss.detach(), *parts.values()]))
+        self._part_names = tuple(parts)
+        return loss
+
+    def on_train_start(self) -> None:
+        """Take over the step that training starts or continues from."""
+        self._stepped = self.trainer.global_step
+        self._window.clear()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log the mean loss of the micro batches that made up an optimizer step."""
+        if self.trainer.global_step == self._stepped:
+            return
+        self._stepped = self.trainer.global_step
+        means = torch.stack(self._window).mean(0)
+        self._window.clear()
+        self.log("train/loss", means[0], prog_bar=True, sync_dist=True)
+        for name, value in zip(self._part_names, means[1:], strict=True):
+            self.log(f"train/{name}", value, sync_dist=True)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect the cross-entropy of one validation batch."""
+        input_ids = batch["input_ids"]
+        loss = next_token_loss(self(input_ids), input_ids)
+        self.validation_loss.update(loss, weight=input_ids.numel() - len(input_ids))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log cross-entropy and perplexity over all predicted tokens of the validation split."""
+        loss = self.validation_loss.compute()
+        self.validation_loss.reset()
+        self.log("val/loss", loss, prog_bar=True)
+        self.log("val/ppl", loss.exp(), prog_bar=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add plans, sketch configuration and run configuration: tensors and plain Python only."""
+        checkpoint[CHECKPOINT_KEY] = {
+            "format": CHECKPOINT_FORMAT,
+            "plans": save_plans(self.network),
+            "sketch": dataclasses.asdict(self.sketch),
+            "patterns": list(self.patterns),
+            "config": self.run_config,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the plans, so that the state buffers have their shapes before Lightning fills them.
+
+        Raises:
+            UserError: not a usllm checkpoint, one of a newer format, or one made under another sketch configuration.
+        """
+        saved = checkpoint.get(CHECKPOINT_KEY)
+        if saved is None:
+            raise UserError(f"the checkpoint has no {CHECKPOINT_KEY!r} section: it was not written by usllm-train")
+        if saved["format"] != CHECKPOINT_FORMAT:
+            raise UserError(
+                f"the checkpoint has format {saved['format']}, this version of usllm reads {CHECKPOINT_FORMAT}"
+            )
+        if differences := configuration_differences(saved, self.sketch, self.patterns):
+            raise UserError(
+                "the checkpoint was made under another sketch configuration: "
+                + "; ".join(differences)
+                + ". Restore these values, or start a new run under another name="
+            )
+        load_plans_(self.network, saved["plans"], self.sketch)
+
+
+def configuration_differences(saved: Mapping[str, Any], sketch: SketchConfig, patterns: Sequence[str]) -> list[str]:
+    """Every key in which a checkpoint's sketch differs from this run's, with both values."""
+    absent = "(none)"
+    theirs, ours = saved["sketch"], dataclasses.asdict(sketch)
+    differences = [
+        f"{_CONFIG_KEYS.get(key, f'sketch.{key}')}: {theirs.get(key, absent)} in the checkpoint, "
+        f"{ours.get(key, absent)} in this run"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key, absent) != ours.get(key, absent)
+    ]
+    if sorted(saved["patterns"]) != sorted(patterns):
+        differences.append(f"model.patterns: {saved['patterns']} in the checkpoint, {list(patterns)} in this run")
+    return differences
+
+
+def sketch_finetuner(module: LightningModule) -> SketchFinetuner:
+    """The module as what it is, for callbacks, whose hooks are typed for any ``LightningModule``.
+
+    Raises:
+        TypeError: it is another one.
+    """
+    if not isinstance(module, SketchFinetuner):
+        raise TypeError(f"the callbacks of usllm work on a SketchFinetuner, not on a {type(module).__name__}")
+    return module
