@@ -123,7 +123,7 @@ class SketchedLinear(nn.Module):
         return self._decoded
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[arg-type]
+        super()._load_from_state_dict(*args, **kwargs)
         self._decoded, self._projected = None, self.plan is not None
 
     def extra_repr(self) -> str:

@@ -14,7 +14,7 @@ class StraightThrough(torch.autograd.Function):
         return decoded.view_as(decoded)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 

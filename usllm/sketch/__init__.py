@@ -1,4 +1,4 @@
-"""The data sketch: hash, operators, allocation, quantiser, bit count. Pure functions over tensors; needs torch alone."""
+"""The data sketch: hash, operators, allocation, quantiser, bit count. Pure functions that need torch alone."""
 
 from usllm.sketch.allocation import layer_rates
 from usllm.sketch.codec import States, channel_scales, project, query

@@ -11,6 +11,8 @@ States are a dictionary of tensors, named and shaped by :meth:`Plan.state_tensor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -84,64 +86,75 @@ def channel_scales(states: States, plan: Plan) -> Tensor:
 
 def _bucket_values(weight: Tensor, plan: Plan) -> list[Tensor]:
     """fp32 values of the states before quantisation, one [channels, states per channel] for each block."""
-    operator, device, channels = plan.operator, weight.device, plan.shape[1]
-    flat: Tensor | None = None
-    first = [0] * len(plan.blocks)
+    operator, device = plan.operator, weight.device
+    flat = torch.empty(0, device=device)
     for span, rotation in chunks(plan):
-        encoded = operator.encode(rotate(weight, span, rotation))
-        if flat is None:
+        encoded = operator.encode(rotate(weight, span, rotation)).index_select(0, _rows(plan, span, device))
+        if not len(flat):
             flat = encoded.new_empty(plan.num_states)
-        for number, block in enumerate(plan.blocks):
-            members = encoded.index_select(0, _rows(block, span, channels).to(device))
-            padded = members.new_empty(span.size + 1, len(members))
-            padded[:-1] = members.t()
-            padded[-1] = operator.pad
-            slots = plan.slots(block.choice, span.size).to(device)
+        members = encoded.new_empty(span.size + 1, len(encoded))
+        members[:-1] = encoded.t()
+        members[-1] = operator.pad
+        for block, first, column in _parts(plan, span):
+            _, slots, load = (index.to(device).int() for index in plan.placement(block.choice, span.size))
             rows, depth, states = slots.shape
-            gathered = padded.index_select(0, slots.flatten()).view(rows, depth, states, -1)
-            reduced = operator.reduce(gathered, (slots < span.size).sum(1)[..., None])
-            target = _part(flat, block, first[number], span.groups, rows, states)
-            target.copy_(reduced.view(rows, states, span.groups, -1).permute(3, 2, 0, 1))
-            first[number] += span.groups * rows * states
-    if flat is None:
-        return []
+            columns = len(block.channels) * span.groups
+            gathered = members[:, column : column + columns].index_select(0, slots.flatten())
+            reduced = operator.reduce(gathered.view(rows, depth, states, columns), load[..., None])
+            target = _states(flat, block, first, span.groups, rows, states)
+            target.copy_(reduced.view(rows, states, len(block.channels), span.groups).permute(2, 3, 0, 1))
     values = operator.decode(flat)
+    if plan.config.hash == "uniform":  # a random hash leaves states without a member
+        values = values.nan_to_num_(0.0)
     return [values[b.first_state : b.first_state + b.num_states].view(len(b.channels), -1) for b in plan.blocks]
 
 
 def _query_unscaled(states: States, plan: Plan) -> Tensor:
-    codes, device, channels = states["codes"], states["codes"].device, plan.shape[1]
+    operator, device = plan.operator, states["codes"].device
     decoded = torch.empty(plan.shape, device=device)
-    joined = torch.int32 if plan.operator.divisor(2) > 1 else codes.dtype
-    first = [0] * len(plan.blocks)
+    encoded = operator.encode_codes(states["codes"], plan.config.query)
     for span, rotation in chunks(plan):
         n = span.size
-        twice = torch.zeros(span.groups * channels + 1, 2 * n, dtype=joined, device=device)
-        for number, block in enumerate(plan.blocks):
-            buckets = plan.buckets(block.choice, n)
+        joined = []
+        for block, first, _ in _parts(plan, span):
+            buckets = plan.placement(block.choice, n).buckets.to(device).int()
             rows, k = block.choice.rows, min(block.choice.states, n)
-            by_bucket = (
-                _part(codes, block, first[number], span.groups, rows, k).permute(2, 3, 1, 0).reshape(rows * k, -1)
-            )
-            index = (buckets + torch.arange(0, rows * k, k)[:, None]).flatten().to(device)
-            candidates = by_bucket.index_select(0, index).view(rows, n, -1)
-            values = plan.operator.combine(candidates, plan.config.query).t()
-            twice[:, :n].index_copy_(0, _rows(block, span, channels).to(device), values.to(joined))
-            first[number] += span.groups * rows * k
+            stored = _states(encoded, block, first, span.groups, rows, k)
+            by_bucket = stored.permute(2, 3, 0, 1).reshape(rows * k, -1)
+            if rows > 1:
+                buckets = buckets + torch.arange(0, rows * k, k, dtype=torch.int32, device=device)[:, None]
+            candidates = by_bucket.index_select(0, buckets.flatten()).view(rows, n, -1)
+            joined.append(operator.combine(candidates))
+        values = operator.decode_codes(torch.cat(joined, 1), plan.config.query)
+        twice = torch.zeros(span.groups * plan.shape[1] + 1, 2 * n, dtype=values.dtype, device=device)
+        twice[:, :n].index_copy_(0, _rows(plan, span, device), values.t().contiguous())
         twice[:, n:] = twice[:, :n]
         unrotate_(twice, decoded, span, rotation)
     return decoded.mul_(channel_scales(states, plan))
 
 
-def _part(flat: Tensor, block: ClassBlock, first: int, groups: int, rows: int, states: int) -> Tensor:
+def _rows(plan: Plan, span: Span, device: torch.device) -> Tensor:
+    """Rows of a rotated span by class, channel, group, int64 [channels with states * groups]."""
+    groups = torch.arange(0, span.groups * plan.shape[1], plan.shape[1])
+    return (plan.channel_order[:, None] + groups).flatten().to(device)
+
+
+def _parts(plan: Plan, span: Span) -> Iterator[tuple[ClassBlock, int, int]]:
+    """The blocks with the first state of the span in a channel, and the block's first column among the span's rows."""
+    column = 0
+    for block in plan.blocks:
+        first = 0
+        for before in plan.spans:
+            groups = min(max(span.first_group - before.first_group, 0), before.groups)
+            first += groups * block.choice.rows * min(block.choice.states, before.size)
+        yield block, first, column
+        column += len(block.channels) * span.groups
+
+
+def _states(flat: Tensor, block: ClassBlock, first: int, groups: int, rows: int, states: int) -> Tensor:
     """A block's states in some of its groups, view [channels, groups, rows, states] from its ``first`` state on."""
     stored = flat[block.first_state : block.first_state + block.num_states].view(len(block.channels), -1)
     return stored[:, first : first + groups * rows * states].unflatten(1, (groups, rows, states))
-
-
-def _rows(block: ClassBlock, span: Span, channels: int) -> Tensor:
-    """Rows of the rotated span that hold a block's channels, group by group, int64 [groups * channels]."""
-    return (torch.arange(0, span.groups * channels, channels)[:, None] + block.channels).flatten()
 
 
 def _fit_output_scales(weight: Tensor, states: States, plan: Plan, moment: Tensor | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,20 @@ class ClassBlock:
     @property
     def num_states(self) -> int:
         return len(self.channels) * self.states_per_channel
+
+
+class Placement(NamedTuple):
+    """The hash of one class in groups of one size, int16: what projection gathers and what a query looks up.
+
+    Attributes:
+        buckets: Bucket of each rotated position, [rows, n].
+        slots: Positions that share each bucket, [rows, slots, K]; unused slots hold n.
+        load: Members of each bucket, [rows, K].
+    """
+
+    buckets: Tensor
+    slots: Tensor
+    load: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,15 +113,14 @@ class Plan:
 
     def state_tensors(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Zeroed states of this plan: the names, shapes and types that :func:`usllm.sketch.project` returns."""
-        uint8 = {"dtype": torch.uint8, "device": device}
         states = {
             "codes": torch.zeros(self.num_states, dtype=self.code_dtype, device=device),
-            "scales": torch.zeros(self.num_scales, **uint8),
-            "scale_base": torch.zeros(1, **uint8),
+            "scales": torch.zeros(self.num_scales, dtype=torch.uint8, device=device),
+            "scale_base": torch.zeros(1, dtype=torch.uint8, device=device),
         }
         if self.config.output_scale:
-            states["output_scales"] = torch.zeros(self.shape[0], **uint8)
-            states["output_scale_base"] = torch.zeros(1, **uint8)
+            states["output_scales"] = torch.zeros(self.shape[0], dtype=torch.uint8, device=device)
+            states["output_scale_base"] = torch.zeros(1, dtype=torch.uint8, device=device)
         return states
 
     def rotation(self, span: Span) -> int:
@@ -114,7 +128,14 @@ class Plan:
         return (first_rotation(self.key, span.size) + span.first_group * self.shape[1]) % span.size
 
     @cached_property
-    def tables(self) -> dict[int, tuple[Tensor, Tensor]]:
+    def channel_order(self) -> Tensor:
+        """Channels that hold states, by class and number, int64 [channels]."""
+        return (
+            torch.cat([block.channels for block in self.blocks]) if self.blocks else torch.zeros(0, dtype=torch.int64)
+        )
+
+    @cached_property
+    def _tables(self) -> dict[int, tuple[Tensor, Tensor]]:
         """By group size: the hash tables of all rows and their argsort, both int64 [rows, n]."""
         rows = max((block.choice.rows for block in self.blocks), default=1)
         tables = {}
@@ -123,14 +144,24 @@ class Plan:
             tables[n] = (table, torch.argsort(table, dim=1, stable=True))
         return tables
 
-    def buckets(self, choice: ChannelClass, n: int) -> Tensor:
-        """Bucket of each rotated position of a group of ``n`` weights, int64 [rows, n]."""
-        return HASHES[self.config.hash].bucket(self.tables[n][0][: choice.rows], min(choice.states, n))
+    @cached_property
+    def _placements(self) -> dict[tuple[ChannelClass, int], Placement]:
+        return {}
 
-    def slots(self, choice: ChannelClass, n: int) -> Tensor:
-        """Positions that share each bucket, int64 [rows, slots, K]; unused slots hold ``n``."""
-        table, order = self.tables[n]
-        return HASHES[self.config.hash].slots(table[: choice.rows], order[: choice.rows], min(choice.states, n))
+    def placement(self, choice: ChannelClass, n: int) -> Placement:
+        """Where the weights of a group of ``n`` go in one class; a few KiB for each class, shared by all channels."""
+        key = (choice, n)
+        if key not in self._placements:
+            table, order = (values[: choice.rows] for values in self._tables[n])
+            states = min(choice.states, n)
+            spread = HASHES[self.config.hash]
+            slots = spread.slots(table, order, states)
+            self._placements[key] = Placement(
+                buckets=spread.bucket(table, states).to(torch.int16),
+                slots=slots.to(torch.int16),
+                load=(slots < n).sum(1).to(torch.int16),
+            )
+        return self._placements[key]
 
     @cached_property
     def _load_counts(self) -> Tensor:
@@ -138,8 +169,8 @@ class Plan:
         counts = torch.zeros(1, dtype=torch.int64)
         for block in self.blocks:
             for span in self.spans:
-                loads = (self.slots(block.choice, span.size) < span.size).sum(1)
-                one = torch.bincount(loads.flatten()) * len(block.channels) * span.groups
+                loads = self.placement(block.choice, span.size).load
+                one = torch.bincount(loads.flatten().int()) * len(block.channels) * span.groups
                 longer, shorter = (one, counts) if len(one) > len(counts) else (counts, one)
                 counts = longer.clone()
                 counts[: len(shorter)] += shorter
@@ -224,8 +255,8 @@ def build_plan(
     if problem.available(2) < 0:
         least = (problem.budget_bits - problem.available(2)) / (out_features * in_features)
         raise ValueError(
-            f"{name}: {rate:g} bits per weight is too little for a {out_features}x{in_features} layer, whose tables alone"
-            f" take {least:.3g}: raise sketch.bits_per_weight or leave the layer out of model.patterns"
+            f"{name}: {rate:g} bits per weight is too little for a {out_features}x{in_features} layer: its tables"
+            f" alone take {least:.3g}. Raise sketch.bits_per_weight or leave the layer out of model.patterns"
         )
     classes, channel_class = ALLOCATIONS[config.allocation](problem)
     return Plan(name, (out_features, in_features), config, classes, channel_class)

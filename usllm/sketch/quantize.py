@@ -53,10 +53,10 @@ def best_scale(states: Tensor, bits: int, rounding: str) -> Tensor:
 
 
 def quantize(states: Tensor, scale: Tensor, bits: int, rounding: str) -> Tensor:
-    """Codes as fp32, shape of ``states``; ``scale`` broadcasts against it and is positive."""
+    """Codes, int8 up to 8 bits, else int16, shape of ``states``; ``scale`` broadcasts against it and is positive."""
+    dtype = torch.int8 if bits <= 8 else torch.int16
     if bits == 1:
-        return torch.where(states < 0, -1.0, 1.0)
+        return (states >= 0).to(dtype).mul_(2).sub_(1)
     limit = largest_code(bits)
-    codes = states / scale
-    codes = codes.trunc_() if rounding == "toward_zero" else codes.round_()
-    return codes.clamp_(-limit, limit)
+    codes = (states / scale).clamp_(-limit, limit)
+    return (codes if rounding == "toward_zero" else codes.round_()).to(dtype)  # the cast rounds toward zero

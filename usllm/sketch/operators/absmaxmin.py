@@ -13,15 +13,18 @@ _MIN = -(2**31)
 
 
 class AbsMaxMin:
-    """Signed minimum magnitude in, maximum magnitude out."""
+    """Signed minimum magnitude in, maximum magnitude out.
 
-    linear = False
-    pad = 2**31 - 1
+    Members and candidates are compared as integers that hold the magnitude above and the sign in the lowest bit, so
+    that a plain minimum or maximum finds the member. Of two equal magnitudes a projection takes the positive one,
+    a query the negative one.
+    """
 
-    def encode(self, block: Tensor) -> Tensor:
-        """int32 keys that order by magnitude and carry the sign in the lowest bit, so that one integer minimum
-        finds the member; of two equal magnitudes the positive one wins."""
-        bits = block.view(torch.int32)
+    linear: bool = False
+    pad: int | float = 2**31 - 1
+
+    def encode(self, weights: Tensor) -> Tensor:
+        bits = weights.view(torch.int32)
         negative = bits >> 31  # 0 or -1
         return bits.bitwise_left_shift_(1).sub_(negative).add_(_MIN)
 
@@ -31,16 +34,29 @@ class AbsMaxMin:
     def decode(self, states: Tensor) -> Tensor:
         key = states - _MIN
         magnitude = (key >> 1).bitwise_and_(0x7FFFFFFF)
-        return magnitude.bitwise_or_(key << 31).view(torch.float32).masked_fill_(states == self.pad, 0.0)
+        return magnitude.bitwise_or_(key << 31).view(torch.float32)  # the pad becomes NaN
 
-    def combine(self, candidates: Tensor, query: str) -> Tensor:
-        if candidates.shape[0] == 1:
-            return candidates[0]
-        high = candidates.amax(0)
+    def encode_codes(self, codes: Tensor, query: str) -> Tensor:
         if query == "signed_max":
-            return high
-        low = candidates.amin(0)
-        return torch.where(high >= -low, high, low)
+            return codes
+        negative = codes >> (7 if codes.dtype == torch.int8 else 15)  # 0 or -1
+        # 16-bit magnitudes take 15 bits and the sign one more: offset by the smallest int16, as above.
+        key = codes.to(torch.int32 if codes.dtype == torch.int16 else torch.int16).abs_().mul_(2).sub_(negative)
+        return key.add_(-128).to(torch.int8) if codes.dtype == torch.int8 else key
+
+    def combine(self, candidates: Tensor) -> Tensor:
+        return candidates[0] if candidates.shape[0] == 1 else candidates.amax(0)
+
+    def decode_codes(self, joined: Tensor, query: str) -> Tensor:
+        if query == "signed_max":
+            return joined
+        if joined.dtype == torch.int8:
+            # key + 128 = 2 |code| + sign, as an unsigned byte
+            key = joined.view(torch.uint8) ^ 128
+            magnitude, sign = (key >> 1).view(torch.int8), (key & 1).view(torch.int8)
+        else:
+            magnitude, sign = joined >> 1, joined & 1
+        return magnitude.mul_(sign.mul_(-2).add_(1))
 
     def divisor(self, rows: int) -> int:
         return 1

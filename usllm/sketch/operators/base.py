@@ -8,7 +8,9 @@ from torch import Tensor
 
 
 class Operator(Protocol):
-    """One way to fill and to read a sketch. Operators are stateless; they see blocks of one class of channels.
+    """One way to fill and to read a sketch. Operators are stateless.
+
+    Both directions work on encoded values, so that what runs over every weight is one gather and one reduction.
 
     Attributes:
         linear: Whether decoding is linear in the states, so that products may be folded (`peers.md` §3).
@@ -18,7 +20,7 @@ class Operator(Protocol):
     linear: bool
     pad: int | float
 
-    def encode(self, block: Tensor) -> Tensor:
+    def encode(self, weights: Tensor) -> Tensor:
         """Bring fp32 weights (any shape, may be overwritten) into the form that :meth:`reduce` reads."""
         ...
 
@@ -27,16 +29,24 @@ class Operator(Protocol):
 
         Args:
             slots: Encoded members [rows, slots, states, channels]; unused slots hold ``pad``.
-            load: Members per bucket, int64 [rows, states, 1].
+            load: Members per bucket, int32 [rows, states, 1].
         """
         ...
 
     def decode(self, states: Tensor) -> Tensor:
-        """Encoded states (any shape) as fp32; 0 where a bucket had no member."""
+        """Encoded states (any shape) as fp32; 0 or NaN where a bucket had no member."""
         ...
 
-    def combine(self, candidates: Tensor, query: str) -> Tensor:
-        """Join the rows' candidate codes [rows, n, channels] (int8 or int16) into integers [n, channels]."""
+    def encode_codes(self, codes: Tensor, query: str) -> Tensor:
+        """Bring quantised states (int8 or int16, any shape) into the form that :meth:`combine` reads."""
+        ...
+
+    def combine(self, candidates: Tensor) -> Tensor:
+        """Join the rows' encoded candidates [rows, n, channels] into [n, channels]."""
+        ...
+
+    def decode_codes(self, joined: Tensor, query: str) -> Tensor:
+        """Joined candidates (any shape) as integers."""
         ...
 
     def divisor(self, rows: int) -> int:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class CountMin:
-    """Signed sum in, minimum magnitude out."""
+    """Signed sum in, minimum magnitude out; of two equal magnitudes a query takes the first row's."""
 
-    linear = False
-    pad = 0.0
+    linear: bool = False
+    pad: int | float = 0.0
 
-    def encode(self, block: Tensor) -> Tensor:
-        return block
+    def encode(self, weights: Tensor) -> Tensor:
+        return weights
 
     def reduce(self, slots: Tensor, load: Tensor) -> Tensor:
         return slots.sum(1)
@@ -23,11 +23,17 @@ class CountMin:
     def decode(self, states: Tensor) -> Tensor:
         return states
 
-    def combine(self, candidates: Tensor, query: str) -> Tensor:
+    def encode_codes(self, codes: Tensor, query: str) -> Tensor:
+        return codes
+
+    def combine(self, candidates: Tensor) -> Tensor:
         best = candidates[0]
         for other in candidates[1:]:
             best = other.where(other.abs() < best.abs(), best)
         return best
+
+    def decode_codes(self, joined: Tensor, query: str) -> Tensor:
+        return joined
 
     def divisor(self, rows: int) -> int:
         return 1

@@ -9,11 +9,11 @@ from torch import Tensor
 class Mean:
     """Mean of the members in, mean of the rows out."""
 
-    linear = True
-    pad = 0.0
+    linear: bool = True
+    pad: int | float = 0.0
 
-    def encode(self, block: Tensor) -> Tensor:
-        return block
+    def encode(self, weights: Tensor) -> Tensor:
+        return weights
 
     def reduce(self, slots: Tensor, load: Tensor) -> Tensor:
         return slots.sum(1) / load.clamp_min(1)
@@ -21,8 +21,14 @@ class Mean:
     def decode(self, states: Tensor) -> Tensor:
         return states
 
-    def combine(self, candidates: Tensor, query: str) -> Tensor:
-        return candidates[0] if candidates.shape[0] == 1 else candidates.sum(0, dtype=torch.int32)
+    def encode_codes(self, codes: Tensor, query: str) -> Tensor:
+        return codes
+
+    def combine(self, candidates: Tensor) -> Tensor:
+        return candidates.sum(0, dtype=torch.int32)
+
+    def decode_codes(self, joined: Tensor, query: str) -> Tensor:
+        return joined
 
     def divisor(self, rows: int) -> int:
         return rows
