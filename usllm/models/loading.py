@@ -41,7 +41,7 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
     config: PretrainedConfig = _explained(spec, lambda: AutoConfig.from_pretrained(source, **options))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"model.name={spec.name!r} is a {config.model_type!r}, not a decoder-only language model that "
+            f"The model {_place(spec)} is a {config.model_type!r}, not a decoder-only language model that "
             "transformers' AutoModelForCausalLM loads; choose a Llama-like model"
         )
     return config
@@ -59,9 +59,8 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     source, options = _locate(spec)
     tokenizer: PreTrainedTokenizerBase = _explained(spec, lambda: AutoTokenizer.from_pretrained(source, **options))
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"The tokenizer of model.name={spec.name!r} has no end-of-text token (eos_token); set one in it"
-        )
+        raise UserError(f"The tokenizer of model {_place(spec)} has no end-of-text token (eos_token); set one in it")
+    tokenizer.name_or_path = _place(spec)  # reports show it; the folder of a decoded GGUF file says nothing
     return tokenizer
 
 
@@ -98,9 +97,7 @@ def check_context_length(config: PretrainedConfig, context_length: int, key: str
     """
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and context_length > limit:
-        raise UserError(
-            f"{key}={context_length} is longer than the model's context of {limit} tokens; use at most that"
-        )
+        raise UserError(f"{key}={context_length} is longer than the model's context; use at most {limit} tokens")
 
 
 def _check(spec: ModelSpec) -> None:
@@ -134,8 +131,11 @@ def _explained(spec: ModelSpec, load: Callable[[], T]) -> T:
                 f"hub ({_first_line(error)}). Without a network, use model=smollm2_135m (installed from PyPI), "
                 "model=folder model.name=<folder> or model=gguf model.file=<file>; a gated model needs `hf auth login`"
             ) from error
-        place = spec.file if spec.kind == "gguf" else spec.name
-        raise UserError(f"The model at {place} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"The model at {_place(spec)} cannot be loaded: {_first_line(error)}") from error
+
+
+def _place(spec: ModelSpec) -> str:
+    return str(spec.file if spec.kind == "gguf" else spec.name)
 
 
 def _first_line(error: Exception) -> str:
