@@ -65,9 +65,7 @@ KILLS = {
 
 
 @pytest.mark.parametrize("kill", KILLS.values(), ids=KILLS)
-def test_resumed_run_is_equal_wherever_it_was_killed(
-    kill: tuple[str, int], uninterrupted: Any, tmp_path: Path
-) -> None:
+def test_resumed_run_is_equal_wherever_it_was_killed(kill: tuple[str, int], uninterrupted: Any, tmp_path: Path) -> None:
     whole = uninterrupted(Settings())
     kill_then_resume(tmp_path / "run", Settings(), kill)
     assert_equal_runs(whole, tmp_path / "run")

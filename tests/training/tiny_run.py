@@ -31,7 +31,7 @@ from usllm.training import (
     latest_checkpoint,
 )
 
-WORDS = "the sketch shares few states among many weights and a hash of the address tells which of them share one".split()
+TEXT = "few states are shared by many weights and a hash of the address tells which ones share which"
 
 
 class Killed(Exception):
@@ -40,7 +40,7 @@ class Killed(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the tests vary. ``kill_at`` is ``(hook, n)``: the n-th call (from 1) of that callback hook does not return."""
+    """What the tests vary. ``kill_at`` is ``(hook, n)``: the n-th call of that callback hook never returns."""
 
     steps: int = 6
     accumulate: int = 2
@@ -106,7 +106,7 @@ def build(folder: Path, settings: Settings, *extra: Callback) -> tuple[Trainer, 
     folder.mkdir(parents=True, exist_ok=True)
     text = folder.parent / "text.txt"
     if not text.exists():
-        text.write_text("\n\n".join(" ".join(WORDS[i % 19 :] + WORDS[: i % 7]) for i in range(40)))
+        text.write_text("\n\n".join(TEXT[i % 29 :] + TEXT[: i % 13] for i in range(40)))
     kill = [] if settings.kill_at is None else [Kill(*settings.kill_at, settings.sigkill)]
     trainer = Trainer(
         accelerator="cpu",

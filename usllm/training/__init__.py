@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from usllm.training.checkpoints import AtomicCheckpointIO, StepCheckpoint, latest_checkpoint, load_checkpoint
 from usllm.training.module import SketchFinetuner, sketch_finetuner
-from usllm.training.objectives import CrossEntropy, Distill, Objective, build_objective
+from usllm.training.objectives import CrossEntropy, Distill, Objective, build_objective, next_token_loss
 from usllm.training.optimization import OptimizerConfig, build_optimizer, build_schedule
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "build_schedule",
     "latest_checkpoint",
     "load_checkpoint",
+    "next_token_loss",
     "sketch_finetuner",
 ]

@@ -82,7 +82,9 @@ class SketchFinetuner(LightningModule):
         self.objective.attach(model)
         swap_linears_(model, self.patterns)
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # transformers 5.23 renamed it, and warns about the old name
+            old_name = model.gradient_checkpointing_enable
+            getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
         self.model = model.train()  # transformers hands models out in evaluation mode, and Lightning keeps it
 
     @property

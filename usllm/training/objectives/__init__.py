@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from usllm.errors import UserError
@@ -20,10 +21,12 @@ def build_objective(name: str, **arguments: Any) -> Objective:
     """
     if name not in OBJECTIVES:
         raise UserError(f"objective.name={name!r}: unknown; choose one of {', '.join(OBJECTIVES)}")
-    try:
-        return OBJECTIVES[name](**arguments)
-    except TypeError as error:
-        raise UserError(f"objective={name}: {error}") from error
+    known = inspect.signature(OBJECTIVES[name]).parameters
+    if unknown := [key for key in arguments if key not in known]:
+        raise UserError(
+            f"objective={name} has no {', '.join(unknown)}; it takes {', '.join(known) if known else 'no arguments'}"
+        )
+    return OBJECTIVES[name](**arguments)
 
 
 __all__ = ["OBJECTIVES", "Batch", "CrossEntropy", "Distill", "Objective", "build_objective", "next_token_loss"]
