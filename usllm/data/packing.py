@@ -90,7 +90,8 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:
 
 def _tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int, folder: Path) -> Dataset:
     """Column ``ids``: the tokens of each document and the end-of-text token."""
-    from datasets import Features, List, Value
+    import pyarrow as pa
+    from datasets import Features
 
     end = tokenizer.eos_token_id
 
@@ -104,7 +105,7 @@ def _tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: 
         batch_size=256,
         num_proc=num_proc if num_proc > 1 and len(documents) >= 2 * 256 else None,
         remove_columns=documents.column_names,
-        features=Features({"ids": List(Value("int32"))}),
+        features=Features.from_arrow_schema(pa.schema({"ids": pa.list_(pa.int32())})),
         cache_file_name=str(folder / "tokenised.arrow"),
         # Our own key has taken care of the content; this keeps datasets from hashing the tokenizer by pickling it.
         new_fingerprint=folder.name.replace(".", "_")[:64],

@@ -1,0 +1,165 @@
+"""Batches for training, validation and calibration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from usllm.data import SourceSpec
+from usllm.data.datamodule import TextDataModule
+from usllm.errors import UserError
+from usllm.models.random_model import byte_tokenizer
+
+
+def _text(path: Path, name: str, documents: int = 40) -> SourceSpec:
+    path.mkdir(exist_ok=True)
+    (path / name).write_text("\n\n".join(f"{name} document {number}" for number in range(documents)))
+    return SourceSpec(kind="text", path=str(path / name))
+
+
+def _module(tmp_path: Path, **options: object) -> TextDataModule:
+    defaults = {"context_length": 16, "batch_size": 2, "validation_fraction": 0.2, "cache_dir": tmp_path / "cache"}
+    train = options.pop("train", None) or _text(tmp_path, "train")
+    return TextDataModule(byte_tokenizer(), train, **{**defaults, **options})  # type: ignore[arg-type]
+
+
+def _attach(module: TextDataModule, max_steps: int = 3, accumulate: int = 2, world: int = 1, rank: int = 0) -> None:
+    module.trainer = SimpleNamespace(  # type: ignore[assignment]
+        max_steps=max_steps, accumulate_grad_batches=accumulate, world_size=world, global_rank=rank
+    )
+
+
+def test_training_covers_the_whole_run(tmp_path: Path) -> None:
+    module = _module(tmp_path)
+    _attach(module)
+    batches = list(module.train_dataloader())
+    assert len(batches) == len(module.train_dataloader()) == 6
+    assert {batch["input_ids"].shape for batch in batches} == {(2, 16)}
+    assert batches[0]["input_ids"].dtype == torch.int64
+    assert torch.equal(batches[0]["labels"], batches[0]["input_ids"])
+
+
+def test_order_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    def first(seed: int) -> torch.Tensor:
+        module = _module(tmp_path, seed=seed)
+        _attach(module)
+        return next(iter(module.train_dataloader()))["input_ids"]
+
+    torch.manual_seed(1)
+    one = first(0)
+    torch.manual_seed(2)
+    assert torch.equal(first(0), one)
+    assert not torch.equal(first(1), one)
+
+
+@pytest.mark.parametrize("taken", [1, 4, 5])
+def test_loader_goes_on_where_its_state_was_taken(tmp_path: Path, taken: int) -> None:
+    module = _module(tmp_path)
+    _attach(module)
+    whole = [batch["input_ids"] for batch in module.train_dataloader()]
+    loader = module.train_dataloader()
+    iterator = iter(loader)
+    for _ in range(taken):
+        next(iterator)
+    state = loader.state_dict()
+    fresh = module.train_dataloader()
+    fresh.load_state_dict(state)
+    rest = [batch["input_ids"] for batch in fresh]
+    assert len(rest) == len(whole) - taken
+    assert all(torch.equal(a, b) for a, b in zip(rest, whole[taken:], strict=True))
+
+
+def test_ranks_share_the_sequences(tmp_path: Path) -> None:
+    seen = []
+    for rank in range(2):
+        module = _module(tmp_path)
+        _attach(module, max_steps=2, accumulate=1, world=2, rank=rank)
+        seen += [row.tolist() for batch in module.train_dataloader() for row in batch["input_ids"]]
+    assert len({tuple(row) for row in seen}) == 8
+
+
+def test_without_steps_there_is_no_order(tmp_path: Path) -> None:
+    module = _module(tmp_path)
+    _attach(module, max_steps=-1)
+    with pytest.raises(UserError, match=r"trainer\.max_steps"):
+        module.train_dataloader()
+
+
+def test_validation_holds_other_documents_than_training(tmp_path: Path) -> None:
+    module = _module(tmp_path)
+    tokenizer = module.tokenizer
+
+    def documents(rows: list[list[int]]) -> set[str]:
+        stream = tokenizer.decode([token for row in rows for token in row])
+        return set(stream.split(tokenizer.eos_token)[:-1])
+
+    train = documents(module.train_sequences["input_ids"][:])
+    validation = documents(module.validation_sequences["input_ids"][:])
+    assert train.isdisjoint(validation)
+    assert len(validation) >= 7  # a fifth of 40, less what the remainder cut off
+
+
+def test_split_is_the_same_for_every_seed(tmp_path: Path) -> None:
+    tokens = [_module(tmp_path, seed=seed).validation_tokens() for seed in range(2)]
+    assert torch.equal(tokens[0], tokens[1])
+    assert tokens[0].shape == (len(_module(tmp_path).validation_sequences) * 16,)
+
+
+def test_validation_source_is_used_where_given(tmp_path: Path) -> None:
+    module = _module(tmp_path, validation=_text(tmp_path, "held"))
+    assert module.tokenizer.decode(module.validation_tokens()).startswith("held document 0")
+    _attach(module)
+    rows = torch.cat([batch["input_ids"] for batch in module.val_dataloader()])
+    assert torch.equal(rows.flatten(), module.validation_tokens())
+
+
+def test_validation_does_not_touch_the_global_rng(tmp_path: Path) -> None:
+    module = _module(tmp_path)
+    _attach(module)
+    before = torch.get_rng_state()
+    list(module.val_dataloader())
+    list(module.calibration_batches(4))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_calibration_sees_what_training_sees_first(tmp_path: Path) -> None:
+    module = _module(tmp_path)
+    _attach(module)
+    trained = torch.cat([batch["input_ids"] for batch in module.train_dataloader()])
+    calibrated = torch.cat([batch["input_ids"] for batch in module.calibration_batches(5)])
+    assert torch.equal(calibrated, trained[:5])
+
+
+def test_calibration_repeats_nothing_when_there_is_too_little(tmp_path: Path) -> None:
+    module = _module(tmp_path)
+    rows = torch.cat([batch["input_ids"] for batch in module.calibration_batches(10_000)])
+    assert len(rows) == len(module.train_sequences)
+
+
+def test_steps_of_a_pass_are_rounded_up(tmp_path: Path) -> None:
+    module = _module(tmp_path)
+    count = len(module.train_sequences)
+    assert module.steps_for(1, accumulate_grad_batches=2) == -(-count // 4)
+    assert module.steps_for(3) == -(-3 * count // 2)
+    assert module.steps_for(0.0001) == 1
+
+
+def test_one_document_cannot_be_split(tmp_path: Path) -> None:
+    module = _module(tmp_path, train=_text(tmp_path, "single", documents=1))
+    with pytest.raises(UserError, match=r"one document.*data\.validation"):
+        module.setup()
+
+
+def test_too_short_held_out_text_names_the_fraction(tmp_path: Path) -> None:
+    module = _module(tmp_path, validation_fraction=0.02, context_length=64)
+    with pytest.raises(UserError, match=r"data\.validation holds.*data\.validation_fraction"):
+        module.setup()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_impossible_fraction_is_refused(tmp_path: Path, fraction: float) -> None:
+    with pytest.raises(UserError, match=r"data\.validation_fraction"):
+        _module(tmp_path, validation_fraction=fraction).setup()

@@ -1,0 +1,97 @@
+"""Packing keeps every token in order, and its cache is decided by content alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+from usllm.data import packing
+from usllm.data.packing import pack
+from usllm.errors import UserError
+from usllm.models.random_model import byte_tokenizer
+
+END = 256
+
+
+def _packed(texts: list[str], length: int, folder: Path, **options: int) -> list[list[int]]:
+    documents = Dataset.from_dict({"text": texts})
+    return pack(documents, byte_tokenizer(), length, key="data.train", cache_dir=folder, **options)["input_ids"][:]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.text(alphabet="abc é", min_size=1), min_size=1, max_size=8), st.integers(1, 9))
+def test_sequences_are_the_documents_with_an_end_after_each(texts: list[str], length: int) -> None:
+    tokenizer = byte_tokenizer()
+    stream = [token for text in texts for token in [*tokenizer(text).input_ids, END]]
+    expected = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+    with TemporaryDirectory() as folder:
+        if expected:
+            assert _packed(texts, length, Path(folder)) == expected
+        else:
+            with pytest.raises(UserError):
+                _packed(texts, length, Path(folder))
+
+
+def test_sequences_cross_the_batches_of_tokenising(tmp_path: Path) -> None:
+    texts = [f"document {number}" for number in range(700)]
+    tokenizer = byte_tokenizer()
+    stream = [token for text in texts for token in [*tokenizer(text).input_ids, END]]
+    assert sum(_packed(texts, 97, tmp_path), []) == stream[: len(stream) // 97 * 97]
+
+
+def test_processes_do_not_change_the_result(tmp_path: Path) -> None:
+    texts = [f"document {number}" for number in range(600)]
+    assert _packed(texts, 64, tmp_path / "1") == _packed(texts, 64, tmp_path / "2", num_proc=2)
+
+
+def test_tokens_that_the_tokenizer_adds_stay_at_each_document(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", END)]
+    )
+    documents = Dataset.from_dict({"text": ["a", "b"]})
+    plain = _packed(["a", "b"], 2, tmp_path)
+    with_bos = pack(documents, tokenizer, 3, key="data.train", cache_dir=tmp_path)["input_ids"][:]
+    assert with_bos == [[END, *plain[0]], [END, *plain[1]]]
+
+
+def test_second_call_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = _packed(["some text"], 4, tmp_path)
+    monkeypatch.setattr(packing, "_tokenise", lambda *a: pytest.fail("tokenised again"))
+    assert _packed(["some text"], 4, tmp_path) == first
+
+
+def test_cache_holds_sequences_only(tmp_path: Path) -> None:
+    _packed(["some text"] * 600, 4, tmp_path, num_proc=2)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["sequences.arrow"]
+
+
+def test_text_length_and_tokenizer_each_make_an_entry(tmp_path: Path) -> None:
+    documents = Dataset.from_dict({"text": ["some text"]})
+    other = byte_tokenizer()
+    other.add_tokens(["text"])
+    _packed(["some text"], 4, tmp_path)
+    _packed(["some texts"], 4, tmp_path)
+    _packed(["some", " text"], 4, tmp_path)
+    _packed(["some text"], 5, tmp_path)
+    pack(documents, other, 4, key="data.train", cache_dir=tmp_path)
+    assert len(list((tmp_path / "sequences").iterdir())) == 5
+
+
+def test_too_short_text_says_how_many_tokens_are_needed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.train holds 5 tokens.*data\.context_length=6"):
+        _packed(["four"], 6, tmp_path)
+    assert list((tmp_path / "sequences").iterdir()) == []
+
+
+def test_tokenizer_without_end_of_text_is_refused(tmp_path: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend_tokenizer)
+    with pytest.raises(UserError, match="end-of-text"):
+        pack(Dataset.from_dict({"text": ["a"]}), tokenizer, 1, key="data.train", cache_dir=tmp_path)

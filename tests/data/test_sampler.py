@@ -1,0 +1,57 @@
+"""The order of training depends on seed and position alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from usllm.data.sampler import UnrolledSampler
+
+
+@given(st.integers(1, 30), st.integers(1, 100), st.integers(0, 5))
+def test_every_pass_draws_each_sequence_once(size: int, total: int, seed: int) -> None:
+    drawn = list(UnrolledSampler(size, total, seed))
+    assert len(drawn) == total == len(UnrolledSampler(size, total, seed))
+    for start in range(0, total, size):
+        counts = Counter(drawn[start : start + size])
+        assert max(counts.values()) == 1
+        assert set(counts) <= set(range(size))
+
+
+@given(st.integers(1, 30), st.integers(1, 40), st.integers(1, 4))
+def test_ranks_take_turns_in_the_order_of_one_process(size: int, total: int, world: int) -> None:
+    whole = list(UnrolledSampler(size, total * world, 0))
+    for rank in range(world):
+        assert list(UnrolledSampler(size, total, 0, rank, world)) == whole[rank::world]
+
+
+@given(st.integers(1, 30), st.integers(1, 60), st.integers(1, 60))
+def test_a_shorter_run_is_the_beginning_of_a_longer_one(size: int, short: int, more: int) -> None:
+    longer = list(UnrolledSampler(size, short + more, 3))
+    assert list(UnrolledSampler(size, short, 3)) == longer[:short]
+
+
+def test_passes_and_seeds_differ() -> None:
+    two = list(UnrolledSampler(100, 200, 0))
+    other = list(UnrolledSampler(100, 100, 1))
+    assert two[:100] != two[100:]
+    assert other not in (two[:100], two[100:])
+
+
+def test_global_rng_is_neither_read_nor_changed() -> None:
+    torch.manual_seed(1)
+    first = list(UnrolledSampler(20, 20, 0))
+    before = torch.get_rng_state()
+    second = list(UnrolledSampler(20, 20, 0))
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("arguments", [(0, 1, 0), (1, 0, 0), (1, 1, 0, 2, 2)])
+def test_impossible_sizes_are_refused(arguments: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        UnrolledSampler(*arguments)
