@@ -22,6 +22,7 @@ _QUIET_WARNINGS = (
     r".*You're resuming from a checkpoint that ended before the epoch ended.*",
     r".*Precision bf16-mixed is not supported by the model summary.*",
     r".*Found \d+ module\(s\) in eval mode at the start of training.*",
+    r"'set_vital' is deprecated.*",
     r".*`lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",
 )
 _QUIET_LOGGERS = ("lightning.pytorch", "lightning.fabric", "transformers", "datasets", "httpx", "fsspec")
@@ -44,12 +45,20 @@ def report_errors(program: str, task: Callable[[], None]) -> None:
         sys.exit(EXIT_INTERRUPTED)
 
 
-def quiet_libraries() -> None:
-    """Keep third-party chatter off the screen; their errors and our own warnings stay."""
+def quiet_environment() -> None:
+    """Settings that libraries read when they are imported; to be called before that."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data sets fork worker processes
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("WANDB_SILENT", "true")
+
+
+def quiet_libraries() -> None:
+    """Keep third-party chatter off the screen; to be called after imports, which set levels of their own.
+
+    Errors stay, and so do warnings, ours without the line of code that nobody wants to read.
+    """
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     for pattern in _QUIET_WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
     for name in _QUIET_LOGGERS:
@@ -59,8 +68,8 @@ def quiet_libraries() -> None:
 def expand_model(arguments: list[str]) -> list[str]:
     """Let ``model=`` take a GGUF file, a folder or a hub name besides the options of the group ``model``.
 
-    A value that looks like a place (it has a slash, ends in ``.gguf``, or is an existing folder) becomes the group option
-    that reads such places; everything else is left to Hydra.
+    A value that looks like a place (it has a slash, ends in ``.gguf``, or is an existing folder) becomes the group
+    option that reads such places; everything else is left to Hydra.
     """
     expanded: list[str] = []
     for argument in arguments:
@@ -69,9 +78,7 @@ def expand_model(arguments: list[str]) -> list[str]:
             expanded.append(argument)
         elif value.endswith(".gguf"):
             expanded += ["model=gguf", f"model.file={_quoted(value)}"]
-        elif Path(value).expanduser().is_dir():
-            expanded += ["model=folder", f"model.name={_quoted(value)}"]
-        elif value.startswith(("/", "./", "../", "~")):
+        elif Path(value).expanduser().is_dir() or value.startswith(("/", "./", "../", "~")):
             expanded += ["model=folder", f"model.name={_quoted(value)}"]
         elif "/" in value:
             expanded += ["model=hub", f"model.name={_quoted(value)}"]

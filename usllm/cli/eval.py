@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from usllm.cli.command import expand_model, quiet_libraries, report_errors
+from usllm.cli.command import expand_model, quiet_environment, quiet_libraries, report_errors
 from usllm.runs.directory import register_resolvers
 
 PROGRAM = "usllm-eval"
@@ -19,13 +20,16 @@ PROGRAM = "usllm-eval"
 @hydra.main(version_base="1.3", config_path="pkg://usllm.conf", config_name="eval")
 def _eval(cfg: DictConfig) -> None:
     def task() -> None:
-        quiet_libraries()
+        quiet_environment()
         from usllm.config import check_eval
 
         config = check_eval(cfg)
         from usllm.runs.evaluate import evaluate
 
-        evaluate(config, command=" ".join([PROGRAM, *sys.argv[1:]]))
+        quiet_libraries()
+        given = HydraConfig.get().overrides.task
+        own_evaluation = any(override.lstrip("+~").startswith("evaluation") for override in given)
+        evaluate(config, " ".join([PROGRAM, *sys.argv[1:]]), own_evaluation)
 
     report_errors(PROGRAM, task)
 

@@ -10,7 +10,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from usllm.cli.command import expand_model, quiet_libraries, report_errors
+from usllm.cli.command import expand_model, quiet_environment, quiet_libraries, report_errors
 from usllm.runs.directory import register_resolvers
 
 PROGRAM = "usllm-train"
@@ -19,12 +19,13 @@ PROGRAM = "usllm-train"
 @hydra.main(version_base="1.3", config_path="pkg://usllm.conf", config_name="train")
 def _train(cfg: DictConfig) -> None:
     def task() -> None:
-        quiet_libraries()
+        quiet_environment()
         from usllm.config import check_train, plain_config
 
         config = check_train(cfg)
         from usllm.runs.finetune import finetune
 
+        quiet_libraries()
         finetune(config, plain_config(cfg), command=" ".join([PROGRAM, *sys.argv[1:]]))
 
     report_errors(PROGRAM, task)

@@ -7,7 +7,7 @@ from usllm.config.schema import (
     EvaluationConfig,
     TrainConfig,
 )
-from usllm.config.validation import check_eval, check_train, plain_config, sketch_config
+from usllm.config.validation import check_eval, check_train, plain_config, section_of, sketch_config
 
 __all__ = [
     "AllocationConfig",
@@ -18,5 +18,6 @@ __all__ = [
     "check_eval",
     "check_train",
     "plain_config",
+    "section_of",
     "sketch_config",
 ]

@@ -106,7 +106,9 @@ def check_data(data: DataConfig, problems: Problems) -> None:
 def check_evaluation(evaluation: EvaluationConfig, problems: Problems) -> None:
     for name, source in evaluation.test_sets.items():
         check_source(f"evaluation.test_sets.{name}", source, problems)
-    problems.require(len(evaluation.windows) > 0, "evaluation.windows", evaluation.windows, "give at least one, say 512")
+    problems.require(
+        len(evaluation.windows) > 0, "evaluation.windows", evaluation.windows, "give at least one, say 512"
+    )
     for window in evaluation.windows:
         problems.number("evaluation.windows", window, least=2)
     problems.number("evaluation.max_windows", evaluation.max_windows, least=1)
@@ -144,7 +146,9 @@ def _check_trainer_names(trainer: dict[str, Any], problems: Problems) -> None:
     known = set(inspect.signature(Trainer.__init__).parameters) - {"self", *RESERVED_TRAINER_KEYS} | {"epochs"}
     for key in trainer:
         if key in RESERVED_TRAINER_KEYS:
-            problems.append(f"trainer.{key}: set by usllm; use the groups callbacks and logger, run_dir and trainer.epochs")
+            problems.append(
+                f"trainer.{key}: set by usllm; use the groups callbacks and logger, run_dir and trainer.epochs"
+            )
         elif key not in known:
             problems.append(f"trainer.{key}={trainer[key]}: not an argument of lightning.Trainer")
 
@@ -153,4 +157,6 @@ def check_nodes(group: str, nodes: dict[str, Any] | None, problems: Problems) ->
     """``callbacks`` and ``logger`` hold named nodes, each with a ``_target_``; ``null`` removes one."""
     for name, node in (nodes or {}).items():
         if node is not None and not (isinstance(node, dict) and isinstance(node.get("_target_"), str)):
-            problems.append(f"{group}.{name}={node}: needs a _target_ (the dotted name of a class), or null to remove it")
+            problems.append(
+                f"{group}.{name}={node}: needs a _target_ (the dotted name of a class), or null to remove it"
+            )

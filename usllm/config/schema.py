@@ -22,6 +22,7 @@ class DataConfig:
         train: the text that is trained on.
         validation: the text that is validated on; ``None`` holds out ``validation_fraction`` of the training documents.
         context_length: tokens per packed sequence.
+        cache_dir: where packed sequences are kept between runs.
         num_proc: processes that tokenise.
         batch_size: sequences per micro batch.
         num_workers: processes that load batches.
@@ -31,6 +32,7 @@ class DataConfig:
     validation: SourceSpec | None = None
     validation_fraction: float = 0.02
     context_length: int = 512
+    cache_dir: str = "~/.cache/usllm"
     num_proc: int = 2
     batch_size: int = 4
     num_workers: int = 0
@@ -47,9 +49,18 @@ class AllocationConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Perplexity test sets by name, and the windows (tokens) they are cut into."""
+    """What perplexity is measured on.
+
+    Attributes:
+        test_sets: sources by name.
+        validation_split: measure the run's held-out text too, as the test set ``validation``.
+        windows: tokens per window; each test set is measured with each.
+        max_windows: measure only the first ones.
+        batch_size: windows per forward pass.
+    """
 
     test_sets: dict[str, SourceSpec] = field(default_factory=dict)
+    validation_split: bool = True
     windows: list[int] = field(default_factory=lambda: [512])
     max_windows: int | None = None
     batch_size: int = 1

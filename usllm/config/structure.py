@@ -1,7 +1,7 @@
 """Merging a composed configuration into dataclasses, collecting every mismatch instead of stopping at the first.
 
-The dataclasses belong to the parts they configure (``SketchConfig``, ``ModelSpec``, …): a field added there is a key that
-the configuration accepts, with its type. OmegaConf converts and checks each value.
+The dataclasses belong to the parts they configure (``SketchConfig``, ``ModelSpec``, …): a field added there is a key
+that the configuration accepts, with its type. OmegaConf converts and checks each value.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def merge_typed(cls: type[T], given: Mapping[Any, Any], problems: list[str], pat
 def merge_values(
     cls: type, given: Mapping[Any, Any], problems: list[str], path: str = "", exclude: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """As :func:`merge_typed`, giving the keyword arguments for ``cls`` instead; ``exclude`` names fields set elsewhere."""
+    """As :func:`merge_typed`, giving the arguments for ``cls`` instead; ``exclude`` names fields set elsewhere."""
     hints = get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in exclude}
     values: dict[str, Any] = {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,6 +14,8 @@ from usllm.config.schema import AllocationConfig, EvalConfig, TrainConfig
 from usllm.config.structure import built, merge_typed, merge_values
 from usllm.errors import UserError
 from usllm.sketch import SketchConfig
+
+T = TypeVar("T")
 
 # Fields of SketchConfig that the user sets in the group `allocation`.
 _ALLOCATION_KEYS = {"allocation": "name", "layer_budget": "layer_budget", "min_importance": "min_importance"}
@@ -52,6 +55,8 @@ def check_train(cfg: DictConfig | dict[str, Any]) -> TrainConfig:
     rules.check_nodes("callbacks", config.callbacks, problems)
     rules.check_nodes("logger", config.logger, problems)
     rules.check_evaluation(config.evaluation, problems)
+    if not config.evaluation.test_sets and not config.evaluation.validation_split:
+        problems.append("evaluation.test_sets: none given and evaluation.validation_split=false: nothing is measured")
     rules.check_trainer(config.trainer, config.optimizer.warmup_steps, problems)
     if problems:
         raise user_error(problems)
@@ -72,11 +77,27 @@ def check_eval(cfg: DictConfig | dict[str, Any]) -> EvalConfig:
     if config.ckpt is None:
         rules.check_model(config.model, problems)
     rules.check_evaluation(config.evaluation, problems)
-    if not config.evaluation.test_sets:
-        problems.append("evaluation.test_sets: none given; pass evaluation=..., or +evaluation.test_sets.<name>.kind=...")
+    if config.ckpt is None and not config.evaluation.test_sets:
+        problems.append(
+            "evaluation.test_sets: none given; pass +evaluation.test_sets.<name>.kind=text and "
+            "+evaluation.test_sets.<name>.path=<file>"
+        )
     if problems:
         raise user_error(problems)
     return config
+
+
+def section_of(cls: type[T], plain: Mapping[str, Any], path: str) -> T:
+    """One typed group of a configuration that was checked before, such as one stored in a checkpoint.
+
+    Raises:
+        UserError: With all problems of that group.
+    """
+    problems = Problems()
+    section = merge_typed(cls, plain, problems, f"{path}.")
+    if section is None or problems:
+        raise user_error(problems)
+    return section
 
 
 def sketch_config(config: TrainConfig) -> SketchConfig:

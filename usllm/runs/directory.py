@@ -25,16 +25,18 @@ MAX_NAME_BYTES = 120  # far below the 255 that file systems allow: checkpoints a
 def run_id(override_dirname: str) -> str:
     """A folder name for the overrides of a run: readable, unique, and short enough for every file system.
 
+    It holds no ``=``, comma, bracket or quote, so that its path needs no quotes as a value on the command line.
+
     Args:
-        override_dirname: Hydra's sorted, comma-separated overrides without those that do not tell runs apart.
+        override_dirname: Hydra's sorted overrides (``key-value`` joined by ``+``), without those that do not tell runs
+            apart.
 
     Returns:
         ``default`` without overrides; else the overrides, with a hash appended where they had to be altered.
     """
     if not override_dirname:
         return "default"
-    name = re.sub(r"[^\w.,=+~\[\]-]", "_", override_dirname)[:MAX_NAME_BYTES]
-    name = name.encode("ascii", "replace").decode().replace("?", "_").strip(".")
+    name = re.sub(r"[^A-Za-z0-9_.+-]", "_", override_dirname)[:MAX_NAME_BYTES].strip(".")
     if name == override_dirname:
         return name
     digest = hashlib.sha256(override_dirname.encode()).hexdigest()[:8]

@@ -11,20 +11,20 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import LearningRateMonitor, Timer
 from rich.console import Console
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from usllm.callbacks import SketchHealth
-from usllm.config import TrainConfig, sketch_config
+from usllm.config import DataConfig, EvaluationConfig, TrainConfig, sketch_config
 from usllm.data.datamodule import TextDataModule
 from usllm.eval.perplexity import bos_rule, check_long_enough, tokenise_test_sets, tokenizer_name
 from usllm.models.loading import check_context_length, load_config, load_dense, load_tokenizer
-from usllm.nn import CompressionReport, compression_report
+from usllm.nn import compression_report, sketched_layers
 from usllm.runs.directory import REPORT_FILE, checkpoint_folder, finished_report, refuse_used, write_json
 from usllm.runs.machine import machine
 from usllm.runs.measure import BaselinePerplexity, measure, merge_stages
@@ -65,8 +65,8 @@ def finetune(config: TrainConfig, plain: Mapping[str, Any], command: str) -> dic
         check_context_length(model_config, window, "evaluation.windows")
     tokenizer = load_tokenizer(config.model)
     console.print("Reading and tokenising text …")
-    data = build_data(config, tokenizer)
-    streams = test_streams(config, tokenizer, data)
+    data = build_data(config.data, tokenizer, config.seed)
+    streams = token_streams(config.evaluation, tokenizer, data)
     accumulate = int(config.trainer.get("accumulate_grad_batches", 1))
     max_steps = config.trainer.get("max_steps") or data.steps_for(
         config.trainer["epochs"], accumulate, devices_in(config.trainer)
@@ -77,10 +77,14 @@ def finetune(config: TrainConfig, plain: Mapping[str, Any], command: str) -> dic
     if checkpoint is not None:
         console.print(f"Continuing from {checkpoint}", markup=False)
     baseline = BaselinePerplexity(run_dir, tokenizer, streams, config.evaluation)
-    timer = Timer()
-    callbacks = build_nodes("callbacks", config.callbacks)
     loggers = list(build_nodes("logger", config.logger).values())
-    trainer = build_trainer(config, max_steps, [baseline], [*callbacks.values(), timer], loggers)
+    callbacks = list(build_nodes("callbacks", config.callbacks).values())
+    if not loggers:  # Lightning refuses this one where it has nowhere to write
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
+    timer = next((callback for callback in callbacks if isinstance(callback, Timer)), None)
+    if timer is None:
+        callbacks.append(timer := Timer())
+    trainer = build_trainer(config, max_steps, [baseline, *callbacks], loggers)
     module = SketchFinetuner(
         load_model=partial(load_dense, config.model),
         sketch=sketch_config(config),
@@ -94,29 +98,25 @@ def finetune(config: TrainConfig, plain: Mapping[str, Any], command: str) -> dic
         logger.log_hyperparams(dict(plain))
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
 
-    after = measure(module.model, tokenizer, streams, config.evaluation, "Finetuned model")
-    compression = compression_report(module.model)
+    model = cast(PreTrainedModel, module.model)
+    after = measure(model, tokenizer, streams, config.evaluation, "Finetuned model")
     saved = latest_checkpoint(checkpoint_folder(run_dir))
+    health = next((callback.health for callback in callbacks if isinstance(callback, SketchHealth)), {})
+    per_step = accumulate * trainer.world_size * config.data.batch_size * config.data.context_length
     report = {
         "finished": True,
         "name": config.name,
         "command": command,
-        "perplexity": merge_stages(dense=baseline.rows.get("dense"), before=baseline.rows.get("before"), after=after),
-        "bits_per_weight": {
-            "asked": float(config.sketch.get("bits_per_weight", 0.5)),
-            "achieved": compression.bits_per_weight,
-            "model": compression.model_bits_per_weight,
-        },
-        "bytes": {"sketched": compression.model_bytes, "dense_bf16": _dense_bytes(compression)},
+        "perplexity": merge_stages(**baseline.rows, after=after),
+        **sizes(model, config),
         "steps": trainer.global_step,
-        "tokens": trainer.global_step * accumulate * trainer.world_size * config.data.batch_size * config.data.context_length,
-        "seconds": {"training": timer.time_elapsed("train"), "total": time.perf_counter() - started},
+        "tokens": trainer.global_step * per_step,
+        "seconds": _seconds(timer, time.perf_counter() - started),
         "precision": str(trainer.precision),
         "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer)},
         "checkpoint": str(saved) if saved else "none was written",
         "report": str(run_dir / REPORT_FILE),
-        "health": _health(callbacks),
-        "compression": compression.to_dict(),
+        "health": health,
         "next": next_commands(config, command),
         "machine": machine(),
         "config": dict(plain),
@@ -127,9 +127,12 @@ def finetune(config: TrainConfig, plain: Mapping[str, Any], command: str) -> dic
     return report
 
 
-def build_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TextDataModule:
-    """The data module of a run, with its text read and packed."""
-    section = config.data
+def build_data(section: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> TextDataModule:
+    """The data module of a run, with its text read and packed.
+
+    Raises:
+        UserError: a source is missing, empty or too short.
+    """
     data = TextDataModule(
         tokenizer,
         section.train,
@@ -140,32 +143,52 @@ def build_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TextD
         num_workers=section.num_workers,
         num_proc=section.num_proc,
         cache_dir=section.cache_dir,
-        seed=config.seed,
+        seed=seed,
     )
     data.setup()
     return data
 
 
-def test_streams(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: TextDataModule
+def token_streams(
+    evaluation: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, data: TextDataModule | None
 ) -> dict[str, Tensor]:
-    """Token streams ``[n]`` of all test sets; the held-out split first, where it is asked for."""
-    windows = config.evaluation.windows
+    """Token streams ``[n]`` of all test sets; the held-out split of ``data`` first, where it is asked for.
+
+    Raises:
+        UserError: a text is missing or shorter than a window.
+    """
     streams = {}
-    if config.evaluation.validation_split:
+    if evaluation.validation_split and data is not None:
         streams[VALIDATION_SET] = data.validation_tokens()
-        for window in windows:
+        for window in evaluation.windows:
             check_long_enough(streams[VALIDATION_SET], window, VALIDATION_SET)
-    return streams | tokenise_test_sets(config.evaluation.test_sets, tokenizer, windows)
+    return streams | tokenise_test_sets(evaluation.test_sets, tokenizer, evaluation.windows)
+
+
+def sizes(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
+    """Bits and bytes for the report; a model that was finetuned dense (no calibration, no plans) has none."""
+    if any(layer.plan is None for layer in sketched_layers(model).values()):
+        return {"bits_per_weight": None, "bytes": None, "compression": None}
+    compression = compression_report(model)
+    parameters = compression.compressed_weights + compression.other_parameters
+    return {
+        "bits_per_weight": {
+            "asked": sketch_config(config).bits_per_weight,
+            "achieved": compression.bits_per_weight,
+            "model": compression.model_bits_per_weight,
+        },
+        "bytes": {"sketched": compression.model_bytes, "dense_bf16": 2 * parameters},
+        "compression": compression.to_dict(),
+    }
 
 
 def next_commands(config: TrainConfig, command: str) -> list[str]:
     """What to try after this run, as commands that work from the same folder."""
-    rate = float(config.sketch.get("bits_per_weight", 0.5))
+    half = f"{sketch_config(config).bits_per_weight / 2:g}"
     words = [word for word in command.split()[1:] if not word.startswith(("sketch.bits_per_weight=", "resume="))]
     return [
         f"{program('usllm-eval')} ckpt={config.run_dir}",
-        " ".join([program("usllm-train"), *words, f"sketch.bits_per_weight={rate / 2:g}"]),
+        " ".join([program("usllm-train"), *words, f"sketch.bits_per_weight={half}"]),
     ]
 
 
@@ -177,10 +200,9 @@ def program(name: str) -> str:
     return str(beside.relative_to(Path.cwd())) if beside.is_relative_to(Path.cwd()) else str(beside)
 
 
-def _dense_bytes(compression: CompressionReport) -> int:
-    return 2 * compression.parameters
-
-
-def _health(callbacks: Mapping[str, Any]) -> dict[str, Any] | None:
-    health = next((callback for callback in callbacks.values() if isinstance(callback, SketchHealth)), None)
-    return None if health is None else health.report()
+def _seconds(timer: Timer, invocation: float) -> dict[str, float]:
+    """Seconds of training and in all; what earlier, killed parts of the run spent on training is counted."""
+    started, ended = timer.start_time(), timer.end_time()
+    here = ended - started if started is not None and ended is not None else 0.0
+    training = timer.time_elapsed()
+    return {"training": training, "total": invocation + training - here}

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from usllm.config import EvaluationConfig
@@ -101,7 +101,7 @@ class BaselinePerplexity(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the dense model, unless it has been, or the layers are sketched already."""
-        fresh = all(layer.plan is None for layer in sketched_layers(pl_module.model).values())
+        fresh = all(layer.plan is None for layer in sketched_layers(cast(nn.Module, pl_module.model)).values())
         if fresh:
             self._measure("dense", "Dense model", trainer, pl_module)
 
@@ -113,7 +113,7 @@ class BaselinePerplexity(Callback):
     def _measure(self, stage: str, title: str, trainer: Trainer, pl_module: LightningModule) -> None:
         if stage in self.rows:
             return
-        model = pl_module.model
+        model = cast(PreTrainedModel, pl_module.model)
         self.rows[stage] = measure(model, self.tokenizer, self.streams, self.config, title, self.show_progress)
         if trainer.is_global_zero:
             write_json(self.path, self.rows)

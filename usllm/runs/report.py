@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from usllm.runs.machine import machine_line
 
@@ -20,7 +21,9 @@ def perplexity_table(rows: list[dict[str, Any]], title: str | None = None) -> Ta
         rows: one per test set and window: ``test_set``, ``window``, ``tokens``, and a figure for some of ``dense``,
             ``before``, ``after`` and ``perplexity``.
     """
-    stages = [(key, heading) for key, heading in (*_STAGES, ("perplexity", "perplexity")) if any(key in r for r in rows)]
+    stages = [
+        (key, heading) for key, heading in (*_STAGES, ("perplexity", "perplexity")) if any(key in r for r in rows)
+    ]
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("test set")
     table.add_column("window", justify="right")
@@ -29,47 +32,52 @@ def perplexity_table(rows: list[dict[str, Any]], title: str | None = None) -> Ta
         table.add_column(heading, justify="right")
     for row in rows:
         figures = [_figure(row.get(key)) for key, _ in stages]
-        table.add_row(str(row["test_set"]), str(row["window"]), f"{row['tokens']:,}", *figures)
+        table.add_row(str(row["test_set"]), str(row["window"]), _tokens(row), *figures)
     return table
 
 
-def facts_table(facts: list[tuple[str, str]]) -> Table:
-    """Two columns without borders: what, and its value."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+def print_facts(facts: list[tuple[str, str]], console: Console) -> None:
+    """One line each: what, and its value. Long lines stay whole, so that paths can be copied."""
+    width = max(len(name) for name, _ in facts) + 2
     for name, value in facts:
-        table.add_row(name, value)
-    return table
+        console.print(Text(name.ljust(width), style="bold") + Text(value), soft_wrap=True)
 
 
 def print_report(report: dict[str, Any], console: Console | None = None) -> None:
     """Print the closing tables of a finetuning run (the content of ``report.json``)."""
     console = console or Console()
-    bits, size, seconds = report["bits_per_weight"], report["bytes"], report["seconds"]
     console.print()
     console.print(perplexity_table(report["perplexity"], title=f"Perplexity, {report['name']}"))
-    console.print(
-        facts_table(
-            [
-                ("bits per weight", f"{bits['achieved']:.4f} of {bits['asked']:g} asked (compressed layers)"),
-                ("", f"{bits['model']:.4f} over all parameters of the model"),
-                ("bytes", f"{human_bytes(size['sketched'])} sketched, {human_bytes(size['dense_bf16'])} dense in bf16"),
-                ("training", f"{report['steps']:,} steps, {report['tokens']:,} tokens, precision {report['precision']}"),
-                ("time", f"{human_seconds(seconds['training'])} training, {human_seconds(seconds['total'])} in all"),
-                ("tokenizer", f"{report['tokenizer']['name']}, {report['tokenizer']['bos']}"),
-                ("machine", machine_line(report["machine"])),
-                ("checkpoint", str(report["checkpoint"])),
-                ("report", str(report["report"])),
-            ]
-        )
-    )
-    for warning in report.get("warnings", []):
-        console.print(f"warning: {warning}", style="yellow", markup=False)
+    print_facts([*_size_facts(report), *_run_facts(report)], console)
+    for warning in (report.get("health") or {}).get("warnings", []):
+        console.print(f"warning (step {warning['step']}): {warning['message']}", style="yellow", markup=False)
     console.print("\nNext, try")
     for command in report["next"]:
         # Plain and unwrapped, so that it can be copied from the screen.
         console.print(f"  {command}", style="bold", markup=False, soft_wrap=True, highlight=False)
+
+
+def _size_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    bits, size = report["bits_per_weight"], report["bytes"]
+    if bits is None:
+        return [("bits per weight", "the model was finetuned dense: no calibration, no sketch")]
+    return [
+        ("bits per weight", f"{bits['achieved']:.4f} of {bits['asked']:g} asked (compressed layers)"),
+        ("", f"{bits['model']:.4f} over all parameters of the model"),
+        ("model", f"{human_bytes(size['sketched'])} sketched, {human_bytes(size['dense_bf16'])} dense, both with bf16"),
+    ]
+
+
+def _run_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
+    seconds = report["seconds"]
+    return [
+        ("training", f"{report['steps']:,} steps, {report['tokens']:,} tokens, precision {report['precision']}"),
+        ("time", f"{human_seconds(seconds['training'])} training, {human_seconds(seconds['total'])} in all"),
+        ("tokenizer", f"{report['tokenizer']['name']}, beginning-of-text token: {report['tokenizer']['bos']}"),
+        ("machine", machine_line(report["machine"])),
+        ("checkpoint", str(report["checkpoint"])),
+        ("report", str(report["report"])),
+    ]
 
 
 def human_bytes(count: int) -> str:
@@ -90,6 +98,13 @@ def human_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _tokens(row: dict[str, Any]) -> str:
+    """Tokens measured, and of how many, where that is not all but the remainder."""
+    measured = row["windows"] * row["window"]
+    whole = row["tokens"] - measured < row["window"]
+    return f"{measured:,}" if whole else f"{measured:,} of {row['tokens']:,}"
 
 
 def _figure(value: float | None) -> str:

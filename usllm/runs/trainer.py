@@ -48,14 +48,13 @@ def devices_in(trainer: dict[str, Any]) -> int:
     return devices * int(nodes)
 
 
-def build_trainer(
-    config: TrainConfig, max_steps: int, first: list[Callback], callbacks: list[Callback], loggers: list[Logger]
-) -> Trainer:
+def build_trainer(config: TrainConfig, max_steps: int, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
     """The Trainer of a run.
 
     Args:
         max_steps: optimizer steps of the run.
-        first: callbacks that must come before those of the configuration.
+        callbacks: in the order of their hooks; Lightning itself puts those that save checkpoints last.
+        loggers: none is allowed.
 
     Raises:
         UserError: Lightning refuses an argument.
@@ -65,10 +64,8 @@ def build_trainer(
     arguments["precision"] = choose_precision(str(arguments.get("precision", "auto")), accelerator)
     # The sampler unrolls all passes into one Lightning epoch (resume is exact only away from an epoch's end), and it
     # shares the sequences out among ranks itself.
-    arguments |= {"max_steps": max_steps, "max_epochs": -1, "use_distributed_sampler": False}
+    arguments |= {"max_steps": max_steps, "max_epochs": 1, "use_distributed_sampler": False}
     try:
-        return Trainer(
-            **arguments, callbacks=[*first, *callbacks], logger=loggers or False, default_root_dir=config.run_dir
-        )
+        return Trainer(**arguments, callbacks=callbacks, logger=loggers or False, default_root_dir=config.run_dir)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise UserError(f"trainer: {error}") from error

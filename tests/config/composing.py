@@ -1,0 +1,20 @@
+"""Composing configurations in tests, as the commands do."""
+
+from __future__ import annotations
+
+from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
+
+from usllm.runs.directory import register_resolvers
+
+
+def composed(*overrides: str, command: str = "train") -> DictConfig:
+    """The configuration of a command, with Hydra's own part known to interpolations."""
+    register_resolvers()
+    with initialize_config_module(config_module="usllm.conf", version_base="1.3"):
+        cfg = compose(config_name=command, overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg

@@ -1,0 +1,145 @@
+"""Perplexity of a checkpoint, or of a dense model, on named test sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedModel
+
+from usllm.config import DataConfig, EvalConfig, EvaluationConfig, section_of
+from usllm.errors import UserError
+from usllm.eval.perplexity import bos_rule, tokenizer_name
+from usllm.models import ModelSpec
+from usllm.models.loading import check_context_length, load_config, load_dense, load_tokenizer
+from usllm.nn import compression_report, load_plans_, sketched_layers, swap_linears_
+from usllm.runs.directory import checkpoint_folder, write_json
+from usllm.runs.finetune import build_data, token_streams
+from usllm.runs.machine import machine, machine_line
+from usllm.runs.measure import measure
+from usllm.runs.report import perplexity_table, print_facts
+from usllm.sketch import SketchConfig
+from usllm.training import latest_checkpoint, load_checkpoint
+from usllm.training.module import CHECKPOINT_KEY
+
+RESULT_FILE = "evaluation.json"
+
+
+def evaluate(config: EvalConfig, command: str, own_evaluation: bool = True) -> dict[str, Any]:
+    """Measure, print a table and write ``evaluation.json``.
+
+    Args:
+        config: checked configuration.
+        command: what the user typed, for the result.
+        own_evaluation: whether ``config.evaluation`` was asked for; if not, a checkpoint is measured as its run was.
+
+    Returns:
+        The content of ``evaluation.json``.
+
+    Raises:
+        UserError: something in the input does not work.
+    """
+    checkpoint = None if config.ckpt is None else find_checkpoint(config.ckpt)
+    saved = None if checkpoint is None else load_checkpoint(checkpoint)
+    if saved is None:
+        spec, evaluation, run = config.model, config.evaluation, None
+    else:
+        if CHECKPOINT_KEY not in saved:
+            raise UserError(f"ckpt={checkpoint}: was not written by usllm-train")
+        run = saved[CHECKPOINT_KEY]["config"]
+        spec = section_of(ModelSpec, run["model"], "model")
+        evaluation = (
+            config.evaluation if own_evaluation else section_of(EvaluationConfig, run["evaluation"], "evaluation")
+        )
+    model_config = load_config(spec)
+    for window in evaluation.windows:
+        check_context_length(model_config, window, "evaluation.windows")
+    tokenizer = load_tokenizer(spec)
+    data = None
+    if run is not None and evaluation.validation_split:
+        data = build_data(section_of(DataConfig, run["data"], "data"), tokenizer, run["seed"])
+    streams = token_streams(evaluation, tokenizer, data)
+
+    model = load_dense(spec)
+    if saved is not None:
+        load_sketched_(model, saved)
+    cast(nn.Module, model).to(_device(config.device))  # transformers' own `to` is typed for keywords only
+    rows = measure(model, tokenizer, streams, evaluation, "Model")
+    compression = compression_report(model) if sketched_layers(model) else None
+    result = {
+        "command": command,
+        "model": str(checkpoint or spec.file or spec.name),
+        "perplexity": rows,
+        "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer)},
+        "compression": None if compression is None else compression.to_dict(),
+        "machine": machine(),
+    }
+    path = Path(config.run_dir) / RESULT_FILE
+    write_json(path, result)
+    print_result(result, path)
+    return result
+
+
+def find_checkpoint(ckpt: str) -> Path:
+    """The checkpoint file that ``ckpt`` stands for: itself, or the newest readable one of a run's directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(ckpt).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for folder in (checkpoint_folder(path), path):
+            if (found := latest_checkpoint(folder)) is not None:
+                return found
+        raise UserError(f"ckpt={ckpt}: the folder holds no checkpoint; give the directory of a run, or a .ckpt file")
+    raise UserError(f"ckpt={ckpt}: no such file or folder")
+
+
+def load_sketched_(model: PreTrainedModel, saved: dict[str, Any]) -> None:
+    """Turn a dense model into the sketched one of a checkpoint, in place.
+
+    Raises:
+        UserError: the checkpoint belongs to another model.
+    """
+    section = saved[CHECKPOINT_KEY]
+    swap_linears_(model, section["patterns"])
+    load_plans_(model, section["plans"], SketchConfig(**section["sketch"]))
+    prefix = "model."
+    weights = {
+        name.removeprefix(prefix): tensor for name, tensor in saved["state_dict"].items() if name.startswith(prefix)
+    }
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"the checkpoint does not fit the model that it names ({reason})") from error
+
+
+def print_result(result: dict[str, Any], path: Path) -> None:
+    """Print the table of an evaluation."""
+    console = Console()
+    console.print()
+    console.print(perplexity_table(result["perplexity"], title="Perplexity"))
+    facts = [
+        ("model", result["model"]),
+        ("tokenizer", f"{result['tokenizer']['name']}, beginning-of-text token: {result['tokenizer']['bos']}"),
+        ("machine", machine_line(result["machine"])),
+        ("result", str(path)),
+    ]
+    if (compression := result["compression"]) is not None:
+        bits = f"{compression['bits_per_weight']:.4f}, over the whole model {compression['model_bits_per_weight']:.4f}"
+        facts.insert(1, ("bits per weight", bits))
+    print_facts(facts, console)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: this machine has no usable GPU; use device=cpu")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
