@@ -14,6 +14,8 @@ from torch import Tensor
 # numerically on their quantiles; `tests/sketch/test_quantize.py` repeats it). States of wide buckets are close to
 # exponential, states of single weights to normal; the ratio of root-mean-square to mean tells where a channel lies.
 _NORMAL_RATIO, _EXPONENTIAL_RATIO = 1.2533, 1.4142
+# Beyond exponential tails the optimum of real channels rises half as fast again (measured on SmolLM2-135M).
+_HEAVY_SLOPE = 0.5
 _BEST_SCALE = {
     ("toward_zero", 2): (1.10, 1.42),
     ("toward_zero", 3): (0.65, 0.89),
@@ -48,7 +50,8 @@ def best_scale(states: Tensor, bits: int, rounding: str) -> Tensor:
     mean = magnitude.mean(1)
     ratio = torch.linalg.vector_norm(states, dim=1) * states.shape[1] ** -0.5 / mean.clamp_min(1e-38)
     normal, exponential = _BEST_SCALE[rounding, bits]
-    tail = ((ratio - _NORMAL_RATIO) / (_EXPONENTIAL_RATIO - _NORMAL_RATIO)).clamp(0.0, 2.0)
+    tail = ((ratio - _NORMAL_RATIO) / (_EXPONENTIAL_RATIO - _NORMAL_RATIO)).clamp_min(0.0)
+    tail = tail + _HEAVY_SLOPE * (tail - 1.0).clamp_min(0.0)
     return torch.minimum(fitting, mean * (normal + (exponential - normal) * tail))
 
 

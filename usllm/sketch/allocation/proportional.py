@@ -1,8 +1,8 @@
 """The paper's allocation: states in proportion to E[a²].
 
 ``K_j = min(G, μ I_j)`` with μ such that the budget is met: what the clip frees is shared out again. A layer stores at
-most 16 different K, so each K_j is first taken down to a geometric ladder; the bits this frees lift the channels
-with the largest remainder to the next rung until none fits.
+most 16 different K, so each K_j is first taken down to the nearest of the fifteen that lose least; the bits this
+frees lift the channels with the largest remainder to the next until none fits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def allocate(problem: AllocationProblem) -> AllocationTable:
     count = problem.max_classes()
     available = problem.available(count)
     ideal = _ideal_states(problem, available)
-    rungs = _ladder(ideal, count - 1)
+    rungs = _ladder(ideal, problem.importance, count - 1)
     levels = [EMPTY] + [ChannelClass(config.rows, rung, config.state_bits) for rung in rungs]
     heights = torch.tensor([0, *rungs], dtype=torch.float64)
     level = (torch.searchsorted(heights, ideal, right=True) - 1).clamp_min(0)
@@ -64,16 +64,32 @@ def _ideal_states(problem: AllocationProblem, available: int) -> Tensor:
     return states(low)
 
 
-def _ladder(ideal: Tensor, rungs: int) -> list[int]:
-    """At most ``rungs`` whole numbers from the smallest to the largest positive ideal, about geometric."""
-    positive = ideal[ideal > 0]
-    if not len(positive):
+def _ladder(ideal: Tensor, importance: Tensor, rungs: int) -> list[int]:
+    """The at most ``rungs`` whole numbers that cost least when every channel is taken down to the next of them.
+
+    The cost of a channel is its importance times the states it loses; solved exactly by dynamic programming over the
+    distinct values.
+    """
+    wanted = ideal.floor().clamp_min(1)[ideal > 0]
+    values, which = torch.unique(wanted, return_inverse=True)
+    if not len(values):
         return [1]
-    low, high = max(int(positive.min()), 1), max(round(float(positive.max())), 1)
-    if high - low < rungs:
-        return list(range(low, high + 1))
-    for steps in range(4 * rungs, 1, -1):  # small rungs coincide after rounding: ask for more until they fill
-        ladder = sorted({round(low * (high / low) ** (i / (steps - 1))) for i in range(steps)})
-        if len(ladder) <= rungs:
-            return ladder
-    return [high]
+    if len(values) <= rungs:
+        return [int(value) for value in values]
+    weight = torch.zeros_like(values).scatter_add_(0, which, importance[ideal > 0])
+    mass = torch.cat([values.new_zeros(1), weight.cumsum(0)])
+    moment = torch.cat([values.new_zeros(1), (weight * values).cumsum(0)])
+    # loss[a, b]: values a … b taken down to value a
+    loss = (moment[1:] - moment[:-1, None]) - values[:, None] * (mass[1:] - mass[:-1, None])
+    loss.masked_fill_(torch.ones_like(loss, dtype=torch.bool).tril(-1), torch.inf)
+    best, first = loss[0], []
+    for _ in range(rungs - 1):
+        before = torch.cat([best.new_full((1,), torch.inf), best[:-1]])
+        best, start = (before[:, None] + loss).min(0)
+        first.append(start)
+    ladder, last = [], len(values) - 1
+    for start in reversed(first):
+        lowest = int(start[last])
+        ladder.append(int(values[lowest]))
+        last = lowest - 1
+    return [int(values[0]), *reversed(ladder)]
