@@ -43,7 +43,8 @@ def test_sequences_cross_the_batches_of_tokenising(tmp_path: Path) -> None:
     texts = [f"document {number}" for number in range(700)]
     tokenizer = byte_tokenizer()
     stream = [token for text in texts for token in [*tokenizer(text).input_ids, END]]
-    assert sum(_packed(texts, 97, tmp_path), []) == stream[: len(stream) // 97 * 97]
+    packed = [token for row in _packed(texts, 97, tmp_path) for token in row]
+    assert packed == stream[: len(stream) // 97 * 97]
 
 
 def test_processes_do_not_change_the_result(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_other_architecture_is_refused_before_decoding(tmp_path: Path, monkeypat
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere.gguf"):
+    with pytest.raises(UserError, match=r"nowhere\.gguf"):
         load_config(ModelSpec(kind="gguf", name=None, file=str(tmp_path / "nowhere.gguf")))
 
 
