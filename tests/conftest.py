@@ -13,29 +13,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network; a forgotten request fails at once
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "while",
-    "seven",
-    "dogs",
-    "ran",
-    "over",
-    "green",
-    "hills",
-    "and",
-    "sang",
-    "of",
-    "rivers",
-    "that",
-    "bend",
-    "toward",
-    "home",
-]
+TEXT = "the cat sat on a mat while seven dogs ran over green hills and sang of rivers that bend toward home"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,7 +28,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of 40 documents of 60 words, with blank lines between them."""
     draw = random.Random(0)
-    documents = [" ".join(draw.choices(WORDS, k=60)) for _ in range(40)]
+    documents = [" ".join(draw.choices(TEXT.split(), k=60)) for _ in range(40)]
     path = tmp_path_factory.mktemp("text") / "tiny.txt"
     path.write_text("\n\n".join(documents), encoding="utf-8")
     return path

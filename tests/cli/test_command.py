@@ -1,0 +1,45 @@
+"""What the commands share: places instead of options for ``model=``, and errors as messages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from usllm.cli.command import expand_model, report_errors
+from usllm.errors import UserError
+
+
+def test_model_places_become_options(tmp_path: Path) -> None:
+    assert expand_model(["model=random", "seed=1"]) == ["model=random", "seed=1"]
+    assert expand_model(["model=a/b.gguf"]) == ["model=gguf", "model.file='a/b.gguf'"]
+    assert expand_model(["model=meta-llama/Llama-3.2-1B"]) == ["model=hub", "model.name='meta-llama/Llama-3.2-1B'"]
+    assert expand_model([f"model={tmp_path}"]) == ["model=folder", f"model.name='{tmp_path}'"]
+    assert expand_model(["model=./nowhere"]) == ["model=folder", "model.name='./nowhere'"]
+
+
+def test_model_sweep_and_other_keys_are_left_to_hydra() -> None:
+    argv = ["-m", "model=random,smollm2_135m", "model.name=a/b", "data.train.path=x.gguf"]
+    assert expand_model(argv) == argv
+
+
+def test_user_error_is_a_message_and_status_two(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def task() -> None:
+        raise UserError("sketch.rows=0: too few")
+
+    with pytest.raises(SystemExit) as ended:
+        report_errors("usllm-train", task)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "usllm-train: error: sketch.rows=0: too few\n"
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def task() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        report_errors("usllm-train", task)

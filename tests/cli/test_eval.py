@@ -1,0 +1,107 @@
+"""``usllm-eval`` on a checkpoint, a folder and a test set of one's own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from usllm.cli import eval as evaluation
+from usllm.cli import train
+from usllm.models import ModelSpec
+from usllm.models.loading import load_dense, load_tokenizer
+
+
+def evaluate(monkeypatch: pytest.MonkeyPatch, folder: Path, *argv: str) -> dict:
+    """Run the command in this process; the content of its result file."""
+    monkeypatch.setattr(sys, "argv", ["usllm-eval", f"run_dir={folder}", *argv])
+    evaluation.main()
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a finished run of four steps."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        argv = ["experiment=tiny", f"data.train.path={tiny_text}", f"run_dir={folder}", "trainer.max_steps=4"]
+        patch.setattr(sys, "argv", ["usllm-train", *argv, "~callbacks.progress"])
+        train.main()
+    return folder
+
+
+def test_checkpoint_of_a_run_gives_the_figures_of_its_report(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = json.loads((run_dir / "report.json").read_text())
+    result = evaluate(monkeypatch, tmp_path, f"ckpt={run_dir}")
+    after = [row["after"] for row in report["perplexity"]]
+    assert [row["perplexity"] for row in result["perplexity"]] == pytest.approx(after, rel=1e-6)
+    assert result["compression"]["bits_per_weight"] == report["bits_per_weight"]["achieved"]
+
+
+def test_test_sets_and_windows_of_ones_own(
+    run_dir: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = max((run_dir / "checkpoints").glob("*.ckpt"))
+    result = evaluate(
+        monkeypatch,
+        tmp_path,
+        f"ckpt='{checkpoint}'",
+        "evaluation=files",
+        f"evaluation.test_sets.text.path={tiny_text}",
+        "evaluation.windows=[16,64]",
+        "evaluation.max_windows=3",
+        "evaluation.validation_split=false",
+    )
+    assert [(row["test_set"], row["window"], row["windows"]) for row in result["perplexity"]] == [
+        ("text", 16, 3),
+        ("text", 64, 3),
+    ]
+
+
+def test_model_takes_a_folder(
+    tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = ModelSpec(kind="random", name="llama")
+    load_dense(spec).save_pretrained(tmp_path / "model")
+    load_tokenizer(spec).save_pretrained(tmp_path / "model")
+    result = evaluate(
+        monkeypatch,
+        tmp_path / "result",
+        f"model={tmp_path}/model",
+        "evaluation=files",
+        f"evaluation.test_sets.text.path={tiny_text}",
+        "evaluation.windows=[32]",
+    )
+    assert result["compression"] is None
+    assert result["perplexity"][0]["perplexity"] > 100  # an untrained model of 264 tokens
+    assert "Perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("ckpt=/no/such/run", "no such file or folder"),
+        ("ckpt={empty}", "holds no checkpoint"),
+        ("ckpt={text}", "cannot be read"),
+        ("model=/no/such/folder", "/no/such/folder"),
+        ("model={text}.gguf", "no such file"),
+    ],
+)
+def test_bad_input_ends_in_one_message(
+    argument: str,
+    named: str,
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    argument = argument.format(empty=tmp_path / "empty", text=tiny_text)
+    with pytest.raises(SystemExit) as ended:
+        evaluate(monkeypatch, tmp_path, argument, "evaluation=files", f"evaluation.test_sets.text.path={tiny_text}")
+    assert ended.value.code == 2
+    assert named in capsys.readouterr().err
