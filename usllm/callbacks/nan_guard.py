@@ -37,7 +37,7 @@ class NanGuard(Callback):
         if torch.isfinite(loss).all():
             return
         where = first_nonfinite_tensor(pl_module) or self._first_nonfinite_output(trainer, pl_module)
-        raise UserError(_message("loss", loss.item(), where or "the objective itself", trainer))
+        raise UserError(_message(f"loss is {loss.item()}", where or "the objective itself", trainer))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Stop on a gradient that is not finite.
@@ -53,7 +53,7 @@ class NanGuard(Callback):
             return
         for name, gradient in reversed(named):
             if not torch.isfinite(gradient).all():
-                raise UserError(_message("gradient", float("nan"), f"the gradient of {name}", trainer))
+                raise UserError(_message("gradient is not finite", f"the gradient of {name}", trainer))
 
     def _first_nonfinite_output(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """Run the micro batch again, watching each module's output; ``None`` where all of them are finite."""
@@ -89,10 +89,10 @@ def first_nonfinite_tensor(module: nn.Module) -> str | None:
     return None
 
 
-def _message(what: str, value: float, where: str, trainer: Trainer) -> str:
+def _message(what: str, where: str, trainer: Trainer) -> str:
     saved = getattr(trainer.checkpoint_callback, "best_model_path", "")
     kept = f"The last good checkpoint is {saved}" if saved else "No checkpoint had been written yet"
     return (
-        f"step {trainer.global_step + 1}: the {what} is {value} and first seen in {where}; training stopped before it "
+        f"step {trainer.global_step + 1}: the {what}, first seen in {where}; training stopped before it "
         f"reached the weights. {kept}. Lower optimizer.lr, raise optimizer.warmup_steps or set gradient_clip_val"
     )
