@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 Batch = Mapping[str, Tensor]
 """One micro batch; ``input_ids`` is ``[sequences, context]`` int64, packed, so every position is a real token."""
 
-CHUNK_ELEMENTS = 1 << 25
-"""fp32 elements of ``[tokens, vocabulary]`` that one chunk may hold (128 MiB a copy)."""
+CHUNK_ELEMENTS = 1 << 23
+"""fp32 elements of ``[tokens, vocabulary]`` that one chunk may hold (32 MiB a copy)."""
+
+NO_TARGET = -100
 
 
 class Objective(ABC):
@@ -34,25 +36,52 @@ class Objective(ABC):
         """Return the loss (fp32 scalar with a graph) and its detached parts by name, for the log."""
 
 
-def sum_over_chunks(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Sum ``function`` (a scalar per chunk) over chunks of rows of ``tensors``, all ``[rows, ...]``.
+class _ChunkedSum(torch.autograd.Function):
+    """``sum_over_chunks`` with the gradient of ``scores`` computed beside the value, so that nothing is recomputed."""
 
-    The first tensor is ``[rows, vocabulary]`` and sets the chunk's size. Each chunk is recomputed in the backward
-    pass, so that fp32 softmaxes of one chunk, and never of all rows, are alive at a time. ``split`` is what keeps the
-    backward linear: it concatenates the chunk gradients once; slices would write a full-size zero tensor per chunk.
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], rows: int, scores: Tensor, *others: Tensor) -> Tensor:
+        total = scores.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(scores)
+        for start in range(0, len(scores), rows):
+            part = slice(start, start + rows)
+            with torch.enable_grad():
+                chunk = scores[part].detach().requires_grad_()
+                value = function(chunk, *(other[part] for other in others))
+            (gradient[part],) = torch.autograd.grad(value, chunk)
+            total += value.detach()
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("the gradient of a chunked loss is handed out once: it is scaled in place")
+        return None, None, gradient.mul_(upstream), *[None] * (len(ctx.needs_input_grad) - 3)
+
+
+def sum_over_chunks(function: Callable[..., Tensor], scores: Tensor, *others: Tensor) -> Tensor:
+    """Sum ``function`` (an fp32 scalar per chunk) over chunks of rows; only ``scores`` gets a gradient.
+
+    Besides the gradient, in the dtype of ``scores``, no tensor of the size of ``scores`` is made: fp32 softmaxes exist
+    for one chunk at a time.
+
+    Args:
+        function: takes a chunk of ``scores`` and the same rows of ``others``.
+        scores: ``[rows, vocabulary]``, any floating dtype.
+        others: ``[rows, ...]``.
     """
-    first = tensors[0]
-    rows = max(1, CHUNK_ELEMENTS // first.shape[-1])
-    if first.shape[0] <= rows:
-        return function(*tensors)
-    total = first.new_zeros((), dtype=torch.float32)
-    for chunk in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
-        total = total + checkpoint(function, *chunk, use_reentrant=False)
-    return total
+    rows = max(1, CHUNK_ELEMENTS // scores.shape[-1])
+    if torch.is_grad_enabled() and scores.requires_grad:
+        total: Tensor = _ChunkedSum.apply(function, rows, scores, *others)
+        return total
+    parts = [function(*chunk) for chunk in zip(*(t.split(rows) for t in (scores, *others)), strict=True)]
+    return torch.stack(parts).sum()
 
 
 def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=NO_TARGET)
 
 
 def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
@@ -65,6 +94,7 @@ def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
     Returns:
         fp32 scalar.
     """
-    targets = input_ids[:, 1:].flatten()
-    predictions = logits[:, :-1].flatten(0, 1)
-    return sum_over_chunks(_negative_log_likelihood, predictions, targets) / targets.numel()
+    # The last position predicts nothing; leaving it in, instead of cutting it off, spares a copy of the logits.
+    targets = F.pad(input_ids[:, 1:], (0, 1), value=NO_TARGET)
+    total = sum_over_chunks(_negative_log_likelihood, logits.flatten(0, 1), targets.flatten())
+    return total / (input_ids.numel() - len(input_ids))
