@@ -23,10 +23,17 @@ def _train(cfg: DictConfig) -> None:
         from usllm.config import check_train, plain_config
 
         config = check_train(cfg)
+        command = " ".join([PROGRAM, *sys.argv[1:]])
+        if config.study is not None:
+            from usllm.experiments import run_study
+
+            quiet_libraries()
+            run_study(cfg, config.study, command)
+            return
         from usllm.runs.finetune import finetune
 
         quiet_libraries()
-        finetune(config, plain_config(cfg), command=" ".join([PROGRAM, *sys.argv[1:]]))
+        finetune(config, plain_config(cfg), command)
 
     report_errors(PROGRAM, task)
 

@@ -113,6 +113,7 @@ def check_evaluation(evaluation: EvaluationConfig, problems: Problems) -> None:
         problems.number("evaluation.windows", window, least=2)
     problems.number("evaluation.max_windows", evaluation.max_windows, least=1)
     problems.number("evaluation.batch_size", evaluation.batch_size, least=1)
+    problems.choice("evaluation.precision", evaluation.precision, ("auto", "bf16", "fp32"))
 
 
 def check_trainer(trainer: dict[str, Any], warmup_steps: int, problems: Problems) -> None:

@@ -57,6 +57,7 @@ class EvaluationConfig:
         windows: tokens per window; each test set is measured with each.
         max_windows: measure only the first ones.
         batch_size: windows per forward pass.
+        precision: of the forward passes: ``bf16`` (autocast), ``fp32``, or ``auto``, bf16 where the machine has it.
     """
 
     test_sets: dict[str, SourceSpec] = field(default_factory=dict)
@@ -64,11 +65,15 @@ class EvaluationConfig:
     windows: list[int] = field(default_factory=lambda: [512])
     max_windows: int | None = None
     batch_size: int = 1
+    precision: str = "auto"
 
 
 @dataclass
 class TrainConfig:
-    """Everything ``usllm-train`` reads. ``sketch`` and ``allocation`` together make one ``SketchConfig``."""
+    """Everything ``usllm-train`` reads. ``sketch`` and ``allocation`` together make one ``SketchConfig``.
+
+    With a ``study`` (its ``name`` and settings, :mod:`usllm.experiments`) the rest describes what the study varies.
+    """
 
     name: str
     run_dir: str
@@ -82,6 +87,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     callbacks: dict[str, Any] | None = None
     logger: dict[str, Any] | None = None
+    study: dict[str, Any] | None = None
     seed: int = 0
     resume: bool = False
     output_root: str = "runs"

@@ -68,6 +68,12 @@ def fast_bf16(accelerator: str) -> bool:
     return False
 
 
+def choose_autocast(precision: str, device: torch.device) -> torch.dtype | None:
+    """Dtype of ``torch.autocast`` for ``evaluation.precision`` on a device; ``None`` computes in the weights' dtype."""
+    fast = precision == "auto" and fast_bf16("gpu" if device.type == "cuda" else device.type)
+    return torch.bfloat16 if fast or precision == "bf16" else None
+
+
 def choose_precision(precision: str, accelerator: str) -> str:
     """Resolve ``auto``; anything else is returned as it is."""
     if precision != "auto":

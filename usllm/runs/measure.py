@@ -21,6 +21,7 @@ from usllm.config import EvaluationConfig
 from usllm.eval.perplexity import PerplexityResult, evaluate
 from usllm.nn import sketched_layers
 from usllm.runs.directory import read_json, write_json
+from usllm.runs.machine import choose_autocast
 
 BASELINE_FILE = "baseline.json"
 
@@ -53,6 +54,7 @@ def measure(
             config.windows,
             max_windows=config.max_windows,
             batch_size=config.batch_size,
+            autocast=choose_autocast(config.precision, model.device),
             progress=lambda name, done, total: bar.update(
                 task, description=f"{title}, {name}", completed=done, total=total
             ),

@@ -1,0 +1,72 @@
+"""Sketches against each other and against the dense model finetuned alike: one table over all variants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from usllm.experiments.variants import run_variants
+from usllm.runs.directory import write_json
+from usllm.runs.report import human_bytes
+
+
+def run(cfg: DictConfig, study: dict[str, Any], command: str) -> dict[str, Any]:
+    """Finetune all variants of ``study["variants"]`` and print the table; writes ``quality.json``.
+
+    Raises:
+        UserError: A variant's configuration has a problem.
+    """
+    reports = run_variants(cfg, study["variants"], command)
+    rows = [_row(name, report) for name, report in reports.items()]
+    result = {"command": command, "rows": rows, "machine": next(iter(reports.values()))["machine"]}
+    write_json(Path(cfg.run_dir) / "quality.json", result)
+    Console().print(_table(rows))
+    return result
+
+
+def _row(name: str, report: dict[str, Any]) -> dict[str, Any]:
+    bits = report["bits_per_weight"] or {}
+    perplexity = {
+        f"{row['test_set']}/{row['window']}": {key: row.get(key) for key in ("dense", "before", "after")}
+        for row in report["perplexity"]
+    }
+    return {
+        "variant": name,
+        "bits_per_weight": bits.get("achieved"),
+        "model_bits_per_weight": bits.get("model"),
+        "bytes": (report["bytes"] or {}).get("sketched"),
+        "steps": report["steps"],
+        "tokens": report["tokens"],
+        "seconds": report["seconds"]["training"],
+        "perplexity": perplexity,
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="Perplexity by variant", title_justify="left")
+    table.add_column("variant")
+    for heading in ("bpw", "model bpw", "bytes"):
+        table.add_column(heading, justify="right")
+    sets = list(rows[0]["perplexity"])
+    for name in sets:
+        table.add_column(f"{name} before", justify="right")
+        table.add_column("after", justify="right")
+    for row in rows:
+        figures = []
+        for name in sets:
+            stages = row["perplexity"][name]
+            figures += [_figure(stages["before"] or stages["dense"]), _figure(stages["after"])]
+        size = "-" if row["bytes"] is None else human_bytes(row["bytes"])
+        rates = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("bits_per_weight", "model_bits_per_weight")]
+        table.add_row(row["variant"], *rates, size, *figures)
+    return table
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.1f}" if value < 1e6 else f"{value:.2e}"

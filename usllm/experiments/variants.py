@@ -1,0 +1,62 @@
+"""Run one configuration in several variants, each a full run in a directory of its own, resumable like any run."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from usllm.config import TrainConfig, check_train, plain_config
+from usllm.errors import UserError
+from usllm.runs.finetune import finetune
+
+# Without these three a run finetunes the dense model.
+DENSE = {"callbacks": {"importance_calibration": None, "sketch_reprojection": None, "sketch_health": None}}
+
+
+def run_variants(cfg: DictConfig, variants: Mapping[str, Any], command: str) -> dict[str, dict[str, Any]]:
+    """Finetune every variant; those that have ended are read back.
+
+    Args:
+        cfg: Composed configuration.
+        variants: Overrides as nested dictionaries by variant name; ``dense: true`` among them finetunes dense.
+        command: What the user typed, for the reports.
+
+    Returns:
+        The reports by variant name.
+
+    Raises:
+        UserError: With the problems of all variants, before any of them runs.
+    """
+    checked = {name: _variant(cfg, name, overrides) for name, overrides in variants.items()}
+    return {name: finetune(config, plain, command) for name, (config, plain) in checked.items()}
+
+
+def metric_curve(run_dir: str | Path, metric: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric, from all parts of a run's CSV logs; of a step logged twice the later counts."""
+    points: dict[int, float] = {}
+    for path in sorted(Path(run_dir).glob("csv/version_*/metrics.csv"), key=lambda p: int(p.parent.name[8:])):
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if row.get(metric):
+                    points[int(row["step"])] = float(row[metric])
+    steps = sorted(points)
+    return steps, [points[step] for step in steps]
+
+
+def _variant(cfg: DictConfig, name: str, overrides: Any) -> tuple[TrainConfig, dict[str, Any]]:
+    values = dict(overrides or {})
+    dense = values.pop("dense", False)
+    merged = OmegaConf.create(OmegaConf.to_container(cfg))
+    OmegaConf.set_struct(merged, False)
+    merged = OmegaConf.merge(merged, values, DENSE if dense else {})
+    assert isinstance(merged, DictConfig)
+    merged.run_dir = f"{cfg.run_dir}/{name}"
+    merged.study = None
+    try:
+        return check_train(merged), plain_config(merged)
+    except UserError as error:
+        raise UserError(f"study.variants.{name}: {error}") from error
