@@ -67,7 +67,7 @@ def test_student_equal_to_the_teacher_has_no_distillation_loss() -> None:
 
 
 def test_hidden_error_is_one_for_silent_layers_whatever_their_size() -> None:
-    teacher = (1e3 * torch.randn(2, 5, 8), 1e-3 * torch.randn(2, 5, 8))
+    teacher = (1e3 * torch.randn(2, 5, 8).sign(), 1e-1 * torch.randn(2, 5, 8).sign())
     silent = tuple(torch.zeros_like(layer) for layer in teacher)
     torch.testing.assert_close(hidden_state_error(silent, teacher), torch.tensor(1.0))
 
@@ -78,6 +78,15 @@ def test_hidden_error_weighs_a_position_of_large_norm_like_any_other() -> None:
     student = teacher.clone()
     student[:, 3] = 0
     torch.testing.assert_close(hidden_state_error((student,), (teacher,)), torch.tensor(0.25))
+
+
+def test_hidden_error_of_a_silent_teacher_position_is_bounded() -> None:
+    teacher = torch.ones(1, 4, 8)
+    teacher[:, 2] = 0
+    student = torch.ones(1, 4, 8)
+    error = hidden_state_error((student,), (teacher,))
+    torch.testing.assert_close(error, torch.tensor(10 / 4))  # floored to a tenth of the median
+    assert torch.isfinite(hidden_state_error((student,), (torch.zeros(1, 4, 8),)))
 
 
 def test_hidden_error_leaves_the_embedding_out() -> None:

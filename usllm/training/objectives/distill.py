@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from usllm.errors import UserError
 from usllm.training.objectives.base import Batch, Objective, next_token_loss, sum_over_chunks
 
+ENERGY_FLOOR = 0.1
+"""Least teacher energy of a position, as a share of the layer's median: a silent one (padding tokens embed to zero)
+must neither divide by zero nor outweigh all others."""
+
 
 class Distill(Objective):
     """``kl_weight · KL + hidden_weight · hidden + cross_entropy_weight · cross-entropy`` against the dense teacher.
@@ -100,7 +104,7 @@ class Distill(Objective):
 
 
 def hidden_state_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Tensor:
-    """Mean over layers and positions of ``‖student - teacher‖² / ‖teacher‖²``.
+    """Mean over layers and positions of ``‖student - teacher‖² / ‖teacher‖²``, the divisor floored.
 
     Args:
         student, teacher: one ``[sequences, context, width]`` tensor per layer, any floating dtype.
@@ -111,6 +115,7 @@ def hidden_state_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...])
     errors = []
     for ours, theirs in zip(student, teacher, strict=True):
         theirs = theirs.float()
-        energy = theirs.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        energy = theirs.square().sum(-1)
+        energy = energy.clamp_min(ENERGY_FLOOR * energy.median()).clamp_min(torch.finfo(torch.float32).eps)
         errors.append(((ours.float() - theirs).square().sum(-1) / energy).mean())
     return torch.stack(errors).mean()
