@@ -22,6 +22,7 @@ _QUIET_WARNINGS = (
     r".*You're resuming from a checkpoint that ended before the epoch ended.*",
     r".*Precision bf16-mixed is not supported by the model summary.*",
     r".*Found \d+ module\(s\) in eval mode at the start of training.*",
+    r".*is smaller than the logging interval.*",
     r"'set_vital' is deprecated.*",
     r".*`lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",
 )

@@ -63,7 +63,7 @@ def fast_bf16(accelerator: str) -> bool:
     if accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available()):
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if accelerator in ("cpu", "auto"):
-        features = torch.cpu.get_capabilities()
+        features = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 may not have it: fp32 then
         return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
     return False
 

@@ -1,0 +1,87 @@
+"""The closing screen shows what a user needs, also when something was not measured."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from usllm.runs.report import human_bytes, human_seconds, print_report
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    row = {"test_set": "validation", "window": 512, "windows": 4, "tokens": 9000}
+    return {
+        "name": "demo",
+        "perplexity": [{**row, "dense": 12.5, "before": 1e9, "after": 40.25}],
+        "bits_per_weight": {"asked": 0.5, "achieved": 0.4987, "model": 5.25},
+        "bytes": {"sketched": 88_000_000, "dense_bf16": 269_000_000},
+        "steps": 100,
+        "tokens": 51_200,
+        "seconds": {"training": 61.0, "total": 92.5},
+        "precision": "32-true",
+        "tokenizer": {"name": "bytes", "bos": "none added"},
+        "checkpoint": "runs/" + "long/" * 40 + "step=1.ckpt",
+        "report": "runs/demo/default/report.json",
+        "health": {"warnings": [{"check": "perplexity", "step": 9, "message": "perplexity 2000"}]},
+        "next": ["usllm-eval ckpt=runs/demo/default"],
+        "machine": {"cpu": "Some CPU", "cores": 2, "python": "3.11.7", "versions": {"torch": "2.13.0"}},
+        **changes,
+    }
+
+
+def shown(content: dict[str, Any]) -> str:
+    screen = io.StringIO()
+    print_report(content, Console(file=screen, width=80))
+    return screen.getvalue()
+
+
+def test_closing_table_names_everything() -> None:
+    text = shown(report())
+    for part in (
+        "12.50",
+        "1.00e+09",
+        "40.25",
+        "2,048 of 9,000",
+        "0.4987 of 0.5 asked",
+        "5.2500 over all parameters",
+        "88.0 MB sketched, 269.0 MB dense",
+        "100 steps, 51,200 tokens",
+        "1 min 01 s training",
+        "none added",
+        "Some CPU, 2 cores",
+        "perplexity 2000",
+        "usllm-eval ckpt=runs/demo/default",
+    ):
+        assert part in text
+
+
+def test_long_paths_stay_on_one_line() -> None:
+    content = report()
+    assert content["checkpoint"] in shown(content)
+
+
+def test_a_stage_that_was_not_measured_says_so() -> None:
+    rows = [{"test_set": "a", "window": 8, "windows": 1, "tokens": 8, "dense": 2.0, "after": 3.0}]
+    rows.append({"test_set": "b", "window": 8, "windows": 1, "tokens": 8, "after": 3.0})
+    assert "not measured" in shown(report(perplexity=rows))
+
+
+def test_a_model_finetuned_dense_has_no_bits() -> None:
+    assert "finetuned dense" in shown(report(bits_per_weight=None, bytes=None, health={}))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (2_500_000, "2.5 MB"), (4e9, "4.00 GB")]
+)
+def test_bytes_are_readable(count: int, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (59.9, "59.9 s"), (245, "4 min 05 s"), (12_000, "3 h 20 min")]
+)
+def test_seconds_are_readable(seconds: float, text: str) -> None:
+    assert human_seconds(seconds) == text

@@ -1,0 +1,54 @@
+"""Callbacks, loggers and the Trainer from configuration; what cannot be made is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from composing import composed
+from lightning.pytorch.callbacks import LearningRateMonitor
+
+from usllm.config import check_train
+from usllm.errors import UserError
+from usllm.runs.trainer import build_nodes, build_trainer, devices_in
+
+
+def test_nodes_are_built_by_name_and_null_is_left_out() -> None:
+    nodes = build_nodes(
+        "callbacks", {"lr": {"_target_": "lightning.pytorch.callbacks.LearningRateMonitor"}, "gone": None}
+    )
+    assert list(nodes) == ["lr"]
+    assert isinstance(nodes["lr"], LearningRateMonitor)
+
+
+@pytest.mark.parametrize(
+    ("node", "named"),
+    [
+        ({"_target_": "usllm.callbacks.NoSuchCallback"}, "callbacks.mine"),
+        ({"_target_": "lightning.pytorch.callbacks.LearningRateMonitor", "speed": 3}, "speed"),
+        ({"_target_": "usllm.training.StepCheckpoint", "keep": 0}, "keep=0"),
+    ],
+)
+def test_what_cannot_be_built_is_named(node: dict[str, object], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        build_nodes("callbacks", {"mine": node})
+
+
+def test_trainer_gets_the_whole_run_as_one_epoch(tiny_text: Path, tmp_path: Path) -> None:
+    config = check_train(composed("experiment=tiny", f"data.train.path={tiny_text}", f"run_dir={tmp_path}"))
+    trainer = build_trainer(config, 8, [], [])
+    assert (trainer.max_steps, trainer.max_epochs) == (8, 1)
+    assert trainer.precision == "32-true"
+
+
+def test_an_argument_that_lightning_refuses_is_a_message(tiny_text: Path, tmp_path: Path) -> None:
+    overrides = [f"data.train.path={tiny_text}", f"run_dir={tmp_path}", "trainer.accelerator=abacus"]
+    config = check_train(composed("experiment=tiny", *overrides))
+    with pytest.raises(UserError, match="abacus"):
+        build_trainer(config, 8, [], [])
+
+
+def test_devices_are_counted() -> None:
+    assert devices_in({}) == 1
+    assert devices_in({"devices": 2, "num_nodes": 3}) == 6
+    assert devices_in({"devices": [0, 3]}) == 2
