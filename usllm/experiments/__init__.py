@@ -1,4 +1,4 @@
-"""Studies: experiments of several runs or of none, each ending in a table. ``study.name`` in the configuration chooses."""
+"""Studies: experiments of several runs or of none, each ending in a table; ``study.name`` chooses one."""
 
 from __future__ import annotations
 

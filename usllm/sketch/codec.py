@@ -112,6 +112,8 @@ def _bucket_values(weight: Tensor, plan: Plan) -> list[Tensor]:
 def _query_unscaled(states: States, plan: Plan) -> Tensor:
     operator, device = plan.operator, states["codes"].device
     decoded = torch.empty(plan.shape, device=device)
+    if not plan.blocks:
+        return decoded.zero_()
     encoded = operator.encode_codes(states["codes"], plan.config.query)
     for span, rotation in chunks(plan):
         n = span.size

@@ -19,7 +19,7 @@ def allocate(problem: AllocationProblem) -> AllocationTable:
     count = problem.max_classes()
     available = problem.available(count)
     ideal = _ideal_states(problem, available)
-    rungs = _ladder(ideal, problem.importance, count - 1)
+    rungs = _ladder(ideal, problem.importance, count - 1, problem.largest_group)
     levels = [EMPTY] + [ChannelClass(config.rows, rung, config.state_bits) for rung in rungs]
     heights = torch.tensor([0, *rungs], dtype=torch.float64)
     level = (torch.searchsorted(heights, ideal, right=True) - 1).clamp_min(0)
@@ -64,7 +64,7 @@ def _ideal_states(problem: AllocationProblem, available: int) -> Tensor:
     return states(low)
 
 
-def _ladder(ideal: Tensor, importance: Tensor, rungs: int) -> list[int]:
+def _ladder(ideal: Tensor, importance: Tensor, rungs: int, cap: int) -> list[int]:
     """The at most ``rungs`` whole numbers that cost least when every channel is taken down to the next of them.
 
     The cost of a channel is its importance times the states it loses; solved exactly by dynamic programming over the
@@ -74,8 +74,13 @@ def _ladder(ideal: Tensor, importance: Tensor, rungs: int) -> list[int]:
     values, which = torch.unique(wanted, return_inverse=True)
     if not len(values):
         return [1]
-    if len(values) <= rungs:
-        return [int(value) for value in values]
+    if len(values) <= rungs:  # room for the rung above, commonest values first: what is left over can go there
+        common = torch.bincount(which).argsort(descending=True, stable=True)
+        above = [int(values[i]) + 1 for i in common.tolist() if values[i] < cap]
+        ladder = {int(value) for value in values}
+        for rung in above[: rungs - len(ladder)]:
+            ladder.add(rung)
+        return sorted(ladder)
     weight = torch.zeros_like(values).scatter_add_(0, which, importance[ideal > 0])
     mass = torch.cat([values.new_zeros(1), weight.cumsum(0)])
     moment = torch.cat([values.new_zeros(1), (weight * values).cumsum(0)])

@@ -11,7 +11,8 @@ def allocate(problem: AllocationProblem) -> AllocationTable:
     """K or K + 1 states per row and group; the channels with one more are spread evenly over the layer."""
     config = problem.config
     channels = problem.kept.nonzero().flatten()
-    available = problem.available(min(problem.max_classes(), 3))
+    everyone = len(channels) == problem.shape[1]
+    available = problem.available(2 if everyone else 3)
 
     def choice(states: int) -> ChannelClass:
         return ChannelClass(config.rows if states else 0, states, config.state_bits if states else 0)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from usllm.sketch.allocation.distortion import Option, convex_options
-from usllm.sketch.allocation.problem import AllocationProblem, AllocationTable, fill, table
+from usllm.sketch.allocation.problem import EMPTY, AllocationProblem, AllocationTable, ChannelClass, fill, table
+
+_NEGLIGIBLE = 0.01
 
 
 def allocate(problem: AllocationProblem) -> AllocationTable:
@@ -19,26 +21,53 @@ def allocate(problem: AllocationProblem) -> AllocationTable:
     energy = problem.importance * problem.weight_energy * problem.kept
     if not energy.any():
         energy = problem.kept.to(torch.float64)
+    levels, level, left = _fit(problem, energy, reserved=0)
+    if left > _NEGLIGIBLE * problem.budget_bits:  # steps are coarse where channels are long: one class is cut to fit
+        levels, level, left = _fit(problem, energy, reserved=1)
+        _spend_rest(problem, levels, level, energy, left)
+    return table(levels, level)
+
+
+def _fit(problem: AllocationProblem, energy: Tensor, reserved: int) -> tuple[list[ChannelClass], Tensor, int]:
+    """Classes by rising bits, the class of each channel, and the bits left, with room for ``reserved`` more classes."""
     options = convex_options(problem)
+    most = max(problem.max_classes() - reserved, 2)
     while True:
-        count = min(problem.max_classes(), len(options))
-        available = problem.available(count)
+        count = min(most, len(options))
+        available = problem.available(count + reserved)
         level = _solve(options, energy, available)
         used = torch.unique(level).tolist()
         if len(used) <= count:
             break
         members = torch.bincount(level, minlength=len(options))
         del options[min(used[1:], key=lambda i: int(members[i]))]  # the class that fewest channels use
-    options = options[: used[-1] + 2]
-    if len(options) > count:  # keep the classes in use: filling may not add one
-        options = [options[i] for i in used]
-        level = _solve(options, energy, available)
-    bits = torch.tensor([option.bits for option in options])
+    # Filling may use the next option up, but no more classes than there is room for.
+    options = options[: used[-1] + 2] if used[-1] + 2 <= count else [options[i] for i in used]
+    available = problem.available(len(options) + reserved)
+    level = _solve(options, energy, available)
+    levels = [option.choice for option in options]
+    left = available - sum(options[i].bits for i in level.tolist())
     gain = torch.cat([_slopes(options), torch.zeros(1, dtype=torch.float64)])[level] * energy
     order = torch.argsort(gain, descending=True, stable=True)
-    levels = [option.choice for option in options]
-    fill(problem, levels, level, [j for j in order.tolist() if energy[j] > 0], available - int(bits[level].sum()))
-    return table(levels, level)
+    left = fill(problem, levels, level, [j for j in order.tolist() if energy[j] > 0], left)
+    return levels, level, left
+
+
+def _spend_rest(
+    problem: AllocationProblem, levels: list[ChannelClass], level: Tensor, energy: Tensor, left: int
+) -> None:
+    """Give the most important channel without states as many one-bit states as still fit; in place."""
+    if EMPTY not in levels:
+        return
+    empty = levels.index(EMPTY)
+    waiting = torch.where(level == empty, energy, -1.0)
+    channel = int(waiting.argmax())
+    states = problem.largest_group
+    while states and problem.channel_bits(ChannelClass(1, states, 1)) > left:
+        states -= 1
+    if states and float(waiting[channel]) > 0:
+        level[channel] = len(levels)
+        levels.append(ChannelClass(1, states, 1))
 
 
 def _slopes(options: list[Option]) -> Tensor:

@@ -1,0 +1,62 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from usllm.sketch.quantize import best_scale, largest_code, quantize
+from usllm.sketch.scale import CHANNEL_MANTISSA, OUTPUT_MANTISSA, base_exponent, decode_scale, encode_scale
+
+UNIFORM = (torch.arange(20000) + 0.5) / 20000
+QUANTILES = {"normal": torch.erfinv(UNIFORM) * 2**0.5, "exponential": -torch.log1p(-UNIFORM)}
+
+
+def squared_error(values: torch.Tensor, scale: float, bits: int, rounding: str) -> float:
+    codes = quantize(values, torch.tensor(scale), bits, rounding)
+    return float((codes * scale - values).square().mean())
+
+
+@pytest.mark.parametrize("rounding", ["toward_zero", "nearest"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("law", ["normal", "exponential"])
+def test_the_scale_is_within_two_percent_of_the_least_error(law: str, bits: int, rounding: str) -> None:
+    values = QUANTILES[law]
+    chosen = float(best_scale(values[None], bits, rounding)[0])
+    least = min(
+        squared_error(values, chosen * factor, bits, rounding) for factor in torch.linspace(0.4, 2.5, 200).tolist()
+    )
+    assert squared_error(values, chosen, bits, rounding) <= 1.02 * least
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_wide_states_are_never_clipped(bits: int) -> None:
+    values = torch.randn(5, 300)
+    scale = best_scale(values, bits, "nearest")[:, None]
+    assert bool(((quantize(values, scale, bits, "nearest") * scale - values).abs() <= 0.5001 * scale).all())
+
+
+@given(st.floats(1e-6, 1e3), st.sampled_from([1, 2, 3, 4, 8, 16]), st.sampled_from(["toward_zero", "nearest"]))
+def test_codes_fit_their_width(scale: float, bits: int, rounding: str) -> None:
+    codes = quantize(torch.linspace(-50, 50, 101), torch.tensor(scale), bits, rounding)
+    assert int(codes.abs().max()) <= largest_code(bits)
+    assert largest_code(bits) <= 2 ** (bits - 1)
+    if bits == 1:
+        assert set(codes.tolist()) <= {-1, 1}
+
+
+@given(st.floats(1e-6, 1e6), st.sampled_from([CHANNEL_MANTISSA, OUTPUT_MANTISSA]))
+def test_a_stored_scale_is_the_nearest_one(value: float, mantissa: int) -> None:
+    scale = torch.tensor([value], dtype=torch.float32)
+    base = base_exponent(scale[0], mantissa)
+    assert abs(float(decode_scale(encode_scale(scale, base, mantissa), base, mantissa)) / value - 1) <= 2.0 ** -(
+        mantissa + 1
+    )
+    up = float(decode_scale(encode_scale(scale, base, mantissa, up=True), base, mantissa))
+    assert value * (1 - 1e-6) <= up <= value * (1 + 2.0**-mantissa)
+
+
+def test_scales_far_below_the_largest_are_clamped_not_wrapped() -> None:
+    scales = torch.tensor([1.0, 1e-30, 0.0])
+    base = base_exponent(scales.amax(), CHANNEL_MANTISSA)
+    decoded = decode_scale(encode_scale(scales, base, CHANNEL_MANTISSA), base, CHANNEL_MANTISSA)
+    assert float(decoded[0]) == 1.0
+    assert 0 < float(decoded[1]) == float(decoded[2]) < 1e-9
