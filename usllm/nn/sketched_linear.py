@@ -79,6 +79,7 @@ class SketchedLinear(nn.Module):
         if importance is not None:
             self.importance.copy_(importance)
 
+    @torch.inference_mode(False)  # the decoded weight is kept for training, see _compute_weight
     @torch.no_grad()
     def reproject(self) -> Reprojection:
         """States follow the latent weight.
@@ -116,10 +117,14 @@ class SketchedLinear(nn.Module):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         kept = self._decoded
-        if kept is None or kept.dtype not in (dtype, torch.float32) or kept.device != x.device:
-            assert self.plan is not None
-            kept = query(self.states, self.plan)
-        self._decoded = kept.to(dtype)
+        if kept is not None and kept.dtype == dtype and kept.device == x.device:
+            return kept
+        # Training may be next: what inference mode makes could not be saved for its backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            if kept is None or kept.dtype != torch.float32 or kept.device != x.device:
+                assert self.plan is not None
+                kept = query(self.states, self.plan)
+            self._decoded = kept.to(dtype)
         return self._decoded
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from usllm.errors import UserError
+from usllm.nn.parallel import over_layers
 from usllm.nn.report import CompressionReport, compression_report
 from usllm.nn.sketched_linear import Reprojection, SketchedLinear, sketched_layers
 from usllm.sketch import Plan, SketchConfig, build_plan, layer_rates
@@ -92,7 +93,7 @@ def allocate_(model: nn.Module, config: SketchConfig, importance: Mapping[str, T
 
 def reproject_(model: nn.Module) -> dict[str, Reprojection]:
     """Project all sketched layers; what changed, by layer name."""
-    return {name: layer.reproject() for name, layer in sketched_layers(model).items()}
+    return over_layers(SketchedLinear.reproject, sketched_layers(model))
 
 
 def compress_(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from usllm.sketch.layout import Span
@@ -44,33 +45,32 @@ def rotate(weight: Tensor, span: Span, rotation: int) -> Tensor:
     Returns:
         [groups * in, n], row ``g * in + c`` holding channel c of group g from its rotation on.
     """
-    groups, n, channels = span.groups, span.size, weight.shape[1]
-    twice = weight.new_empty(groups * channels + 1, 2 * n)  # one spare row: the last view reaches past its end
-    columns = weight[span.start : span.start + groups * n].reshape(groups, n, channels).transpose(1, 2)
-    rows = twice[:-1].view(groups, channels, 2 * n)
-    rows[..., :n] = columns
-    rows[..., n:] = rows[..., :n]
-    rotated = weight.new_empty(groups * channels, n)
-    for first, last, turn in _runs(groups * channels, n, rotation):
-        offset = first * 2 * n + turn
-        rotated[first:last] = twice.as_strided((last - first, n), (2 * n + 1, 1), twice.storage_offset() + offset)
-    return rotated
+    n, channels = span.size, weight.shape[1]
+    rotated = weight.new_empty(span.groups, channels, n)
+    for group in range(span.groups):
+        start = span.start + group * n
+        columns = weight[start : start + n].t().contiguous()
+        twice = torch.cat([columns, columns], 1)
+        for first, last, turn in _runs(channels, n, rotation + group * channels):
+            skewed = (last - first, n), (2 * n + 1, 1), first * 2 * n + turn
+            rotated[group, first:last] = twice.as_strided(*skewed)
+    return rotated.flatten(0, 1)
 
 
-def unrotate_(twice: Tensor, out: Tensor, span: Span, rotation: int) -> None:
+def unrotate_(rotated: Tensor, out: Tensor, span: Span, rotation: int) -> None:
     """Inverse of :func:`rotate`, into the span's rows of ``out``.
 
     Args:
-        twice: [groups * in, 2n], each row holding its n rotated values twice over.
+        rotated: [groups * in, n].
         out: [out, in], written.
         span: Groups to write.
         rotation: As in :func:`rotate`.
     """
     groups, n, channels = span.groups, span.size, out.shape[1]
-    straight = twice.new_empty(groups * channels, n)
+    twice = torch.cat([rotated, rotated], 1)
+    straight = torch.empty_like(rotated)
     for first, last, turn in _runs(groups * channels, n, rotation):
-        offset = first * 2 * n + n - turn
-        straight[first:last] = twice.as_strided((last - first, n), (2 * n - 1, 1), twice.storage_offset() + offset)
+        straight[first:last] = twice.as_strided((last - first, n), (2 * n - 1, 1), first * 2 * n + n - turn)
     rows = out[span.start : span.start + groups * n].view(groups, n, channels)
     rows.copy_(straight.view(groups, channels, n).transpose(1, 2))
 

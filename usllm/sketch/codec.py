@@ -12,14 +12,16 @@ States are a dictionary of tensors, named and shaped by :meth:`Plan.state_tensor
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from usllm.sketch import compiled
 from usllm.sketch.blocks import chunks, rotate, unrotate_
 from usllm.sketch.layout import Span
 from usllm.sketch.plan import ClassBlock, Plan
-from usllm.sketch.quantize import best_scale, quantize
+from usllm.sketch.quantize import best_scale, channel_statistics, quantize
 from usllm.sketch.scale import CHANNEL_MANTISSA, OUTPUT_MANTISSA, base_exponent, decode_scale, encode_scale
 
 States = dict[str, Tensor]
@@ -43,19 +45,24 @@ def project(weight: Tensor, plan: Plan, moment: Tensor | None = None) -> States:
     if not plan.blocks:
         return states
     rounding = plan.config.rounding
-    best = [best_scale(v, b.choice.bits, rounding) for b, v in zip(plan.blocks, values, strict=True)]
-    largest = torch.stack([scale.amax() for scale in best]).amax()
-    states["scale_base"] = base_exponent(largest, CHANNEL_MANTISSA)
+    measured = [channel_statistics(_of(values, block)) for block in plan.blocks]
+    largest, mean, rms = (torch.cat(column) for column in zip(*measured, strict=True))
+    states["scale_base"] = base_exponent(largest.amax(), CHANNEL_MANTISSA)
     first = 0
-    for block, block_values, scale in zip(plan.blocks, values, best, strict=True):
-        bits = block.choice.bits
+    for bits, run in groupby(plan.blocks, key=lambda block: block.choice.bits):
+        blocks = list(run)
+        channels = sum(len(block.channels) for block in blocks)
         # A scale that clips nothing must not round down to one that does.
-        stored = encode_scale(scale, states["scale_base"], CHANNEL_MANTISSA, up=bits >= 8)
+        these = slice(first, first + channels)
+        best = best_scale(largest[these], mean[these], rms[these], bits, rounding)
+        stored = encode_scale(best, states["scale_base"], CHANNEL_MANTISSA, up=bits >= 8)
         scale = decode_scale(stored, states["scale_base"], CHANNEL_MANTISSA)
-        codes = quantize(block_values, scale[:, None], bits, rounding)
-        states["codes"][block.first_state : block.first_state + block.num_states].view_as(codes).copy_(codes)
-        states["scales"][first : first + len(stored)] = stored
-        first += len(stored)
+        counts = [block.states_per_channel for block in blocks for _ in range(len(block.channels))]
+        per_state = scale.repeat_interleave(torch.tensor(counts, device=weight.device), output_size=sum(counts))
+        where = slice(blocks[0].first_state, blocks[-1].first_state + blocks[-1].num_states)
+        states["codes"][where] = quantize(values[where], per_state, bits, rounding)
+        states["scales"][these] = stored
+        first += channels
     if plan.config.output_scale:
         _fit_output_scales(weight, states, plan, moment)
     return states
@@ -74,19 +81,18 @@ def query(states: States, plan: Plan) -> Tensor:
 def channel_scales(states: States, plan: Plan) -> Tensor:
     """What one code unit is worth in each channel, fp32 [in]; 0 for channels without states."""
     device = states["codes"].device
-    scales = torch.zeros(plan.shape[1], device=device)
-    first = 0
-    for block in plan.blocks:
-        codes = states["scales"][first : first + len(block.channels)]
-        value = decode_scale(codes, states["scale_base"], CHANNEL_MANTISSA)
-        scales[block.channels.to(device)] = value / plan.operator.divisor(block.choice.rows)
-        first += len(block.channels)
-    return scales
+    divisors = [plan.operator.divisor(block.choice.rows) for block in plan.blocks for _ in range(len(block.channels))]
+    value = decode_scale(states["scales"], states["scale_base"], CHANNEL_MANTISSA)
+    if any(divisor != 1 for divisor in divisors):
+        value = value / torch.tensor(divisors, device=device)
+    return torch.zeros(plan.shape[1], device=device).index_copy_(0, plan.channel_order.to(device), value)
 
 
-def _bucket_values(weight: Tensor, plan: Plan) -> list[Tensor]:
-    """fp32 values of the states before quantisation, one [channels, states per channel] for each block."""
+def _bucket_values(weight: Tensor, plan: Plan) -> Tensor:
+    """fp32 values of the states before quantisation, [states]."""
     operator, device = plan.operator, weight.device
+    if compiled.usable(plan, device):
+        return _occupied(operator.decode(compiled.bucket_keys(weight, plan)), plan)
     flat = torch.empty(0, device=device)
     for span, rotation in chunks(plan):
         encoded = operator.encode(rotate(weight, span, rotation)).index_select(0, _rows(plan, span, device))
@@ -96,24 +102,28 @@ def _bucket_values(weight: Tensor, plan: Plan) -> list[Tensor]:
         members[:-1] = encoded.t()
         members[-1] = operator.pad
         for block, first, column in _parts(plan, span):
-            _, slots, load = (index.to(device).int() for index in plan.placement(block.choice, span.size))
+            _, slots, load = (index.to(device) for index in plan.placement(block.choice, span.size))
             rows, depth, states = slots.shape
             columns = len(block.channels) * span.groups
-            gathered = members[:, column : column + columns].index_select(0, slots.flatten())
+            gathered = members[:, column : column + columns].index_select(0, slots.flatten().int())
             reduced = operator.reduce(gathered.view(rows, depth, states, columns), load[..., None])
             target = _states(flat, block, first, span.groups, rows, states)
             target.copy_(reduced.view(rows, states, len(block.channels), span.groups).permute(2, 3, 0, 1))
-    values = operator.decode(flat)
-    if plan.config.hash == "uniform":  # a random hash leaves states without a member
-        values = values.nan_to_num_(0.0)
-    return [values[b.first_state : b.first_state + b.num_states].view(len(b.channels), -1) for b in plan.blocks]
+    return _occupied(operator.decode(flat), plan)
+
+
+def _occupied(values: Tensor, plan: Plan) -> Tensor:
+    """0 for states without a member, which only a random hash leaves."""
+    return values.nan_to_num_(0.0) if plan.config.hash == "uniform" else values
 
 
 def _query_unscaled(states: States, plan: Plan) -> Tensor:
     operator, device = plan.operator, states["codes"].device
-    decoded = torch.empty(plan.shape, device=device)
     if not plan.blocks:
-        return decoded.zero_()
+        return torch.zeros(plan.shape, device=device)
+    if compiled.usable(plan, device):
+        return compiled.decode(states["codes"], channel_scales(states, plan), plan)
+    decoded = torch.empty(plan.shape, device=device)
     encoded = operator.encode_codes(states["codes"], plan.config.query)
     for span, rotation in chunks(plan):
         n = span.size
@@ -122,16 +132,18 @@ def _query_unscaled(states: States, plan: Plan) -> Tensor:
             buckets = plan.placement(block.choice, n).buckets.to(device).int()
             rows, k = block.choice.rows, min(block.choice.states, n)
             stored = _states(encoded, block, first, span.groups, rows, k)
-            by_bucket = stored.permute(2, 3, 0, 1).reshape(rows * k, -1)
+            by_bucket = stored.permute(2, 3, 0, 1).contiguous().view(rows * k, -1)
             if rows > 1:
                 buckets = buckets + torch.arange(0, rows * k, k, dtype=torch.int32, device=device)[:, None]
             candidates = by_bucket.index_select(0, buckets.flatten()).view(rows, n, -1)
             joined.append(operator.combine(candidates))
         values = operator.decode_codes(torch.cat(joined, 1), plan.config.query)
-        twice = torch.zeros(span.groups * plan.shape[1] + 1, 2 * n, dtype=values.dtype, device=device)
-        twice[:, :n].index_copy_(0, _rows(plan, span, device), values.t().contiguous())
-        twice[:, n:] = twice[:, :n]
-        unrotate_(twice, decoded, span, rotation)
+        columns = values.new_zeros(values.shape[1] + 1, n)  # the last one for channels without states
+        columns[:-1] = values.t()
+        source = torch.full((span.groups * plan.shape[1],), len(columns) - 1, device=device)
+        rows_held = _rows(plan, span, device)
+        source[rows_held] = torch.arange(len(rows_held), device=device)
+        unrotate_(columns.index_select(0, source), decoded, span, rotation)
     return decoded.mul_(channel_scales(states, plan))
 
 
@@ -153,10 +165,14 @@ def _parts(plan: Plan, span: Span) -> Iterator[tuple[ClassBlock, int, int]]:
         column += len(block.channels) * span.groups
 
 
+def _of(flat: Tensor, block: ClassBlock) -> Tensor:
+    """A block's part of the states, view [channels, states per channel]."""
+    return flat[block.first_state : block.first_state + block.num_states].view(len(block.channels), -1)
+
+
 def _states(flat: Tensor, block: ClassBlock, first: int, groups: int, rows: int, states: int) -> Tensor:
     """A block's states in some of its groups, view [channels, groups, rows, states] from its ``first`` state on."""
-    stored = flat[block.first_state : block.first_state + block.num_states].view(len(block.channels), -1)
-    return stored[:, first : first + groups * rows * states].unflatten(1, (groups, rows, states))
+    return _of(flat, block)[:, first : first + groups * rows * states].unflatten(1, (groups, rows, states))
 
 
 def _fit_output_scales(weight: Tensor, states: States, plan: Plan, moment: Tensor | None) -> None:

@@ -31,25 +31,34 @@ def largest_code(bits: int) -> int:
     return max((1 << (bits - 1)) - 1, 1)
 
 
-def best_scale(states: Tensor, bits: int, rounding: str) -> Tensor:
-    """Scale of each channel, fp32 [channels], before it is stored.
+def channel_statistics(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest, mean and root-mean-square magnitude of each channel, fp32 [channels].
+
+    Args:
+        states: fp32 [channels, states per channel].
+    """
+    magnitude = states.abs()
+    rms = torch.linalg.vector_norm(magnitude, dim=1) * states.shape[1] ** -0.5
+    return magnitude.amax(1), magnitude.mean(1), rms
+
+
+def best_scale(largest: Tensor, mean: Tensor, rms: Tensor, bits: int, rounding: str) -> Tensor:
+    """Scale of each channel, fp32 [channels], before it is stored, from :func:`channel_statistics`.
 
     Narrow codes clip the tail where that lowers the squared error; from 8 bits on nothing is clipped.
 
     Args:
-        states: fp32 [channels, states per channel].
+        largest, mean, rms: Of the states' magnitudes, each [channels].
         bits: State width.
         rounding: ``toward_zero`` or ``nearest``.
     """
-    magnitude = states.abs()
     if bits == 1:  # the least-squares scale of a sign
-        return magnitude.mean(1)
-    fitting = magnitude.amax(1) / largest_code(bits)
+        return mean
+    fitting = largest / largest_code(bits)
     if (rounding, bits) not in _BEST_SCALE:
         return fitting
-    mean = magnitude.mean(1)
-    ratio = torch.linalg.vector_norm(states, dim=1) * states.shape[1] ** -0.5 / mean.clamp_min(1e-38)
     normal, exponential = _BEST_SCALE[rounding, bits]
+    ratio = rms / mean.clamp_min(1e-38)
     tail = ((ratio - _NORMAL_RATIO) / (_EXPONENTIAL_RATIO - _NORMAL_RATIO)).clamp_min(0.0)
     tail = tail + _HEAVY_SLOPE * (tail - 1.0).clamp_min(0.0)
     return torch.minimum(fitting, mean * (normal + (exponential - normal) * tail))

@@ -9,15 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_MIN = -(2**31)
+_MAGNITUDE = 0x7FFFFFFE  # a float32's magnitude without its last bit, which the sign takes
 
 
 class AbsMaxMin:
     """Signed minimum magnitude in, maximum magnitude out.
 
     Members and candidates are compared as integers that hold the magnitude above and the sign in the lowest bit, so
-    that a plain minimum or maximum finds the member. Of two equal magnitudes a projection takes the positive one,
-    a query the negative one.
+    that a plain minimum or maximum finds the member. A member's magnitude loses the last of its 24 bits, downwards.
+    Of two equal magnitudes a projection takes the positive one, a query the negative one.
     """
 
     linear: bool = False
@@ -26,21 +26,18 @@ class AbsMaxMin:
     def encode(self, weights: Tensor) -> Tensor:
         bits = weights.view(torch.int32)
         negative = bits >> 31  # 0 or -1
-        return bits.bitwise_left_shift_(1).sub_(negative).add_(_MIN)
+        return bits.bitwise_and_(_MAGNITUDE).sub_(negative)
 
     def reduce(self, slots: Tensor, load: Tensor) -> Tensor:
         return slots.amin(1)
 
     def decode(self, states: Tensor) -> Tensor:
-        key = states - _MIN
-        magnitude = (key >> 1).bitwise_and_(0x7FFFFFFF)
-        return magnitude.bitwise_or_(key << 31).view(torch.float32)  # the pad becomes NaN
+        return (states & _MAGNITUDE).bitwise_or_(states << 31).view(torch.float32)  # the pad becomes NaN
 
     def encode_codes(self, codes: Tensor, query: str) -> Tensor:
         if query == "signed_max":
             return codes
         negative = codes >> (7 if codes.dtype == torch.int8 else 15)  # 0 or -1
-        # 16-bit magnitudes take 15 bits and the sign one more: offset by the smallest int16, as above.
         key = codes.to(torch.int32 if codes.dtype == torch.int16 else torch.int16).abs_().mul_(2).sub_(negative)
         return key.add_(-128).to(torch.int8) if codes.dtype == torch.int8 else key
 
