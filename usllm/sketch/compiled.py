@@ -1,9 +1,9 @@
 """AbsMaxMin on the CPU, compiled: the same integers as :mod:`usllm.sketch.codec`, several times faster.
 
 The torch reference is many small operations a class; here a block of 16 channels is read once, line by line, and all
-its buckets are filled while it lies in the first-level cache. Used where numba is installed; ``USLLM_CPU_KERNELS`` set to
-``torch`` keeps to the reference, set to ``numba`` insists. The kernels release the interpreter lock, so that layers run
-side by side (:mod:`usllm.nn.parallel`).
+its buckets are filled while it lies in the first-level cache. Used where numba is installed; ``USLLM_CPU_KERNELS``
+set to ``torch`` keeps to the reference, set to ``numba`` insists. The kernels release the interpreter lock, so that
+layers run side by side (:mod:`usllm.nn.parallel`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ _MAGNITUDE = np.int32(0x7FFFFFFE)
 _LARGEST = np.int32(0x7FFFFFFF)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def project_span(
     bits: Any,  # int32 [out, in], the weights' bit patterns
     start: int,
@@ -67,7 +67,7 @@ def project_span(
                     offset += depth * states
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def query_span(
     codes: Any,  # int8 or int16 [states]
     scales: Any,  # float32 [in]

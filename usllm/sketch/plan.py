@@ -164,7 +164,7 @@ class Plan:
         return self._placements[key]
 
     @cached_property
-    def _load_counts(self) -> Tensor:
+    def load_counts(self) -> Tensor:
         """How many states have 0, 1, 2 … members, int64 [largest load + 1]."""
         counts = torch.zeros(1, dtype=torch.int64)
         for block in self.blocks:
@@ -178,11 +178,11 @@ class Plan:
 
     def occupancy(self) -> float:
         """Share of states with at least one member; 1.0 where there are no states."""
-        return 1.0 - float(self._load_counts[0]) / max(int(self._load_counts.sum()), 1)
+        return 1.0 - float(self.load_counts[0]) / max(int(self.load_counts.sum()), 1)
 
     def load(self) -> tuple[int, float, int]:
         """Fewest, mean and most members per state."""
-        counts = self._load_counts
+        counts = self.load_counts
         present = counts.nonzero().flatten()
         if not len(present):
             return 0, 0.0, 0

@@ -77,10 +77,7 @@ def _ladder(ideal: Tensor, importance: Tensor, rungs: int, cap: int) -> list[int
     if len(values) <= rungs:  # room for the rung above, commonest values first: what is left over can go there
         common = torch.bincount(which).argsort(descending=True, stable=True)
         above = [int(values[i]) + 1 for i in common.tolist() if values[i] < cap]
-        ladder = {int(value) for value in values}
-        for rung in above[: rungs - len(ladder)]:
-            ladder.add(rung)
-        return sorted(ladder)
+        return sorted({int(value) for value in values} | set(above[: rungs - len(values)]))
     weight = torch.zeros_like(values).scatter_add_(0, which, importance[ideal > 0])
     mass = torch.cat([values.new_zeros(1), weight.cumsum(0)])
     moment = torch.cat([values.new_zeros(1), (weight * values).cumsum(0)])

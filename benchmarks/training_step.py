@@ -1,0 +1,85 @@
+"""A training step of SmolLM2-135M, sketched against dense: time and peak memory.
+
+    python benchmarks/training_step.py [--tokens 2048] [--context 512] [--steps 5]
+
+Each mode runs in a process of its own, so that peak memory is its own; the modes take turns twice and are compared by
+their best. A step is forward, backward, clipping, AdamW and, sketched, the re-projection that the paper does each step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from usllm.models import ModelSpec
+from usllm.models.loading import load_dense
+from usllm.nn import allocate_, reproject_, sketched_layers, swap_linears_
+from usllm.runs.machine import choose_precision, machine, machine_line
+from usllm.sketch import SketchConfig
+from usllm.training.objectives import CrossEntropy
+
+
+def measure(mode: str, tokens: int, context: int, steps: int) -> dict[str, float]:
+    """Median seconds a step and peak resident bytes of this process."""
+    torch.manual_seed(0)
+    model = load_dense(ModelSpec())
+    if mode == "sketched":
+        swap_linears_(model)
+        generator = torch.Generator().manual_seed(0)
+        layers = sketched_layers(model)
+        importance = {n: torch.rand(layer.in_features, generator=generator) ** 8 + 1e-3 for n, layer in layers.items()}
+        allocate_(model, SketchConfig(bits_per_weight=0.5, rows=3), importance)
+    model.train()
+    objective = CrossEntropy()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    bf16 = choose_precision("auto", "cpu") == "bf16-mixed"
+    batch = torch.randint(0, model.config.vocab_size, (tokens // context, context))
+    seconds = []
+    for _ in range(steps + 1):
+        started = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss, _ = objective.loss(model, {"input_ids": batch, "labels": batch})
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if mode == "sketched":
+            reproject_(model)
+        seconds.append(time.perf_counter() - started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": statistics.median(seconds[1:]), "peak": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--mode", choices=("dense", "sketched"), help="measure one mode and print JSON")
+    arguments = parser.parse_args()
+    if arguments.mode:
+        print(json.dumps(measure(arguments.mode, arguments.tokens, arguments.context, arguments.steps)))
+        return
+    results: dict[str, list[dict[str, float]]] = {"dense": [], "sketched": []}
+    for mode in ("dense", "sketched", "dense", "sketched"):
+        command = [sys.executable, __file__, "--mode", mode, "--tokens", str(arguments.tokens)]
+        command += ["--context", str(arguments.context), "--steps", str(arguments.steps)]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        results[mode].append(json.loads(printed.splitlines()[-1]))
+    print(f"{machine_line(machine())}; {arguments.tokens} tokens a step")
+    best = {mode: {key: min(run[key] for run in runs) for key in ("seconds", "peak")} for mode, runs in results.items()}
+    for mode, run in best.items():
+        print(f"{mode:9} {run['seconds']:7.2f} s a step, peak {run['peak'] / 2**30:5.2f} GiB")
+    ratios = {key: best["sketched"][key] / best["dense"][key] for key in ("seconds", "peak")}
+    print(f"sketched / dense: time {ratios['seconds']:.3f}, peak memory {ratios['peak']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
