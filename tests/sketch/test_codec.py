@@ -206,3 +206,27 @@ def test_shape_mismatch_names_both_shapes() -> None:
     plan = build_plan((64, 32), None, SketchConfig(bits_per_weight=2.0), "layer.q")
     with pytest.raises(ValueError, match=r"layer\.q.*\(32, 64\).*\(64, 32\)"):
         project(torch.zeros(32, 64), plan)
+
+
+@given(layers(operator="absmaxmin", state_bits=16, allocation="proportional", output_scale=False))
+@settings(max_examples=40, deadline=None)
+def test_winners_are_the_members_that_states_keep(layer: tuple[Tensor, Plan, Tensor]) -> None:
+    weight, plan, _ = layer
+    winners = torch.zeros(plan.num_states, dtype=torch.int16)
+    states = project(weight, plan, winners=winners)
+    scales = channel_scales(states, plan)
+    for block in plan.blocks:
+        for at, channel in enumerate(block.channels.tolist()):
+            place = block.first_state + at * block.states_per_channel
+            for span in plan.spans:
+                load = plan.placement(block.choice, span.size).load
+                for group in range(span.first_group, span.first_group + span.groups):
+                    turn = first_rotation(plan.key, span.size) + group * plan.shape[1] + channel
+                    for row_load in load:
+                        for members in row_load.tolist():
+                            first_row = span.start + (group - span.first_group) * span.size
+                            kept = weight[first_row + (int(winners[place]) + turn) % span.size, channel]
+                            value = float(states["codes"][place]) * float(scales[channel])
+                            if members:
+                                assert abs(value - float(kept)) <= 1.01 * float(scales[channel])
+                            place += 1

@@ -15,8 +15,9 @@ def both(weight: Tensor, plan: Plan) -> tuple[dict[str, Tensor], dict[str, Tenso
     for kernels in ("torch", "numba"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(VARIABLE, kernels)
-            states = project(weight, plan)
-            found.append((states, query(states, plan)))
+            winners = torch.zeros(plan.num_states, dtype=torch.int16)
+            states = project(weight, plan, winners=winners)
+            found.append(({**states, "winners": winners}, query(states, plan)))
     return found[0][0], found[1][0], found[0][1], found[1][1]
 
 
@@ -48,7 +49,7 @@ def test_other_operators_take_the_reference(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_impossible_choice_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = build_plan((64, 32), None, SketchConfig(bits_per_weight=2.0), "layer")
     monkeypatch.setenv(VARIABLE, "fortran")
-    with pytest.raises(ValueError, match="USLLM_CPU_KERNELS=fortran.*auto, numba or torch"):
+    with pytest.raises(ValueError, match=r"USLLM_CPU_KERNELS=fortran.*auto, numba or torch"):
         usable(plan, torch.device("cpu"))
     monkeypatch.setenv(VARIABLE, "numba")
     monkeypatch.setattr("usllm.sketch.compiled._kernels", lambda: None)

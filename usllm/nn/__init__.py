@@ -1,5 +1,6 @@
 """Layers that compute with their sketch, and the surgery that puts them into a model. Needs torch alone."""
 
+from usllm.nn.parallel import over_layers
 from usllm.nn.report import CompressionReport, LayerReport, compression_report
 from usllm.nn.sketched_linear import Reprojection, SketchedLinear, sketched_layers
 from usllm.nn.straight_through import straight_through
@@ -23,6 +24,7 @@ __all__ = [
     "compress_",
     "compression_report",
     "load_plans_",
+    "over_layers",
     "reproject_",
     "save_plans",
     "sketched_layers",

@@ -17,7 +17,8 @@ class Reprojection(NamedTuple):
     """What a projection changed; fp32 scalars on the layer's device, so that reading them is the caller's choice.
 
     Attributes:
-        winner_change: Share of states whose code changed; 0 for a first projection.
+        winner_change: Share of buckets whose winning member changed (for operators without winners: share of states
+            whose code changed); 0 for a first projection.
         relative_error: ``‖decoded - latent‖² / ‖latent‖²``, channels weighted by importance.
     """
 
@@ -50,6 +51,7 @@ class SketchedLinear(nn.Module):
         self.register_buffer("importance", torch.ones(linear.in_features, device=weight.device))
         self._state_names: tuple[str, ...] = ()
         self._decoded: Tensor | None = None
+        self._winners: Tensor | None = None
         self._projected = False
 
     @property
@@ -75,7 +77,7 @@ class SketchedLinear(nn.Module):
         for name, tensor in states.items():
             self.register_buffer(f"state_{name}", tensor)
         self._state_names = tuple(states)
-        self.plan, self._decoded, self._projected = plan, None, False
+        self.plan, self._decoded, self._projected, self._winners = plan, None, False, None
         if importance is not None:
             self.importance.copy_(importance)
 
@@ -89,10 +91,15 @@ class SketchedLinear(nn.Module):
         """
         if self.plan is None:
             raise RuntimeError(f"{self.name} has no plan yet: calibrate and allocate first")
-        fresh = project(self.weight, self.plan, self.importance)
-        codes = self.get_buffer("state_codes")
-        changed = (fresh["codes"] != codes).float().sum() / max(codes.numel(), 1)
-        change = changed if self._projected else torch.zeros_like(changed)
+        winners = self._room_for_winners(self.plan)
+        fresh = project(self.weight, self.plan, self.importance, winners=winners)
+        before, now = self._winners, winners
+        if now is None:
+            before, now = self.get_buffer("state_codes"), fresh["codes"]
+        change = torch.zeros((), device=now.device)
+        if self._projected and before is not None:
+            change = (now != before).sum() / max(now.numel(), 1)
+        self._winners = winners
         for name, tensor in fresh.items():
             self.get_buffer(f"state_{name}").copy_(tensor)
         self._projected = True
@@ -102,6 +109,20 @@ class SketchedLinear(nn.Module):
         error = (decoded - latent).square_().sum(0) @ self.importance
         energy = latent.square().sum(0) @ self.importance
         return Reprojection(change, error / energy.clamp_min(1e-30))
+
+    @torch.no_grad()
+    def recall_winners(self) -> None:
+        """After a state dict was loaded, find the winners of its states again; its latents are those they came from."""
+        if self.plan is not None and self._winners is None:
+            winners = self._room_for_winners(self.plan)
+            if winners is not None:
+                project(self.weight, self.plan, self.importance, winners=winners)
+            self._winners = winners
+
+    def _room_for_winners(self, plan: Plan) -> Tensor | None:
+        if not plan.operator.keeps_member:
+            return None
+        return torch.zeros(plan.num_states, dtype=torch.int16, device=self.weight.device)
 
     def decoded_weight(self) -> Tensor:
         """``query(states)``, fp32 [out, in]; the latent weight while there is no plan."""
@@ -129,7 +150,7 @@ class SketchedLinear(nn.Module):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._decoded, self._projected = None, self.plan is not None
+        self._decoded, self._winners, self._projected = None, None, self.plan is not None
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -28,19 +28,21 @@ States = dict[str, Tensor]
 
 
 @torch.no_grad()
-def project(weight: Tensor, plan: Plan, moment: Tensor | None = None) -> States:
+def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, *, winners: Tensor | None = None) -> States:
     """States of a latent weight (insert).
 
     Args:
         weight: [out, in], any float dtype; computed in fp32.
         plan: The layer's plan.
         moment: E[a²] per input channel, [in]: weights the fit of the output scale, if the plan has one.
+        winners: int16 [states], written: the rotated position within its group of the member that each state keeps.
+            Only for operators that keep a member; states without one are left at 0.
 
     Raises:
         ValueError: If the weight's shape is not the plan's.
     """
     _check_shape(weight, plan)
-    values = _bucket_values(weight.detach().float(), plan)
+    values = _bucket_values(weight.detach().float(), plan, winners)
     states = plan.state_tensors(weight.device)
     if not plan.blocks:
         return states
@@ -88,11 +90,11 @@ def channel_scales(states: States, plan: Plan) -> Tensor:
     return torch.zeros(plan.shape[1], device=device).index_copy_(0, plan.channel_order.to(device), value)
 
 
-def _bucket_values(weight: Tensor, plan: Plan) -> Tensor:
+def _bucket_values(weight: Tensor, plan: Plan, winners: Tensor | None) -> Tensor:
     """fp32 values of the states before quantisation, [states]."""
     operator, device = plan.operator, weight.device
     if compiled.usable(plan, device):
-        return _occupied(operator.decode(compiled.bucket_keys(weight, plan)), plan)
+        return _occupied(operator.decode(compiled.bucket_keys(weight, plan, winners)), plan)
     flat = torch.empty(0, device=device)
     for span, rotation in chunks(plan):
         encoded = operator.encode(rotate(weight, span, rotation)).index_select(0, _rows(plan, span, device))
@@ -106,9 +108,12 @@ def _bucket_values(weight: Tensor, plan: Plan) -> Tensor:
             rows, depth, states = slots.shape
             columns = len(block.channels) * span.groups
             gathered = members[:, column : column + columns].index_select(0, slots.flatten().int())
-            reduced = operator.reduce(gathered.view(rows, depth, states, columns), load[..., None])
-            target = _states(flat, block, first, span.groups, rows, states)
-            target.copy_(reduced.view(rows, states, len(block.channels), span.groups).permute(2, 3, 0, 1))
+            gathered = gathered.view(rows, depth, states, columns)
+            where = block, first, span.groups, rows, states
+            _put(flat, operator.reduce(gathered, load[..., None]), *where)
+            if winners is not None:
+                member = slots[..., None].expand_as(gathered).gather(1, gathered.argmin(1, keepdim=True))[:, 0]
+                _put(winners, member.masked_fill(load[..., None] == 0, 0), *where)
     return _occupied(operator.decode(flat), plan)
 
 
@@ -145,6 +150,12 @@ def _query_unscaled(states: States, plan: Plan) -> Tensor:
         source[rows_held] = torch.arange(len(rows_held), device=device)
         unrotate_(columns.index_select(0, source), decoded, span, rotation)
     return decoded.mul_(channel_scales(states, plan))
+
+
+def _put(flat: Tensor, reduced: Tensor, block: ClassBlock, first: int, groups: int, rows: int, states: int) -> None:
+    """Store [rows, states, channels * groups] where :func:`_states` finds it."""
+    by_channel = reduced.view(rows, states, len(block.channels), groups).permute(2, 3, 0, 1)
+    _states(flat, block, first, groups, rows, states).copy_(by_channel)
 
 
 def _rows(plan: Plan, span: Span, device: torch.device) -> Tensor:

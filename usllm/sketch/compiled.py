@@ -66,19 +66,22 @@ class SpanTables(NamedTuple):
     buckets: Any
 
 
-def bucket_keys(weight: Tensor, plan: Plan) -> Tensor:
+def bucket_keys(weight: Tensor, plan: Plan, winners: Tensor | None = None) -> Tensor:
     """Encoded states before quantisation, int32 [states]; what the reference's reduction gives.
 
     Args:
         weight: fp32 [out, in] on the CPU.
         plan: A plan that is :func:`usable`.
+        winners: int16 [states], written, as for :func:`usllm.sketch.project`.
     """
     kernels = _kernels()
     assert kernels is not None
+    members = torch.empty(plan.num_states, dtype=torch.int16) if winners is None else winners
     bits = weight.contiguous().view(torch.int32).numpy()
     keys = torch.empty(plan.num_states, dtype=torch.int32)
     for span, tables in zip(plan.spans, _tables(plan), strict=True):
-        kernels[0](bits, span.start, span.size, span.groups, plan.rotation(span), *tables[:4], keys.numpy())
+        place = (span.start, span.size, span.groups, plan.rotation(span))
+        kernels[0](bits, *place, *tables[:4], keys.numpy(), members.numpy())
     return keys
 
 

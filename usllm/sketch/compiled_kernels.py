@@ -24,11 +24,13 @@ def project_span(
     shape: Any,  # int64 [blocks, 5]: rows, slots, states, offset in slots, offset in buckets
     slots: Any,  # int16
     keys: Any,  # int32 [states], written
+    winners: Any,  # int16 [states], written
 ) -> None:
-    """Smallest key of every bucket in one span."""
+    """Smallest key of every bucket in one span, and the position that has it."""
     channels = bits.shape[1]
     twice = np.empty((_LANES, 2 * n), np.int32)
     smallest = np.empty(n, np.int32)
+    winner = np.empty(n, np.int16)
     for group in range(groups):
         row = start + group * n
         for first in range(0, channels, _LANES):
@@ -52,7 +54,9 @@ def project_span(
                 for _ in range(rows):
                     members = slots[offset : offset + depth * states]
                     for k in range(states):  # the first slot of a bucket may be its only one, or none
-                        smallest[k] = values[members[k]] if members[k] < n else _LARGEST
+                        held = members[k] < n
+                        smallest[k] = values[members[k]] if held else _LARGEST
+                        winner[k] = members[k] if held else np.int16(0)
                     for slot in range(1, depth):
                         base = slot * states
                         for k in range(states):
@@ -61,8 +65,10 @@ def project_span(
                                 value = values[position]
                                 if value < smallest[k]:
                                     smallest[k] = value
+                                    winner[k] = position
                     for k in range(states):
                         keys[place + k] = smallest[k]
+                        winners[place + k] = winner[k]
                     place += states
                     offset += depth * states
 

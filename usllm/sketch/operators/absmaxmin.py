@@ -20,6 +20,7 @@ class AbsMaxMin:
     Of two equal magnitudes a projection takes the positive one, a query the negative one.
     """
 
+    keeps_member: bool = True
     linear: bool = False
     pad: int | float = 2**31 - 1
 

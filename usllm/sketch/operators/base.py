@@ -13,10 +13,12 @@ class Operator(Protocol):
     Both directions work on encoded values, so that what runs over every weight is one gather and one reduction.
 
     Attributes:
+        keeps_member: Whether a state is one of its members, so that a bucket has a winner.
         linear: Whether decoding is linear in the states, so that products may be folded (`peers.md` §3).
         pad: Encoded value that leaves :meth:`reduce` unchanged; fills the slots of buckets that are one short.
     """
 
+    keeps_member: bool
     linear: bool
     pad: int | float
 

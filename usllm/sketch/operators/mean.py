@@ -9,6 +9,7 @@ from torch import Tensor
 class Mean:
     """Mean of the members in, mean of the rows out."""
 
+    keeps_member: bool = False
     linear: bool = True
     pad: int | float = 0.0
 
