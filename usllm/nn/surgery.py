@@ -37,27 +37,31 @@ def swap_linears_(model: nn.Module, patterns: Iterable[str] = DEFAULT_PATTERNS) 
     patterns = tuple(patterns)
     owners = [
         id(parameter)
-        for module in model.modules()
+        for _, module in model.named_modules(remove_duplicate=False)
         for parameter in module._parameters.values()
         if parameter is not None
     ]
-    found = {}
-    for name, module in list(model.named_modules()):
+    found: dict[str, nn.Linear] = {}
+    # A linear layer that two places share comes up under both names; swapping it in one would untie them.
+    for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, nn.Linear) or not _matches(name, patterns):
             continue
         if owners.count(id(module.weight)) > 1:
             raise UserError(
                 f"model.patterns matches {name}, whose weight is tied to another module: leave it out of the patterns"
             )
-        found[name] = SketchedLinear(module, name)
-        model.set_submodule(name, found[name])
+        found[name] = module
     if not found:
         linears = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise UserError(
             f"model.patterns={list(patterns)} matches no linear layer of {type(model).__name__}: "
             f"its linear layers are named {', '.join(linears) or '(none)'}"
         )
-    return found
+    sketched = {}
+    for name, linear in found.items():  # only now: a model that is refused is left as it was
+        sketched[name] = SketchedLinear(linear, name)
+        model.set_submodule(name, sketched[name])
+    return sketched
 
 
 def allocate_(model: nn.Module, config: SketchConfig, importance: Mapping[str, Tensor] | None = None) -> None:
