@@ -25,7 +25,7 @@ class SecondMoments:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = dict.fromkeys(self._layers, 0)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._last: tuple[Tensor, int, Tensor] | None = None
+        self._last: tuple[Tensor, int | None, Tensor] | None = None
 
     def __enter__(self) -> SecondMoments:
         for name, layer in self._layers.items():
@@ -44,11 +44,12 @@ class SecondMoments:
         self._handles.clear()
         self._last = None
 
+    @torch.inference_mode(False)  # sums of inference mode could not be added to outside of it
     @torch.no_grad()
     def _add(self, name: str, value: Tensor) -> None:
         # The tensor is held, not only its id: a freed one's memory could come back as another input.
         if self._last is None or not _same(self._last[0], value, self._last[1]):
-            self._last = (value, value._version, self._moment(value))
+            self._last = (value, _version(value), self._moment(value))
         moment = self._last[2]
         self._counts[name] += value.numel() // value.shape[-1]
         if name in self._sums:
@@ -86,11 +87,17 @@ class SecondMoments:
         return means
 
 
-def _same(kept: Tensor, value: Tensor, version: int) -> bool:
-    """Whether a tensor is the same memory, unchanged (``detach`` makes a new object over it)."""
+def _version(value: Tensor) -> int | None:
+    """Count of in-place changes; tensors of inference mode have none."""
+    return None if value.is_inference() else value._version
+
+
+def _same(kept: Tensor, value: Tensor, version: int | None) -> bool:
+    """Whether a tensor is the same memory, known to be unchanged (``detach`` makes a new object over it)."""
     return (
-        kept.data_ptr() == value.data_ptr()
+        version is not None
+        and kept.data_ptr() == value.data_ptr()
         and kept.shape == value.shape
         and kept.stride() == value.stride()
-        and value._version == version
+        and _version(value) == version
     )
