@@ -163,3 +163,11 @@ def test_too_short_held_out_text_names_the_fraction(tmp_path: Path) -> None:
 def test_impossible_fraction_is_refused(tmp_path: Path, fraction: float) -> None:
     with pytest.raises(UserError, match=r"data\.validation_fraction"):
         _module(tmp_path, validation_fraction=fraction).setup()
+
+
+def test_only_the_first_sequences_are_trained_on_where_asked_for(tmp_path: Path) -> None:
+    whole, few = _module(tmp_path), _module(tmp_path, max_sequences=3)
+    assert few.train_sequences["input_ids"][:] == whole.train_sequences["input_ids"][:3]
+    assert torch.equal(few.validation_tokens(), whole.validation_tokens())
+    assert few.steps_for(4) == 6
+    assert len(_module(tmp_path, max_sequences=10_000).train_sequences) == len(whole.train_sequences)

@@ -86,7 +86,8 @@ def check_objective(objective: dict[str, Any], problems: Problems) -> None:
 
 
 def check_data(data: DataConfig, problems: Problems) -> None:
-    check_source("data.train", data.train, problems)
+    if data.train is not None:  # it has no default; that it is missing was said before
+        check_source("data.train", data.train, problems)
     if data.validation is not None:
         check_source("data.validation", data.validation, problems)
     else:
@@ -98,6 +99,7 @@ def check_data(data: DataConfig, problems: Problems) -> None:
             hint="0.02 holds out every fiftieth document",
         )
     problems.number("data.context_length", data.context_length, least=2)
+    problems.number("data.max_sequences", data.max_sequences, least=1, hint="null takes the whole text")
     problems.number("data.batch_size", data.batch_size, least=1)
     problems.number("data.num_proc", data.num_proc, least=1)
     problems.number("data.num_workers", data.num_workers, least=0)

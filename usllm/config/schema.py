@@ -22,6 +22,7 @@ class DataConfig:
         train: the text that is trained on.
         validation: the text that is validated on; ``None`` holds out ``validation_fraction`` of the training documents.
         context_length: tokens per packed sequence.
+        max_sequences: train and calibrate on the first ones only; ``None`` takes all.
         cache_dir: where packed sequences are kept between runs.
         num_proc: processes that tokenise.
         batch_size: sequences per micro batch.
@@ -32,6 +33,7 @@ class DataConfig:
     validation: SourceSpec | None = None
     validation_fraction: float = 0.02
     context_length: int = 512
+    max_sequences: int | None = None
     cache_dir: str = "~/.cache/usllm"
     num_proc: int = 2
     batch_size: int = 4

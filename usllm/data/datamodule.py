@@ -39,6 +39,7 @@ class TextDataModule(LightningDataModule):
         validation: source of validation; without one, ``validation_fraction`` of the training documents is set aside.
         validation_fraction: share of documents, at least one document.
         context_length: tokens per sequence.
+        max_sequences: train and calibrate on the first ones only; ``None`` takes all.
         batch_size: sequences per micro batch and device.
         num_workers: processes that load batches; 0 is right unless the disk is slow. Part of what a resumed run must
             keep.
@@ -55,6 +56,7 @@ class TextDataModule(LightningDataModule):
         *,
         validation_fraction: float = 0.02,
         context_length: int = 512,
+        max_sequences: int | None = None,
         batch_size: int = 4,
         num_workers: int = 0,
         num_proc: int = 1,
@@ -67,6 +69,7 @@ class TextDataModule(LightningDataModule):
         self.validation_source = validation
         self.validation_fraction = validation_fraction
         self.context_length = context_length
+        self.max_sequences = max_sequences
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.num_proc = num_proc
@@ -94,7 +97,10 @@ class TextDataModule(LightningDataModule):
         else:
             documents, held_out = self._split(documents)
         validation = self._pack(held_out, "data.validation")
-        self._train, self._validation = self._pack(documents, "data.train"), validation
+        train = self._pack(documents, "data.train")
+        if self.max_sequences is not None:
+            train = train.select(range(min(self.max_sequences, len(train))))
+        self._train, self._validation = train, validation
 
     @property
     def train_sequences(self) -> Dataset:

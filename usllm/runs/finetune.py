@@ -139,6 +139,7 @@ def build_data(section: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
         section.validation,
         validation_fraction=section.validation_fraction,
         context_length=section.context_length,
+        max_sequences=section.max_sequences,
         batch_size=section.batch_size,
         num_workers=section.num_workers,
         num_proc=section.num_proc,
