@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,28 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from usllm.errors import UserError
+from usllm.experiments.inputs import study_settings
 from usllm.experiments.variants import run_variants
 from usllm.runs.directory import write_json
 from usllm.runs.report import human_bytes
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Settings of the study.
+
+    Attributes:
+        name: ``quality``.
+        variants: overrides by variant name, ``dense: true`` for the dense model finetuned alike.
+    """
+
+    name: str
+    variants: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.variants:
+            raise UserError("study.variants={}: give at least one variant, such as dense: {dense: true}")
 
 
 def run(cfg: DictConfig, study: dict[str, Any], command: str) -> dict[str, Any]:
@@ -20,7 +40,7 @@ def run(cfg: DictConfig, study: dict[str, Any], command: str) -> dict[str, Any]:
     Raises:
         UserError: A variant's configuration has a problem.
     """
-    reports = run_variants(cfg, study["variants"], command)
+    reports = run_variants(cfg, study_settings(Quality, study).variants, command)
     rows = [_row(name, report) for name, report in reports.items()]
     result = {"command": command, "rows": rows, "machine": next(iter(reports.values()))["machine"]}
     write_json(Path(cfg.run_dir) / "quality.json", result)
