@@ -28,7 +28,7 @@ def project_span(
 ) -> None:
     """Smallest key of every bucket in one span, and the position that has it."""
     channels = bits.shape[1]
-    twice = np.empty((_LANES, 2 * n), np.int32)
+    twice = np.empty((_LANES, 2 * n + 16), np.int32)  # padded: lanes a power of two apart would share cache sets
     smallest = np.empty(n, np.int32)
     winner = np.empty(n, np.int16)
     for group in range(groups):
@@ -62,10 +62,9 @@ def project_span(
                         for k in range(states):
                             position = members[base + k]
                             if position < n:
-                                value = values[position]
-                                if value < smallest[k]:
-                                    smallest[k] = value
-                                    winner[k] = position
+                                value, before = values[position], smallest[k]
+                                smallest[k] = min(value, before)  # no branch: which is smaller cannot be predicted
+                                winner[k] = position if value < before else winner[k]
                     for k in range(states):
                         keys[place + k] = smallest[k]
                         winners[place + k] = winner[k]
@@ -116,9 +115,7 @@ def query_span(
                             best[q] = encoded[table[q]]
                     else:
                         for q in range(n):
-                            key = encoded[table[q]]
-                            if key > best[q]:
-                                best[q] = key
+                            best[q] = max(best[q], encoded[table[q]])
                     place += states
                     offset += n
                 scale = scales[channel]
