@@ -108,7 +108,7 @@ def test_used_directory_is_refused_with_the_way_out(
     assert "resume=true" in capsys.readouterr().err
 
 
-def test_another_sketch_is_refused_naming_the_differing_keys(
+def test_another_configuration_is_refused_naming_the_differing_keys(
     finished: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "other"
@@ -119,11 +119,15 @@ def test_another_sketch_is_refused_naming_the_differing_keys(
         run_here(
             monkeypatch,
             *arguments(tiny_text, tmp_path, f"run_dir={run_dir}", "resume=true", "sketch.rows=1", "allocation=uniform"),
+            "optimizer.lr=0.5",
+            "trainer.log_every_n_steps=2",
         )
     assert ended.value.code == 2
     message = capsys.readouterr().err
     assert "sketch.rows" in message
     assert "allocation.name" in message
+    assert "optimizer.lr: 0.001 in the checkpoint, 0.5 in this run" in message
+    assert "log_every_n_steps" not in message
 
 
 def test_epochs_are_counted_in_passes_over_the_text(

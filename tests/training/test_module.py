@@ -156,6 +156,14 @@ def test_run_under_another_sketch_is_refused_before_it_trains(tmp_path: Path) ->
     assert (tmp_path / "run" / "record.jsonl").read_text() == before
 
 
+def test_sketch_and_run_differences_come_in_one_message() -> None:
+    saved, ours = ({"seed": seed, "optimizer": {"lr": 1e-3}} for seed in (0, 1))
+    other = module(sketch=SketchConfig(**(Settings().sketch | {"rows": 3})), config=ours)
+    other.configure_model()
+    with pytest.raises(UserError, match=r"sketch\.rows: 2 .*; seed: 0 in the checkpoint, 1 in this run\. Restore"):
+        other.on_load_checkpoint(saved_by(module(config=saved)))
+
+
 def test_checkpoint_of_another_program_is_refused() -> None:
     finetuner = module()
     finetuner.configure_model()

@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from usllm.errors import UserError
 from usllm.nn import DEFAULT_PATTERNS, load_plans_, save_plans, swap_linears_
 from usllm.sketch import SketchConfig
+from usllm.training.differences import run_differences, sketch_differences
 from usllm.training.objectives import Batch, Objective, next_token_loss
 from usllm.training.optimization import OptimizerConfig, build_optimizer, build_schedule
 
@@ -23,12 +24,6 @@ if TYPE_CHECKING:
 
 CHECKPOINT_KEY = "usllm"
 CHECKPOINT_FORMAT = 1
-_CONFIG_KEYS = {
-    "allocation": "allocation.name",
-    "layer_budget": "allocation.layer_budget",
-    "min_importance": "allocation.min_importance",
-}
-"""Fields of ``SketchConfig`` that the configuration tree keeps outside of ``sketch``."""
 _COMPUTE_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
@@ -164,7 +159,7 @@ class SketchFinetuner(LightningModule):
         """Rebuild the plans, so that the state buffers have their shapes before Lightning fills them.
 
         Raises:
-            UserError: not a usllm checkpoint, one of a newer format, or one made under another sketch configuration.
+            UserError: not a usllm checkpoint, one of a newer format, or one made under another configuration.
         """
         saved = checkpoint.get(CHECKPOINT_KEY)
         if saved is None:
@@ -173,28 +168,15 @@ class SketchFinetuner(LightningModule):
             raise UserError(
                 f"the checkpoint has format {saved['format']}, this version of usllm reads {CHECKPOINT_FORMAT}"
             )
-        if differences := configuration_differences(saved, self.sketch, self.patterns):
+        differences = sketch_differences(saved, self.sketch, self.patterns)
+        differences += run_differences(saved["config"], self.run_config)
+        if differences:
             raise UserError(
-                "the checkpoint was made under another sketch configuration: "
+                "the checkpoint was made under another configuration: "
                 + "; ".join(differences)
                 + ". Restore these values, or start a new run under another name="
             )
         load_plans_(self.network, saved["plans"], self.sketch)
-
-
-def configuration_differences(saved: Mapping[str, Any], sketch: SketchConfig, patterns: Sequence[str]) -> list[str]:
-    """Every key in which a checkpoint's sketch differs from this run's, with both values."""
-    absent = "(none)"
-    theirs, ours = saved["sketch"], dataclasses.asdict(sketch)
-    differences = [
-        f"{_CONFIG_KEYS.get(key, f'sketch.{key}')}: {theirs.get(key, absent)} in the checkpoint, "
-        f"{ours.get(key, absent)} in this run"
-        for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key, absent) != ours.get(key, absent)
-    ]
-    if sorted(saved["patterns"]) != sorted(patterns):
-        differences.append(f"model.patterns: {saved['patterns']} in the checkpoint, {list(patterns)} in this run")
-    return differences
 
 
 def sketch_finetuner(module: LightningModule) -> SketchFinetuner:

@@ -1,0 +1,107 @@
+"""Which differences keep a run from continuing a checkpoint, and which do not."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+
+from usllm.sketch import SketchConfig
+from usllm.training.differences import run_differences, sketch_differences
+
+RUN: dict[str, Any] = {
+    "seed": 0,
+    "name": "tiny",
+    "model": {"kind": "random", "name": "llama"},
+    "data": {"train": {"kind": "text", "path": ["a.txt"]}, "context_length": 32, "batch_size": 2, "cache_dir": "/a"},
+    "objective": {"name": "cross_entropy"},
+    "optimizer": {"lr": 1e-3, "betas": [0.9, 0.95]},
+    "trainer": {"max_steps": 8, "accumulate_grad_batches": 1, "log_every_n_steps": 1, "accelerator": "cpu"},
+    "callbacks": {"sketch_reprojection": {"every_n_steps": 1}, "progress": {"_target_": "Bar"}},
+    "evaluation": {"windows": [32]},
+    "logger": {"csv": {"_target_": "CSVLogger"}},
+}
+
+
+def run_with(key: str, value: Any) -> dict[str, Any]:
+    """``RUN`` with one dotted key set."""
+    changed = copy.deepcopy(RUN)
+    *groups, last = key.split(".")
+    inner = changed
+    for group in groups:
+        inner = inner[group]
+    inner[last] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "before"),
+    [
+        ("seed", 1, 0),
+        ("model.name", "qwen2", "llama"),
+        ("data.train.path", ["a.txt", "b.txt"], ["a.txt"]),
+        ("data.train.separator", "\t", None),
+        ("data.validation_fraction", 0.5, None),
+        ("data.context_length", 64, 32),
+        ("data.batch_size", 4, 2),
+        ("objective.name", "distill", "cross_entropy"),
+        ("optimizer.lr", 1e-4, 1e-3),
+        ("optimizer.betas", [0.9, 0.99], [0.9, 0.95]),
+        ("trainer.max_steps", 9, 8),
+        ("trainer.accumulate_grad_batches", 2, 1),
+        ("trainer.precision", "bf16-mixed", None),
+        ("callbacks.sketch_reprojection.every_n_steps", 2, 1),
+    ],
+)
+def test_key_that_decides_the_course_of_a_run_is_named_with_both_values(key: str, value: Any, before: Any) -> None:
+    assert run_differences(RUN, run_with(key, value)) == [f"{key}: {before} in the checkpoint, {value} in this run"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", "other"),
+        ("resume", True),
+        ("data.cache_dir", "/b"),
+        ("data.num_proc", 8),
+        ("trainer.log_every_n_steps", 5),
+        ("trainer.accelerator", "gpu"),
+        ("trainer.enable_model_summary", True),
+        ("callbacks.progress", None),
+        ("evaluation.windows", [64]),
+        ("logger", {}),
+        ("data.max_sequences", None),  # a key that came after the checkpoint
+    ],
+)
+def test_what_only_stores_shows_or_measures_may_change_on_resume(key: str, value: Any) -> None:
+    assert run_differences(RUN, run_with(key, value)) == []
+
+
+def test_key_under_another_group_of_the_same_beginning_does_not_count() -> None:
+    # data.train decides, data.train_cache would not.
+    assert run_differences({"data": {"train_cache": 1}, "seeds": 1}, {"data": {"train_cache": 2}, "seeds": 2}) == []
+
+
+def test_group_that_one_side_lacks_is_named_key_by_key() -> None:
+    dense = run_with("callbacks.sketch_reprojection", None)
+    assert run_differences(RUN, dense) == [
+        "callbacks.sketch_reprojection.every_n_steps: 1 in the checkpoint, None in this run"
+    ]
+
+
+def test_same_run_has_no_differences() -> None:
+    assert run_differences(RUN, copy.deepcopy(RUN)) == []
+
+
+def test_sketch_keys_are_called_as_the_configuration_calls_them() -> None:
+    saved = {"sketch": dataclasses.asdict(SketchConfig(rows=2)), "patterns": ["q_proj", "k_proj"]}
+    found = sketch_differences(saved, SketchConfig(rows=3, min_importance=0.5, layer_budget="importance"), ["q_proj"])
+    assert [line.partition(":")[0] for line in found] == [
+        "allocation.layer_budget",
+        "allocation.min_importance",
+        "sketch.rows",
+        "model.patterns",
+    ]
+    assert sketch_differences(saved, SketchConfig(rows=2), ["k_proj", "q_proj"]) == []
