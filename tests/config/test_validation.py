@@ -120,9 +120,41 @@ def test_all_problems_come_in_one_message(tiny_text: Path) -> None:
         assert key in message
 
 
-def test_missing_path_is_asked_for() -> None:
-    with pytest.raises(UserError, match=r"data\.train\.path"):
-        check_train(composed("experiment=tiny"))
+@pytest.mark.parametrize(
+    ("overrides", "asked"),
+    [
+        (["data=text"], "data.train.path: needs a value; pass data.train.path=…"),
+        (["data=hub"], "data.train.name: needs a value; pass data.train.name=…"),
+        (["model=folder"], "model.name: needs a value; pass model.name=…"),
+        (["model=gguf"], "model.kind=gguf needs model.file=/path/to/model.gguf"),
+    ],
+)
+def test_missing_value_is_asked_for_once_and_its_stand_in_is_not_judged(overrides: list[str], asked: str) -> None:
+    with pytest.raises(UserError) as raised:
+        check_train(composed(*overrides))
+    assert str(raised.value) == asked
+
+
+def test_missing_text_is_asked_for() -> None:
+    with pytest.raises(UserError) as raised:
+        check_train(composed("data=base"))
+    assert str(raised.value).startswith("data.train: needs a value; choose another option of data, or pass")
+
+
+def test_missing_value_hides_no_other_problem(tiny_text: Path) -> None:
+    with pytest.raises(UserError) as raised:
+        check_train(composed(*tiny(tiny_text, "model=folder", "model.patterns=[]", "name=a/b", "data.train=???")))
+    message = str(raised.value)
+    assert "4 problems" in message
+    for line in ("model.name: needs", "model.patterns is empty", "name=a/b: must be", "data.train: needs"):
+        assert line in message
+
+
+def test_callback_is_added_as_the_default_configuration_says(tiny_text: Path) -> None:
+    plain = check_train(composed(*tiny(tiny_text))).callbacks
+    added = check_train(composed(*tiny(tiny_text, "callbacks=[default,early_stopping]"))).callbacks
+    assert plain is not None and added is not None
+    assert added.keys() - plain.keys() == {"early_stopping"}
 
 
 def test_missing_gguf_file_is_named(tiny_text: Path) -> None:

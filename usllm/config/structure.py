@@ -18,6 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from usllm.errors import UserError
 
 T = TypeVar("T")
+NEEDS_A_VALUE = ": needs a value"
+"""What follows the key of a value that nobody gave."""
 _SCALARS = (bool, int, float, str)
 
 
@@ -50,14 +52,14 @@ def merge_values(
         if key not in fields:
             problems.append(f"{full}={_short(value)}: unknown key; {_nearest(str(key), fields, path)}")
         elif value == MISSING:
-            problems.append(f"{full}: needs a value; pass {full}=…")
+            problems.append(_wanted(full, hints[key]))
         else:
             _merge_value(hints[key], key, value, values, problems, full)
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and key not in values:
             if key not in given:
-                problems.append(f"{path}{key}: needs a value; pass {path}{key}=…")
+                problems.append(_wanted(f"{path}{key}", hints[key]))
             values[key] = None  # never used: there is a problem to report
     return values
 
@@ -117,6 +119,15 @@ def _dataclass_in(hint: Any) -> type | None:
     """The dataclass of ``Section`` or ``Section | None``."""
     candidates = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return next((c for c in candidates if isinstance(c, type) and dataclasses.is_dataclass(c)), None)
+
+
+def _wanted(full: str, hint: Any) -> str:
+    """The line that asks for a missing value."""
+    section = _dataclass_in(hint)
+    if section is None:
+        return f"{full}{NEEDS_A_VALUE}; pass {full}=…"
+    group = f"choose another option of {full.partition('.')[0]}, or " if "." in full else ""
+    return f"{full}{NEEDS_A_VALUE}; {group}pass '{full}={{…}}' ({_names(section)})"
 
 
 def _names(cls: type) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from usllm.config import rules
 from usllm.config.rules import Problems
 from usllm.config.schema import AllocationConfig, EvalConfig, TrainConfig
-from usllm.config.structure import built, merge_typed, merge_values
+from usllm.config.structure import NEEDS_A_VALUE, built, merge_typed, merge_values
 from usllm.errors import UserError
 from usllm.sketch import SketchConfig
 
@@ -129,7 +130,15 @@ def _check_run(name: str, seed: int, problems: Problems) -> None:
 
 
 def user_error(problems: list[str]) -> UserError:
-    """One error that lists all ``problems``."""
+    """One error that lists all ``problems``; a value that is missing is asked for once.
+
+    Rules look at the default that stands in for a missing value, and may have something to say about it.
+    """
+    missing = [line.partition(NEEDS_A_VALUE)[0] for line in problems if NEEDS_A_VALUE in line]
+    about_missing = [re.compile(rf"(?<![\w.]){re.escape(key)}=") for key in missing]
+    problems = [
+        line for line in problems if NEEDS_A_VALUE in line or not any(key.search(line) for key in about_missing)
+    ]
     if len(problems) == 1:
         return UserError(problems[0])
     lines = "\n".join(f"  - {line}" for line in problems)
