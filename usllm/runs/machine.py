@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ def fast_bf16(accelerator: str) -> bool:
     if accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available()):
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if accelerator in ("cpu", "auto"):
-        features = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 may not have it: fp32 then
+        features: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 may lack it: fp32
         return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
     return False
 
