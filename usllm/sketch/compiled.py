@@ -1,9 +1,9 @@
 """AbsMaxMin on the CPU, compiled: the same integers as :mod:`usllm.sketch.codec`, several times faster.
 
-The torch reference is many small operations a class; here a block of 16 channels is read once, line by line, and all
-its buckets are filled while it lies in the first-level cache. Used where numba is installed; ``USLLM_CPU_KERNELS``
-set to ``torch`` keeps to the reference, set to ``numba`` insists. The kernels release the interpreter lock, so that
-layers run side by side (:mod:`usllm.nn.parallel`).
+The torch reference is many small operations a class; here a channel is read once, and all its buckets are filled while
+it lies in the first-level cache. Used where numba is installed; ``USLLM_CPU_KERNELS`` set to ``torch`` keeps to the
+reference, set to ``numba`` insists. The kernels release the interpreter lock, so that layers run side by side
+(:mod:`usllm.nn.parallel`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _kernels() -> tuple[Callable[..., None], Callable[..., None]] | None:
         from usllm.sketch import compiled_kernels
     except ImportError:
         return None
-    return compiled_kernels.project_span, compiled_kernels.query_span
+    return compiled_kernels.project_group, compiled_kernels.query_span
 
 
 class SpanTables(NamedTuple):
@@ -55,8 +55,8 @@ class SpanTables(NamedTuple):
         channel_class: Block number of each channel, -1 without states, int16 [in].
         channel_first: First state of each channel in this span, int64 [in].
         shape: Rows, states, slots and the table's offsets for each block, int64 [blocks, 5].
-        slots: Members of the buckets of all blocks, int16.
-        buckets: Bucket of each rotated position, all blocks, int16.
+        slots: Members of the buckets of all blocks, uint16.
+        buckets: Bucket of each rotated position, all blocks, uint16.
     """
 
     channel_class: Any
@@ -77,11 +77,14 @@ def bucket_keys(weight: Tensor, plan: Plan, winners: Tensor | None = None) -> Te
     kernels = _kernels()
     assert kernels is not None
     members = torch.empty(plan.num_states, dtype=torch.int16) if winners is None else winners
-    bits = weight.contiguous().view(torch.int32).numpy()
     keys = torch.empty(plan.num_states, dtype=torch.int32)
+    bits = weight.view(torch.int32)
     for span, tables in zip(plan.spans, _tables(plan), strict=True):
-        place = (span.start, span.size, span.groups, plan.rotation(span))
-        kernels[0](bits, *place, *tables[:4], keys.numpy(), members.numpy())
+        for group in range(span.groups):
+            start = span.start + group * span.size
+            columns = bits[start : start + span.size].t().contiguous()
+            rotation = plan.rotation(span) + group * plan.shape[1]
+            kernels[0](columns.numpy(), group, rotation, *tables[:4], keys.numpy(), members.numpy())
     return keys
 
 
@@ -129,5 +132,6 @@ def _span_tables(plan: Plan, number: int) -> SpanTables:
         buckets.append(placement.buckets.flatten())
         slot_offset += slots[-1].numel()
         bucket_offset += buckets[-1].numel()
-    arrays = channel_class, channel_first, torch.tensor(shape), torch.cat(slots), torch.cat(buckets)
-    return SpanTables(*(array.numpy() for array in arrays))
+    # Unsigned: an index that could be below zero would be checked for it at every use.
+    tables = (torch.cat(slots).numpy().view("uint16"), torch.cat(buckets).numpy().view("uint16"))
+    return SpanTables(channel_class.numpy(), channel_first.numpy(), torch.tensor(shape).numpy(), *tables)

@@ -7,69 +7,70 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-_LANES = 16  # channels read together: 16 float32 fill a cache line
+_LANES = 16  # channels written together: 16 float32 fill a cache line
 _MAGNITUDE = np.int32(0x7FFFFFFE)
 _LARGEST = np.int32(0x7FFFFFFF)
 
 
 @njit(nogil=True, cache=True)
-def project_span(
-    bits: Any,  # int32 [out, in], the weights' bit patterns
-    start: int,
-    n: int,
-    groups: int,
-    rotation: int,
+def project_group(
+    columns: Any,  # int32 [in, n], the bit patterns of a group's weights, channel by channel
+    group: int,  # number of the group within its span
+    rotation: int,  # of channel 0 in this group
     channel_class: Any,  # int16 [in]
     channel_first: Any,  # int64 [in]
     shape: Any,  # int64 [blocks, 5]: rows, slots, states, offset in slots, offset in buckets
-    slots: Any,  # int16
+    slots: Any,  # uint16
     keys: Any,  # int32 [states], written
     winners: Any,  # int16 [states], written
 ) -> None:
-    """Smallest key of every bucket in one span, and the position that has it."""
-    channels = bits.shape[1]
-    twice = np.empty((_LANES, 2 * n + 16), np.int32)  # padded: lanes a power of two apart would share cache sets
+    """Smallest key of every bucket in one group, and the position that has it."""
+    channels, n = columns.shape
+    twice = np.empty(2 * n, np.int32)
     smallest = np.empty(n, np.int32)
     winner = np.empty(n, np.int16)
-    for group in range(groups):
-        row = start + group * n
-        for first in range(0, channels, _LANES):
-            lanes = min(_LANES, channels - first)
-            for i in range(n):
-                for lane in range(lanes):
-                    value = bits[row + i, first + lane]
-                    key = (value & _MAGNITUDE) - (value >> np.int32(31))
-                    twice[lane, i] = key
-                    twice[lane, i + n] = key
-            for lane in range(lanes):
-                channel = first + lane
-                block = channel_class[channel]
-                if block < 0:
-                    continue
-                turn = (rotation + group * channels + channel) % n
-                values = twice[lane, turn : turn + n]
-                rows, depth, states = shape[block, 0], shape[block, 1], shape[block, 2]
-                place = channel_first[channel] + group * rows * states
-                offset = shape[block, 3]
-                for _ in range(rows):
-                    members = slots[offset : offset + depth * states]
-                    for k in range(states):  # the first slot of a bucket may be its only one, or none
-                        held = members[k] < n
-                        smallest[k] = values[members[k]] if held else _LARGEST
-                        winner[k] = members[k] if held else np.int16(0)
-                    for slot in range(1, depth):
-                        base = slot * states
-                        for k in range(states):
-                            position = members[base + k]
-                            if position < n:
-                                value, before = values[position], smallest[k]
-                                smallest[k] = min(value, before)  # no branch: which is smaller cannot be predicted
-                                winner[k] = position if value < before else winner[k]
+    for channel in range(channels):
+        block = channel_class[channel]
+        if block < 0:
+            continue
+        column = columns[channel]
+        for i in range(n):
+            twice[i] = (column[i] & _MAGNITUDE) - (column[i] >> np.int32(31))
+        twice[n:] = twice[:n]
+        turn = (rotation + channel) % n
+        values = twice[turn : turn + n]
+        rows, depth, states = shape[block, 0], shape[block, 1], shape[block, 2]
+        place = channel_first[channel] + group * rows * states
+        offset = shape[block, 3]
+        for _ in range(rows):
+            members = slots[offset : offset + depth * states]
+            if depth > states:  # few wide buckets: one after another
+                for k in range(states):
+                    least, at = _LARGEST, np.int16(0)
+                    for slot in range(depth):
+                        position = members[slot * states + k]
+                        if position < n:
+                            value = values[position]
+                            at = np.int16(position) if value < least else at
+                            least = min(value, least)  # no branch: which is smaller cannot be predicted
+                    smallest[k] = least
+                    winner[k] = at
+            else:  # many narrow ones: slot by slot
+                for k in range(states):
+                    held = members[k] < n
+                    smallest[k] = values[members[k]] if held else _LARGEST
+                    winner[k] = np.int16(members[k]) if held else np.int16(0)
+                for slot in range(1, depth):
                     for k in range(states):
-                        keys[place + k] = smallest[k]
-                        winners[place + k] = winner[k]
-                    place += states
-                    offset += depth * states
+                        position = members[slot * states + k]
+                        if position < n:
+                            value, before = values[position], smallest[k]
+                            smallest[k] = min(value, before)
+                            winner[k] = np.int16(position) if value < before else winner[k]
+            keys[place : place + states] = smallest[:states]
+            winners[place : place + states] = winner[:states]
+            place += states
+            offset += depth * states
 
 
 @njit(nogil=True, cache=True)
