@@ -42,6 +42,20 @@ def test_checkpoint_of_a_run_gives_the_figures_of_its_report(
     assert result["compression"]["bits_per_weight"] == report["bits_per_weight"]["achieved"]
 
 
+def test_checkpoint_that_was_finetuned_dense_has_no_bits(
+    tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["experiment=tiny", f"data.train.path={tiny_text}", f"run_dir={tmp_path}/run", "trainer.max_steps=2"]
+    without = [f"~callbacks.{name}" for name in ("importance_calibration", "sketch_reprojection", "sketch_health")]
+    monkeypatch.setattr(sys, "argv", ["usllm-train", *argv, *without, "~callbacks.progress"])
+    train.main()
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    result = evaluate(monkeypatch, tmp_path, f"ckpt={tmp_path}/run")
+    assert result["compression"] is None
+    after = [row["after"] for row in report["perplexity"]]
+    assert [row["perplexity"] for row in result["perplexity"]] == pytest.approx(after, rel=1e-6)
+
+
 def test_test_sets_and_windows_of_ones_own(
     run_dir: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,7 +68,9 @@ def evaluate(config: EvalConfig, command: str, own_evaluation: bool = True) -> d
         load_sketched_(model, saved)
     cast(nn.Module, model).to(_device(config.device))  # transformers' own `to` is typed for keywords only
     rows = measure(model, tokenizer, streams, evaluation, "Model")
-    compression = compression_report(model) if sketched_layers(model) else None
+    # A checkpoint of a run that finetuned the dense model has layers, but no plans.
+    planned = any(layer.plan is not None for layer in sketched_layers(model).values())
+    compression = compression_report(model) if planned else None
     result = {
         "command": command,
         "model": str(checkpoint or spec.file or spec.name),
