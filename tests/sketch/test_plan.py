@@ -51,6 +51,16 @@ def test_at_least_98_percent_of_the_rate_is_used(
     assert 0.98 * rate <= plan.bits_per_weight <= rate
 
 
+@pytest.mark.parametrize("shape", [(192, 576), (320, 640), (512, 512), (1536, 576)])
+@pytest.mark.parametrize("rate", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("allocation", ["uniform", "proportional", "waterfill"])
+def test_at_least_98_percent_of_the_rate_is_used_where_all_channels_matter_alike(
+    shape: tuple[int, int], rate: float, allocation: str
+) -> None:
+    plan = build_plan(shape, None, SketchConfig(bits_per_weight=rate, allocation=allocation), "layer")
+    assert 0.98 * rate <= plan.bits_per_weight <= rate
+
+
 @given(layers(hash="balanced"))
 @settings(max_examples=50, deadline=None)
 def test_balanced_plans_have_full_occupancy(layer: tuple[Tensor, Plan, Tensor]) -> None:

@@ -122,7 +122,11 @@ def fill(problem: AllocationProblem, levels: list[ChannelClass], level: Tensor, 
     return left
 
 
-def table(levels: list[ChannelClass], level: Tensor) -> AllocationTable:
-    """Drop unused levels and number the rest."""
-    used, channel_class = torch.unique(level, return_inverse=True)
-    return AllocationTable(tuple(levels[i] for i in used.tolist()), channel_class.to(torch.uint8))
+def table(problem: AllocationProblem, levels: list[ChannelClass], level: Tensor, order: list[int]) -> AllocationTable:
+    """Drop unused levels, spend the bits that a smaller table frees on the levels that stay, and number these."""
+    used, inverse = torch.unique(level, return_inverse=True)
+    kept = [levels[i] for i in used.tolist()]
+    spent = sum(problem.channel_bits(kept[i]) for i in inverse.tolist())
+    fill(problem, kept, inverse, order, problem.available(len(kept)) - spent)
+    used, inverse = torch.unique(inverse, return_inverse=True)
+    return AllocationTable(tuple(kept[i] for i in used.tolist()), inverse.to(torch.uint8))

@@ -15,11 +15,20 @@ from usllm.sketch.allocation.problem import EMPTY, AllocationProblem, Allocation
 
 def allocate(problem: AllocationProblem) -> AllocationTable:
     """States per channel in proportion to importance, clipped to [0, G]."""
-    config = problem.config
     count = problem.max_classes()
+    while True:
+        found = _allocate(problem, count)
+        if count == 2 or len(found.classes) > count // 2:
+            return found
+        count //= 2  # a smaller table would have done: its bits go to states
+
+
+def _allocate(problem: AllocationProblem, count: int) -> AllocationTable:
+    config = problem.config
     available = problem.available(count)
     ideal = _ideal_states(problem, available)
-    rungs = _ladder(ideal, problem.importance, count - 1, problem.largest_group)
+    empty = bool((ideal == 0).any())
+    rungs = _ladder(ideal, problem.importance, count - empty, problem.largest_group)
     levels = [EMPTY] + [ChannelClass(config.rows, rung, config.state_bits) for rung in rungs]
     heights = torch.tensor([0, *rungs], dtype=torch.float64)
     level = (torch.searchsorted(heights, ideal, right=True) - 1).clamp_min(0)
@@ -33,8 +42,9 @@ def allocate(problem: AllocationProblem) -> AllocationTable:
     above = heights[(level + 1).clamp_max(len(rungs))]
     remainder = (ideal - heights[level]) / (above - heights[level]).clamp_min(1)
     order = torch.argsort(remainder, descending=True, stable=True)
-    fill(problem, levels, level, [j for j in order.tolist() if problem.kept[j] and ideal[j] > 0], left)
-    return table(levels, level)
+    order_of_kept = [j for j in order.tolist() if problem.kept[j] and ideal[j] > 0]
+    fill(problem, levels, level, order_of_kept, left)
+    return table(problem, levels, level, order_of_kept)
 
 
 def _ideal_states(problem: AllocationProblem, available: int) -> Tensor:

@@ -34,4 +34,4 @@ def allocate(problem: AllocationProblem) -> AllocationTable:
         extra = min(left // step, len(channels))
         spread = torch.arange(extra) * len(channels) // max(extra, 1)
         fill(problem, levels, level, channels[spread].tolist(), left)
-    return table(levels, level)
+    return table(problem, levels, level, channels.tolist())

@@ -25,7 +25,9 @@ def allocate(problem: AllocationProblem) -> AllocationTable:
     if left > _NEGLIGIBLE * problem.budget_bits:  # steps are coarse where channels are long: one class is cut to fit
         levels, level, left = _fit(problem, energy, reserved=1)
         _spend_rest(problem, levels, level, energy, left)
-    return table(levels, level)
+    return table(
+        problem, levels, level, [j for j in energy.argsort(descending=True, stable=True).tolist() if energy[j] > 0]
+    )
 
 
 def _fit(problem: AllocationProblem, energy: Tensor, reserved: int) -> tuple[list[ChannelClass], Tensor, int]:
@@ -66,8 +68,9 @@ def _spend_rest(
     while states and problem.channel_bits(ChannelClass(1, states, 1)) > left:
         states -= 1
     if states and float(waiting[channel]) > 0:
-        level[channel] = len(levels)
-        levels.append(ChannelClass(1, states, 1))
+        level[level > empty] += 1
+        level[channel] = empty + 1  # levels rise in bits
+        levels.insert(empty + 1, ChannelClass(1, states, 1))
 
 
 def _slopes(options: list[Option]) -> Tensor:
