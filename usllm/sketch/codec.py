@@ -51,6 +51,7 @@ def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, *, winners
     largest, mean, rms = (torch.cat(column) for column in zip(*measured, strict=True))
     states["scale_base"] = base_exponent(largest.amax(), CHANNEL_MANTISSA)
     first = 0
+    per_channel = plan.per_channel([block.states_per_channel for block in plan.blocks]).to(weight.device)
     for bits, run in groupby(plan.blocks, key=lambda block: block.choice.bits):
         blocks = list(run)
         channels = sum(len(block.channels) for block in blocks)
@@ -59,8 +60,8 @@ def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, *, winners
         best = best_scale(largest[these], mean[these], rms[these], bits, rounding)
         stored = encode_scale(best, states["scale_base"], CHANNEL_MANTISSA, up=bits >= 8)
         scale = decode_scale(stored, states["scale_base"], CHANNEL_MANTISSA)
-        counts = [block.states_per_channel for block in blocks for _ in range(len(block.channels))]
-        per_state = scale.repeat_interleave(torch.tensor(counts, device=weight.device), output_size=sum(counts))
+        count = sum(block.num_states for block in blocks)
+        per_state = scale.repeat_interleave(per_channel[these], output_size=count)
         where = slice(blocks[0].first_state, blocks[-1].first_state + blocks[-1].num_states)
         states["codes"][where] = quantize(values[where], per_state, bits, rounding)
         states["scales"][these] = stored
@@ -83,10 +84,9 @@ def query(states: States, plan: Plan) -> Tensor:
 def channel_scales(states: States, plan: Plan) -> Tensor:
     """What one code unit is worth in each channel, fp32 [in]; 0 for channels without states."""
     device = states["codes"].device
-    divisors = [plan.operator.divisor(block.choice.rows) for block in plan.blocks for _ in range(len(block.channels))]
     value = decode_scale(states["scales"], states["scale_base"], CHANNEL_MANTISSA)
-    if any(divisor != 1 for divisor in divisors):
-        value = value / torch.tensor(divisors, device=device)
+    if plan.divisors is not None:
+        value = value / plan.divisors.to(device)
     return torch.zeros(plan.shape[1], device=device).index_copy_(0, plan.channel_order.to(device), value)
 
 

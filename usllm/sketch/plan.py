@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -133,6 +133,17 @@ class Plan:
         return (
             torch.cat([block.channels for block in self.blocks]) if self.blocks else torch.zeros(0, dtype=torch.int64)
         )
+
+    def per_channel(self, values: Sequence[int]) -> Tensor:
+        """One number for each block as one for each channel with states, in storage order, int32 [channels]."""
+        counts = torch.tensor([len(block.channels) for block in self.blocks])
+        return torch.tensor(values, dtype=torch.int32).repeat_interleave(counts)
+
+    @cached_property
+    def divisors(self) -> Tensor | None:
+        """What joined codes are divided by, int32 [channels with states]; ``None`` where that is 1 for all."""
+        divisors = [self.operator.divisor(block.choice.rows) for block in self.blocks]
+        return self.per_channel(divisors) if any(divisor != 1 for divisor in divisors) else None
 
     @cached_property
     def _tables(self) -> dict[int, tuple[Tensor, Tensor]]:
