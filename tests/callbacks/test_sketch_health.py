@@ -48,6 +48,7 @@ def layer(name: str = "layer", **changes: Any) -> LayerReport:
         "importance": 1.0,
         "relative_error": 0.5,
         "sections": {},
+        "classes": ((1, 1, 4, 8),),
     }
     return LayerReport(**(values | changes))
 

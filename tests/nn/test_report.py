@@ -114,3 +114,15 @@ def test_model_without_plans_has_no_report() -> None:
     swap_linears_(model)
     with pytest.raises(RuntimeError, match="has no plan"):
         compression_report(model)
+
+
+def test_classes_are_the_plans_allocation() -> None:
+    model = random_model("llama")
+    report = compress_(model, CONFIG)
+    for layer in report.layers:
+        plan = sketched_layers(model)[layer.name].plan
+        assert plan is not None
+        assert [entry[:3] for entry in layer.classes] == [tuple(choice) for choice in plan.classes]
+        assert sum(entry[3] for entry in layer.classes) == layer.shape[1]
+        states = sum(rows * states * -(-layer.shape[0] // 32) * channels for rows, states, _, channels in layer.classes)
+        assert states == layer.states  # all groups are of 32 rows

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from usllm.errors import UserError
-from usllm.runs.directory import finished_report, read_json, refuse_used, run_id, write_json
+from usllm.runs.directory import (
+    FAILURE_FILE,
+    finished_report,
+    noting_failure,
+    read_json,
+    refuse_used,
+    run_id,
+    write_json,
+)
 
 
 def test_no_overrides_is_the_default_run() -> None:
@@ -69,3 +77,19 @@ def test_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text('{"finished": tr')
     with pytest.raises(UserError, match=r"report\.json is damaged"):
         finished_report(tmp_path)
+
+
+def test_a_failure_is_noted_and_forgotten_by_the_next_start(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"), noting_failure(tmp_path):
+        raise RuntimeError("out of memory")
+    assert read_json(tmp_path / FAILURE_FILE) == {"error": "RuntimeError", "message": "out of memory"}
+    with noting_failure(tmp_path):
+        assert not (tmp_path / FAILURE_FILE).exists()
+    assert not (tmp_path / FAILURE_FILE).exists()
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
+def test_an_interruption_is_no_failure(tmp_path: Path, interruption: type[BaseException]) -> None:
+    with pytest.raises(interruption), noting_failure(tmp_path):
+        raise interruption
+    assert not (tmp_path / FAILURE_FILE).exists()

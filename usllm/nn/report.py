@@ -28,6 +28,8 @@ class LayerReport:
         importance: Mean E[a²] of the input channels.
         relative_error: ``‖Ŵ - W‖² / ‖W‖²`` with channels weighted by E[a²].
         sections: Bits of each section of the packed layer.
+        classes: The allocation: ``(rows, states per group, bits per state, channels)`` of each class of channels;
+            classes without states hold the channels that were dropped.
     """
 
     name: str
@@ -40,6 +42,7 @@ class LayerReport:
     importance: float
     relative_error: float
     sections: dict[str, int]
+    classes: tuple[tuple[int, int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ def _layer_report(layer: SketchedLinear) -> LayerReport:
     latent = layer.weight.float()
     error = (layer.decoded_weight() - latent).square().sum(0) @ layer.importance
     energy = latent.square().sum(0) @ layer.importance
+    channels = torch.bincount(plan.channel_class.long(), minlength=len(plan.classes)).tolist()
     return LayerReport(
         name=layer.name,
         shape=plan.shape,
@@ -139,4 +143,5 @@ def _layer_report(layer: SketchedLinear) -> LayerReport:
         importance=float(layer.importance.double().mean()),
         relative_error=float(error / energy.clamp_min(1e-30)),
         sections=plan.bit_breakdown(),
+        classes=tuple((*choice, count) for choice, count in zip(plan.classes, channels, strict=True)),
     )

@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from omegaconf import OmegaConf
 from usllm.errors import UserError
 
 REPORT_FILE = "report.json"
+FAILURE_FILE = "failure.json"
 CHECKPOINT_FOLDER = "checkpoints"
 MAX_NAME_BYTES = 120  # far below the 255 that file systems allow: checkpoints and tables are named after it
 
@@ -71,6 +74,23 @@ def refuse_used(run_dir: Path) -> None:
             f"{run_dir} already holds a run: pass resume=true to continue it (a finished one prints its report), "
             "name=... for another folder, or delete it"
         )
+
+
+@contextmanager
+def noting_failure(run_dir: Path) -> Iterator[None]:
+    """Leave ``failure.json`` in ``run_dir`` when the block raises an error, and none while it runs or once it is done.
+
+    A report of several runs tells by it a run that failed from one that was interrupted (Ctrl-C, SIGTERM, SIGKILL),
+    which leaves nothing.
+    """
+    path = run_dir / FAILURE_FILE
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        with suppress(OSError):  # a full disk, say: the error itself matters more
+            write_json(path, {"error": type(error).__name__, "message": str(error)})
+        raise
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -25,7 +25,14 @@ from usllm.data.datamodule import TextDataModule
 from usllm.eval.perplexity import bos_rule, check_long_enough, tokenise_test_sets, tokenizer_name
 from usllm.models.loading import check_context_length, load_config, load_dense, load_tokenizer
 from usllm.nn import compression_report, sketched_layers
-from usllm.runs.directory import REPORT_FILE, checkpoint_folder, finished_report, refuse_used, write_json
+from usllm.runs.directory import (
+    REPORT_FILE,
+    checkpoint_folder,
+    finished_report,
+    noting_failure,
+    refuse_used,
+    write_json,
+)
 from usllm.runs.machine import machine
 from usllm.runs.measure import BaselinePerplexity, measure, merge_stages
 from usllm.runs.report import print_report
@@ -96,10 +103,10 @@ def finetune(config: TrainConfig, plain: Mapping[str, Any], command: str) -> dic
     )
     for logger in loggers:
         logger.log_hyperparams(dict(plain))
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-
-    model = cast(PreTrainedModel, module.model)
-    after = measure(model, tokenizer, streams, config.evaluation, "Finetuned model")
+    with noting_failure(run_dir):
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+        model = cast(PreTrainedModel, module.model)
+        after = measure(model, tokenizer, streams, config.evaluation, "Finetuned model")
     saved = latest_checkpoint(checkpoint_folder(run_dir))
     health = next((callback.health for callback in callbacks if isinstance(callback, SketchHealth)), {})
     per_step = accumulate * trainer.world_size * config.data.batch_size * config.data.context_length
