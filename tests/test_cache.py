@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
+from usllm import cache
 from usllm.cache import cache_root, published
 
 
@@ -14,9 +17,13 @@ def _write(folder: Path) -> None:
     (folder / "a").write_text("1" * 1000)
 
 
-def _publish(folder: Path, barrier: object) -> None:
+def _publish(folder: Path, barrier: object, calls: Path) -> None:
+    def build(scratch: Path) -> None:
+        (calls / str(os.getpid())).touch()
+        _write(scratch)
+
     barrier.wait(30)  # type: ignore[attr-defined]
-    published(folder, _write)
+    published(folder, build)
 
 
 def test_entry_is_built_once(tmp_path: Path) -> None:
@@ -47,24 +54,47 @@ def test_loser_of_a_race_takes_the_winners_entry(tmp_path: Path) -> None:
     entry = tmp_path / "entry"
 
     def build(folder: Path) -> None:
-        published(entry, _write)  # another process finishes in the meantime
+        entry.mkdir()  # another process, on a machine that shares no locks with this one, finishes in the meantime
+        _write(entry)
         (folder / "a").write_text("loser")
 
     assert (published(entry, build) / "a").read_text() == "1" * 1000
     assert [path.name for path in tmp_path.iterdir()] == ["entry"]
 
 
-def test_concurrent_processes_leave_one_whole_entry(tmp_path: Path) -> None:
+def test_of_concurrent_processes_one_builds_and_the_others_wait(tmp_path: Path) -> None:
+    folder, calls = tmp_path / "cache", tmp_path / "calls"
+    calls.mkdir()
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(4)
-    workers = [context.Process(target=_publish, args=(tmp_path / "entry", barrier)) for _ in range(4)]
+    workers = [context.Process(target=_publish, args=(folder / "entry", barrier, calls)) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0] * 4
-    assert [path.name for path in tmp_path.iterdir()] == ["entry"]
-    assert (tmp_path / "entry" / "a").read_text() == "1" * 1000
+    assert [path.name for path in folder.iterdir()] == ["entry"]
+    assert (folder / "entry" / "a").read_text() == "1" * 1000
+    assert len(list(calls.iterdir())) == 1
+
+
+def test_lock_of_a_builder_that_was_killed_is_free(tmp_path: Path) -> None:
+    def killed(folder: Path) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = multiprocessing.get_context("fork").Process(target=published, args=(tmp_path / "entry", killed))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    assert (published(tmp_path / "entry", _write) / "a").read_text() == "1" * 1000
+
+
+def test_file_system_without_locks_still_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(cache.fcntl, "flock", no_locks)
+    assert (published(tmp_path / "entry", _write) / "a").read_text() == "1" * 1000
 
 
 def test_root_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
