@@ -5,6 +5,7 @@ from usllm.config.schema import (
     DataConfig,
     EvalConfig,
     EvaluationConfig,
+    HarnessConfig,
     TrainConfig,
 )
 from usllm.config.validation import check_eval, check_train, plain_config, section_of, sketch_config
@@ -14,6 +15,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "EvaluationConfig",
+    "HarnessConfig",
     "TrainConfig",
     "check_eval",
     "check_train",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from usllm.config.schema import DataConfig, EvaluationConfig
+from usllm.config.schema import DataConfig, EvaluationConfig, HarnessConfig
 from usllm.config.structure import built
 from usllm.data import SourceSpec
 from usllm.models import ModelSpec
@@ -116,6 +116,21 @@ def check_evaluation(evaluation: EvaluationConfig, problems: Problems) -> None:
     problems.number("evaluation.max_windows", evaluation.max_windows, least=1)
     problems.number("evaluation.batch_size", evaluation.batch_size, least=1)
     problems.choice("evaluation.precision", evaluation.precision, ("auto", "bf16", "fp32"))
+
+
+def check_harness(harness: HarnessConfig, problems: Problems) -> None:
+    """Ranges, and that the folder is there; whether the tasks are known is for the harness to say."""
+    path = harness.include_path
+    found = path is None or Path(path).expanduser().is_dir()
+    problems.require(
+        found, "harness.include_path", path, "no such folder; give the one that holds the tasks' YAML files"
+    )
+    problems.number("harness.limit", harness.limit, above=0, hint="null measures every example")
+    if harness.limit is not None and harness.limit > 1:
+        whole = float(harness.limit).is_integer()
+        problems.require(whole, "harness.limit", harness.limit, "must be a whole number, or a share below 1")
+    problems.number("harness.batch_size", harness.batch_size, least=1)
+    problems.number("harness.num_fewshot", harness.num_fewshot, least=0, hint="null takes each task's own number")
 
 
 def check_trainer(trainer: dict[str, Any], warmup_steps: int, problems: Problems) -> None:

@@ -71,6 +71,25 @@ class EvaluationConfig:
 
 
 @dataclass
+class HarnessConfig:
+    """Tasks of lm-evaluation-harness (``pip install 'usllm[eval]'``).
+
+    Attributes:
+        tasks: names of tasks, groups or tags, with wildcards; none runs no harness.
+        include_path: folder of one's own task files (YAML); they win over the harness' tasks of the same name.
+        limit: measure only the first examples of each task; below 1, that share of them.
+        batch_size: requests per forward pass.
+        num_fewshot: solved examples in front of each question; ``None`` takes each task's own number.
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    include_path: str | None = None
+    limit: float | None = None
+    batch_size: int = 1
+    num_fewshot: int | None = None
+
+
+@dataclass
 class TrainConfig:
     """Everything ``usllm-train`` reads. ``sketch`` and ``allocation`` together make one ``SketchConfig``.
 
@@ -107,6 +126,7 @@ class EvalConfig:
     run_dir: str
     model: ModelSpec
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    harness: HarnessConfig = field(default_factory=HarnessConfig)
     ckpt: str | None = None
     device: str = "auto"
     name: str = "eval"

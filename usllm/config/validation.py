@@ -78,10 +78,11 @@ def check_eval(cfg: DictConfig | dict[str, Any]) -> EvalConfig:
     if config.ckpt is None:
         rules.check_model(config.model, problems)
     rules.check_evaluation(config.evaluation, problems)
-    if config.ckpt is None and not config.evaluation.test_sets:
+    rules.check_harness(config.harness, problems)
+    if config.ckpt is None and not config.evaluation.test_sets and not config.harness.tasks:
         problems.append(
             "evaluation.test_sets: none given; pass +evaluation.test_sets.<name>.kind=text and "
-            "+evaluation.test_sets.<name>.path=<file>"
+            "+evaluation.test_sets.<name>.path=<file>, or harness.tasks=[…]"
         )
     if problems:
         raise user_error(problems)

@@ -1,4 +1,4 @@
-"""Perplexity of a checkpoint, or of a dense model, on named test sets."""
+"""Perplexity of a checkpoint, or of a dense model, on named test sets, and tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 
 from usllm.config import DataConfig, EvalConfig, EvaluationConfig, section_of
 from usllm.errors import UserError
+from usllm.eval.harness import find_tasks, harness_tables, run_harness
 from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.models import ModelSpec
 from usllm.models.loading import check_context_length, load_config, load_dense, load_tokenizer
 from usllm.nn import compression_report, load_plans_, sketched_layers, swap_linears_
 from usllm.runs.directory import checkpoint_folder, write_json
 from usllm.runs.finetune import build_data, token_streams
-from usllm.runs.machine import machine, machine_line
+from usllm.runs.machine import choose_autocast, machine, machine_line
 from usllm.runs.measure import measure
 from usllm.runs.report import perplexity_table, print_facts
 from usllm.sketch import SketchConfig
@@ -42,6 +43,8 @@ def evaluate(config: EvalConfig, command: str, own_evaluation: bool = True) -> d
     Raises:
         UserError: something in the input does not work.
     """
+    tasks = config.harness
+    manager = find_tasks(tasks.tasks, tasks.include_path) if tasks.tasks else None
     checkpoint = None if config.ckpt is None else find_checkpoint(config.ckpt)
     saved = None if checkpoint is None else load_checkpoint(checkpoint)
     if saved is None:
@@ -68,6 +71,20 @@ def evaluate(config: EvalConfig, command: str, own_evaluation: bool = True) -> d
         load_sketched_(model, saved)
     cast(nn.Module, model).to(_device(config.device))  # transformers' own `to` is typed for keywords only
     rows = measure(model, tokenizer, streams, evaluation, "Model")
+    harness = None
+    if manager is not None:
+        harness = run_harness(
+            model,
+            tokenizer,
+            tasks.tasks,
+            include_path=tasks.include_path,
+            limit=tasks.limit,
+            batch_size=tasks.batch_size,
+            num_fewshot=tasks.num_fewshot,
+            seed=config.seed,
+            autocast=choose_autocast(evaluation.precision, model.device),
+            manager=manager,
+        )
     # A checkpoint of a run that finetuned the dense model has layers, but no plans.
     planned = any(layer.plan is not None for layer in sketched_layers(model).values())
     compression = compression_report(model) if planned else None
@@ -75,6 +92,7 @@ def evaluate(config: EvalConfig, command: str, own_evaluation: bool = True) -> d
         "command": command,
         "model": str(checkpoint or spec.file or spec.name),
         "perplexity": rows,
+        "harness": harness,
         "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer)},
         "compression": None if compression is None else compression.to_dict(),
         "machine": machine(),
@@ -126,7 +144,10 @@ def print_result(result: dict[str, Any], path: Path) -> None:
     """Print the table of an evaluation."""
     console = Console()
     console.print()
-    console.print(perplexity_table(result["perplexity"], title="Perplexity"))
+    if result["perplexity"]:
+        console.print(perplexity_table(result["perplexity"], title="Perplexity"))
+    for table in harness_tables(result["harness"]):
+        console.print(table, markup=False, highlight=False, soft_wrap=True)
     facts = [
         ("model", result["model"]),
         ("tokenizer", f"{result['tokenizer']['name']}, beginning-of-text token: {result['tokenizer']['bos']}"),
