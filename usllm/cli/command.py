@@ -88,6 +88,15 @@ def expand_model(arguments: list[str]) -> list[str]:
     return expanded
 
 
+def quote_values(arguments: list[str], keys: tuple[str, ...]) -> list[str]:
+    """Make the values of ``keys`` plain text for Hydra, whatever signs they hold."""
+    split = [argument.partition("=") for argument in arguments]
+    return [
+        f"{key}={_quoted(value)}" if key in keys and equals and value != "null" else key + equals + value
+        for key, equals, value in split
+    ]
+
+
 def _quoted(value: str) -> str:
     """``value`` as a string of Hydra's override grammar, in which spaces and colons have meanings."""
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")

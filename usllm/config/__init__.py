@@ -8,7 +8,14 @@ from usllm.config.schema import (
     HarnessConfig,
     TrainConfig,
 )
-from usllm.config.validation import check_eval, check_train, plain_config, section_of, sketch_config
+from usllm.config.validation import (
+    check_eval,
+    check_train,
+    plain_config,
+    section_of,
+    sketch_config,
+    sketch_config_of,
+)
 
 __all__ = [
     "AllocationConfig",
@@ -22,4 +29,5 @@ __all__ = [
     "plain_config",
     "section_of",
     "sketch_config",
+    "sketch_config_of",
 ]

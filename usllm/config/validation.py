@@ -48,7 +48,7 @@ def check_train(cfg: DictConfig | dict[str, Any]) -> TrainConfig:
     config = merge_typed(TrainConfig, plain_config(cfg), problems)
     if config is None or None in (config.model, config.data, config.objective, config.trainer):
         raise user_error(problems)  # a whole group is missing or unusable: nothing to apply the rules to
-    _sketch(config.sketch, config.allocation, problems)
+    check_sketch(config.sketch, config.allocation, problems)
     _check_run(config.name, config.seed, problems)
     rules.check_model(config.model, problems)
     rules.check_data(config.data, problems)
@@ -104,15 +104,24 @@ def section_of(cls: type[T], plain: Mapping[str, Any], path: str) -> T:
 
 def sketch_config(config: TrainConfig) -> SketchConfig:
     """The sketch described by the groups ``sketch`` and ``allocation`` of a checked configuration."""
+    return sketch_config_of(config.sketch, config.allocation)
+
+
+def sketch_config_of(sketch: dict[str, Any], allocation: AllocationConfig) -> SketchConfig:
+    """The sketch that the groups ``sketch`` and ``allocation`` describe together.
+
+    Raises:
+        UserError: With all problems of the two.
+    """
     problems = Problems()
-    sketch = _sketch(config.sketch, config.allocation, problems)
-    if problems:
+    merged = check_sketch(sketch, allocation, problems)
+    if merged is None or problems:
         raise user_error(problems)
-    assert sketch is not None
-    return sketch
+    return merged
 
 
-def _sketch(given: dict[str, Any], allocation: AllocationConfig, problems: Problems) -> SketchConfig | None:
+def check_sketch(given: dict[str, Any], allocation: AllocationConfig, problems: Problems) -> SketchConfig | None:
+    """As :func:`sketch_config_of`, collecting the problems."""
     values = merge_values(SketchConfig, given or {}, problems, "sketch.", exclude=_ALLOCATION_KEYS)
     values |= {field: getattr(allocation, key) for field, key in _ALLOCATION_KEYS.items()}
     found: list[str] = []

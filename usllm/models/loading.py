@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,6 +22,9 @@ from usllm.errors import UserError
 from usllm.models.gguf_file import decoded_folder, packaged_gguf
 from usllm.models.random_model import byte_tokenizer, random_config, random_model
 from usllm.models.spec import ModelSpec
+from usllm.packed.folder import is_packed
+from usllm.packed.layer import PackedFormatError
+from usllm.packed.loading import load
 
 T = TypeVar("T")
 
@@ -64,15 +68,34 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_packed(spec: ModelSpec) -> PreTrainedModel | None:
+    """The packed model that ``spec`` names, computing in fp32, or ``None`` where it names another kind of model.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if spec.kind != "folder" or not is_packed(Path(str(spec.name)).expanduser()):
+        return None
+    try:
+        return load(str(spec.name), dtype=torch.float32)
+    except PackedFormatError as error:
+        raise UserError(f"model={spec.name}: {error}") from error
+
+
 def load_dense(spec: ModelSpec) -> PreTrainedModel:
     """The dense model on the CPU, all parameters fp32, in evaluation mode as transformers returns it.
 
     The weights may be mapped from a file copy-on-write: changing them never changes the file.
 
     Raises:
-        UserError: the model cannot be found or is not a decoder-only language model.
+        UserError: the model cannot be found, is not a decoder-only language model, or is a packed one.
     """
     config = load_config(spec)
+    if spec.kind == "folder" and is_packed(Path(str(spec.name)).expanduser()):
+        raise UserError(
+            f"model.name={spec.name} is a packed model: it has no latent weights to train. Take the dense model, or "
+            "continue the run that it was packed from"
+        )
     if spec.kind == "random":
         return random_model(str(spec.name)).eval()
     source, options = _locate(spec)
@@ -82,6 +105,18 @@ def load_dense(spec: ModelSpec) -> PreTrainedModel:
         lambda: AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.float32, **options),
     )
     return model
+
+
+def load_generation_config(spec: ModelSpec) -> GenerationConfig | None:
+    """How the model's authors generate with it; ``None`` where the model comes without such a file."""
+    if spec.kind == "random":
+        return None
+    source, options = _locate(spec)
+    try:
+        found: GenerationConfig = GenerationConfig.from_pretrained(source, **options)
+        return found
+    except OSError:
+        return None
 
 
 def check_context_length(config: PretrainedConfig, context_length: int, key: str = "data.context_length") -> None:

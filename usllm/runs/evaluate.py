@@ -15,8 +15,9 @@ from usllm.errors import UserError
 from usllm.eval.harness import find_tasks, harness_tables, run_harness
 from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.models import ModelSpec
-from usllm.models.loading import check_context_length, load_config, load_dense, load_tokenizer
+from usllm.models.loading import check_context_length, load_config, load_dense, load_packed, load_tokenizer
 from usllm.nn import compression_report, load_plans_, sketched_layers, swap_linears_
+from usllm.packed.inspection import inspect_folder
 from usllm.runs.directory import checkpoint_folder, write_json
 from usllm.runs.finetune import build_data, token_streams
 from usllm.runs.machine import choose_autocast, machine, machine_line
@@ -66,10 +67,11 @@ def evaluate(config: EvalConfig, command: str, own_evaluation: bool = True) -> d
         data = build_data(section_of(DataConfig, run["data"], "data"), tokenizer, run["seed"])
     streams = token_streams(evaluation, tokenizer, data)
 
-    model = load_dense(spec)
+    packed = load_packed(spec) if saved is None else None
+    model = packed or load_dense(spec)
     if saved is not None:
         load_sketched_(model, saved)
-    cast(nn.Module, model).to(_device(config.device))  # transformers' own `to` is typed for keywords only
+    cast(nn.Module, model).to(choose_device(config.device))  # transformers' own `to` is typed for keywords only
     rows = measure(model, tokenizer, streams, evaluation, "Model")
     harness = None
     if manager is not None:
@@ -87,14 +89,16 @@ def evaluate(config: EvalConfig, command: str, own_evaluation: bool = True) -> d
         )
     # A checkpoint of a run that finetuned the dense model has layers, but no plans.
     planned = any(layer.plan is not None for layer in sketched_layers(model).values())
-    compression = compression_report(model) if planned else None
+    compression = compression_report(model).to_dict() if planned else None
+    if packed is not None:
+        compression = inspect_folder(Path(str(spec.name)).expanduser()).totals()
     result = {
         "command": command,
         "model": str(checkpoint or spec.file or spec.name),
         "perplexity": rows,
         "harness": harness,
         "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer)},
-        "compression": None if compression is None else compression.to_dict(),
+        "compression": compression,
         "machine": machine(),
     }
     path = Path(config.run_dir) / RESULT_FILE
@@ -160,7 +164,12 @@ def print_result(result: dict[str, Any], path: Path) -> None:
     print_facts(facts, console)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device that ``auto``, ``cpu`` or ``cuda`` stands for.
+
+    Raises:
+        UserError: There is no such device.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: this machine has no usable GPU; use device=cpu")
     if name == "auto":

@@ -1,0 +1,40 @@
+"""``usllm-generate``: continue a text with a packed model or the sketched model of a checkpoint.
+
+Only Hydra is imported at the top, so that ``--help`` and shell completion answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from usllm.cli.command import quiet_environment, quiet_libraries, quote_values, report_errors
+
+PROGRAM = "usllm-generate"
+
+
+@hydra.main(version_base="1.3", config_path="pkg://usllm.conf", config_name="generate")
+def _generate(cfg: DictConfig) -> None:
+    def task() -> None:
+        quiet_environment()
+        from usllm.config.packed import check_generate
+
+        config = check_generate(cfg)
+        from usllm.runs.generate import generate
+
+        quiet_libraries()
+        generate(config)
+
+    report_errors(PROGRAM, task)
+
+
+def main() -> None:
+    """Entry point of ``usllm-generate`` and ``python -m usllm.cli.generate``."""
+    sys.argv[1:] = quote_values(sys.argv[1:], ("prompt", "model"))
+    _generate()
+
+
+if __name__ == "__main__":
+    main()

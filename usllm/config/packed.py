@@ -1,0 +1,154 @@
+"""Typed configuration of the commands around packed models, and their checks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from usllm.config import rules
+from usllm.config.rules import Problems
+from usllm.config.schema import AllocationConfig, DataConfig, EvaluationConfig
+from usllm.config.structure import merge_typed
+from usllm.config.validation import check_sketch, plain_config, user_error
+from usllm.models import ModelSpec
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SIZE = re.compile(r"^\d+(\.\d+)?\s*([KMGT]i?B)?$", re.IGNORECASE)
+
+
+@dataclass
+class RestConfig:
+    """How what the sketch leaves alone is stored; see :class:`usllm.packed.export.RestStorage`."""
+
+    dtype: str = "bfloat16"
+    embeddings: int = 16
+    linears: int = 16
+
+
+@dataclass
+class ExportConfig:
+    """Everything ``usllm-export`` reads; ``conf/export.yaml`` says what each key means."""
+
+    out: str
+    model: ModelSpec
+    data: DataConfig
+    sketch: dict[str, Any]
+    allocation: AllocationConfig = field(default_factory=AllocationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    rest: RestConfig = field(default_factory=RestConfig)
+    ckpt: str | None = None
+    overwrite: bool = False
+    max_shard_size: str = "4GB"
+    calibration_sequences: int = 32
+    measure: bool = False
+    seed: int = 0
+
+
+@dataclass
+class GenerateConfig:
+    """Everything ``usllm-generate`` reads; ``conf/generate.yaml`` says what each key means."""
+
+    prompt: str
+    model: str | None = None
+    ckpt: str | None = None
+    chat: bool = False
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    keep_decoded: str = "0"
+
+
+@dataclass
+class InspectConfig:
+    """Everything ``usllm-inspect`` reads."""
+
+    model: str
+    json: str | None = None
+
+
+def check_export(cfg: DictConfig | dict[str, Any]) -> ExportConfig:
+    """Typed configuration of ``usllm-export``.
+
+    Raises:
+        UserError: With all problems in one message, each with key, value and way out.
+    """
+    problems = Problems()
+    config = merge_typed(ExportConfig, plain_config(cfg), problems)
+    if config is None or config.model is None or config.data is None:
+        raise user_error(problems)
+    problems.choice("rest.dtype", config.rest.dtype, DTYPES[1:])
+    for key in ("embeddings", "linears"):
+        bits = getattr(config.rest, key)
+        problems.require(bits in (16, 8, 4), f"rest.{key}", bits, "must be 16 (as rest.dtype), 8 or 4")
+    _check_size("max_shard_size", config.max_shard_size, problems)
+    problems.number("calibration_sequences", config.calibration_sequences, least=1)
+    problems.number("seed", config.seed, least=0, below=2**32)
+    if config.ckpt is None:
+        check_sketch(config.sketch, config.allocation, problems)
+        rules.check_model(config.model, problems)
+        rules.check_data(config.data, problems)
+    if config.measure:
+        rules.check_evaluation(config.evaluation, problems)
+        if not config.evaluation.test_sets and not config.evaluation.validation_split:
+            problems.append("evaluation.test_sets: none given, so measure=true has nothing to measure")
+    if Path(config.out).expanduser().exists() and not config.overwrite:
+        problems.append(f"out={config.out}: exists already; pass overwrite=true to replace it, or another folder")
+    if problems:
+        raise user_error(problems)
+    return config
+
+
+def check_generate(cfg: DictConfig | dict[str, Any]) -> GenerateConfig:
+    """Typed configuration of ``usllm-generate``.
+
+    Raises:
+        UserError: With all problems in one message.
+    """
+    problems = Problems()
+    config = merge_typed(GenerateConfig, plain_config(cfg), problems)
+    if config is None:
+        raise user_error(problems)
+    if (config.model is None) == (config.ckpt is None):
+        problems.append(f"model={config.model} and ckpt={config.ckpt}: give exactly one")
+    problems.number("max_new_tokens", config.max_new_tokens, least=1)
+    problems.number("temperature", config.temperature, least=0, hint="0 takes the likeliest token")
+    problems.number("top_p", config.top_p, above=0)
+    problems.require(config.top_p <= 1, "top_p", config.top_p, "must be at most 1")
+    problems.choice("device", config.device, ("auto", "cpu", "cuda"))
+    problems.choice("dtype", config.dtype, DTYPES)
+    _check_size("keep_decoded", config.keep_decoded, problems)
+    if problems:
+        raise user_error(problems)
+    return config
+
+
+def check_inspect(cfg: DictConfig | dict[str, Any]) -> InspectConfig:
+    """Typed configuration of ``usllm-inspect``.
+
+    Raises:
+        UserError: With all problems in one message.
+    """
+    problems = Problems()
+    config = merge_typed(InspectConfig, plain_config(cfg), problems)
+    if config is None or problems:
+        raise user_error(problems)
+    return config
+
+
+def size_in_bytes(text: str) -> int:
+    """Bytes of a size such as ``200MB``, ``1.5GiB`` or ``1000``."""
+    match = re.match(r"^([\d.]+)\s*([KMGT]?)(i?)B?$", text.strip(), re.IGNORECASE)
+    assert match is not None, "checked before"
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def _check_size(key: str, value: str, problems: Problems) -> None:
+    problems.require(bool(_SIZE.match(value.strip())), key, value, "must be a size such as 200MB or 4GB")

@@ -1,0 +1,214 @@
+"""Write a packed model: layer by layer, atomically, and read back before it gets its name."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.serialization import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from usllm.errors import UserError
+from usllm.packed.blocks import fits, pack_blocks
+from usllm.packed.config import BlockEntry, PackedConfig, PackedLayerEntry
+from usllm.packed.folder import INDEX_FILE
+from usllm.packed.inspection import Inspection, inspect_folder
+from usllm.packed.layer import pack_layer
+from usllm.packed.new_folder import new_folder
+from usllm.packed.quantizer import swap_packed_
+from usllm.packed.source import PackingSource
+
+REST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class RestStorage:
+    """How what the sketch leaves alone is stored.
+
+    Attributes:
+        dtype: Of tensors that are not stored in blocks: ``bfloat16``, ``float16`` or ``float32``.
+        embeddings: Bits of input embeddings and head: 16 (``dtype``), 8 or 4.
+        linears: Bits of the other linear layers, such as output projections: 16, 8 or 4.
+
+    Raises:
+        ValueError: A value is unknown; it is named.
+    """
+
+    dtype: str = "bfloat16"
+    embeddings: int = 16
+    linears: int = 16
+
+    def __post_init__(self) -> None:
+        if self.dtype not in REST_DTYPES:
+            raise ValueError(f"rest.dtype={self.dtype!r} is unknown: choose one of {', '.join(REST_DTYPES)}")
+        for key in ("embeddings", "linears"):
+            if getattr(self, key) not in (16, 8, 4):
+                raise ValueError(f"rest.{key}={getattr(self, key)!r} must be 16 (as rest.dtype), 8 or 4")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What goes beside the tensors: configuration, tokenizer, generation settings."""
+
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase | None = None
+    generation: GenerationConfig | None = None
+
+
+def export(
+    source: PackingSource,
+    files: ModelFiles,
+    out: str | Path,
+    *,
+    rest: RestStorage | None = None,
+    max_shard_size: int | str = "4GB",
+    overwrite: bool = False,
+    card: Callable[[Path, Inspection], str] | None = None,
+) -> Inspection:
+    """Write a packed model folder.
+
+    At most one shard of tensors and one layer are in memory at a time, however many layers there are.
+
+    Args:
+        source: The sketched model.
+        files: Configuration and tokenizer of the dense model.
+        out: Folder to make.
+        rest: How unsketched tensors are stored.
+        max_shard_size: Ceiling for one weight file, such as ``4GB``, or in bytes.
+        overwrite: Replace ``out`` if it exists.
+        card: Makes the model card (``README.md``) from the folder under construction and what is in it.
+
+    Returns:
+        What was written, read back from disk.
+
+    Raises:
+        UserError: ``out`` exists, or the model does not fit its configuration.
+    """
+    out = Path(out)
+    rest = rest or RestStorage()
+    skeleton, stored = packed_skeleton(source, files.config, rest)
+    with new_folder(out, overwrite) as folder:
+        _write_tensors(source, skeleton, stored, rest, folder, max_shard_size)
+        _write_description(files, skeleton, stored, rest, folder)
+        inspection = inspect_folder(folder)
+        if card is not None:
+            (folder / "README.md").write_text(card(folder, inspection), encoding="utf-8")
+            inspection = inspect_folder(folder)
+        if inspection.accounted_bytes != inspection.disk_bytes:
+            raise RuntimeError(
+                f"{inspection.disk_bytes} bytes were written, {inspection.accounted_bytes} are accounted for"
+            )
+    return replace(inspection, path=out)
+
+
+def packed_skeleton(
+    source: PackingSource, config: PretrainedConfig, rest: RestStorage
+) -> tuple[nn.Module, PackedConfig]:
+    """The packed model without memory (on the meta device), and its packed configuration.
+
+    Raises:
+        UserError: A sketched layer is not in the model that ``config`` describes.
+    """
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(plain, dtype=REST_DTYPES[rest.dtype])
+    layers = {name: PackedLayerEntry(plan.shape, plan.total_bits // 8) for name, plan in source.plans.items()}
+    stored = PackedConfig(source.sketch, layers, _blocks(model, layers, rest))
+    try:
+        swap_packed_(model, stored)
+    except ValueError as error:
+        raise UserError(f"the checkpoint does not fit the model that it names: {error}") from error
+    return model, stored
+
+
+def _blocks(model: Any, layers: Mapping[str, Any], rest: RestStorage) -> dict[str, BlockEntry]:
+    """Embeddings and linear layers that are asked for in blocks and whose rows are whole blocks; tied ones once."""
+    ends = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    found: dict[str, BlockEntry] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, nn.Embedding)) or name in layers or id(module.weight) in seen:
+            continue
+        seen.add(id(module.weight))
+        bits = rest.embeddings if id(module) in ends or isinstance(module, nn.Embedding) else rest.linears
+        rows, columns = module.weight.shape
+        if bits != 16 and fits(columns):
+            found[name] = BlockEntry((rows, columns), bits)
+    return found
+
+
+def _write_tensors(
+    source: PackingSource,
+    skeleton: nn.Module,
+    stored: PackedConfig,
+    rest: RestStorage,
+    folder: Path,
+    max_shard_size: int | str,
+) -> None:
+    expected = _stored_tensors(skeleton)
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in expected.items()}
+    split = split_state_dict_into_shards_factory(
+        sizes,  # the factory looks at the values only through the functions below
+        get_storage_size=lambda size: size,
+        get_storage_id=lambda size: None,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: _stored(name, source, stored, rest) for name in names}
+        for name, tensor in tensors.items():
+            if tensor.shape != expected[name].shape:
+                wanted = list(expected[name].shape)
+                raise UserError(
+                    f"{name}: is {list(tensor.shape)} in the checkpoint, {wanted} in the model's configuration"
+                )
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _stored_tensors(skeleton: nn.Module) -> dict[str, Tensor]:
+    """State dict of the skeleton with tied tensors once, under their first name."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in skeleton.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
+
+
+def _stored(name: str, source: PackingSource, stored: PackedConfig, rest: RestStorage) -> Tensor:
+    """One tensor as the file holds it."""
+    module, _, kind = name.rpartition(".")
+    if kind == "packed" and module in source.plans:
+        return pack_layer(source.plans[module], source.states(module))
+    tensor = source.tensors.get(name)
+    if tensor is None:
+        raise UserError(f"{name}: is in the model's configuration, but not in the checkpoint")
+    tensor = tensor.detach().cpu()
+    if kind == "weight" and module in stored.blocks:
+        return pack_blocks(tensor, stored.blocks[module].bits)
+    return (tensor.to(REST_DTYPES[rest.dtype]) if tensor.is_floating_point() else tensor).contiguous().clone()
+
+
+def _write_description(files: ModelFiles, skeleton: Any, stored: PackedConfig, rest: RestStorage, folder: Path) -> None:
+    config = copy.deepcopy(files.config)
+    config.quantization_config = stored.to_dict()
+    config.architectures = [type(skeleton).__name__]
+    config.dtype = REST_DTYPES[rest.dtype]
+    config.save_pretrained(folder)
+    generation = files.generation or GenerationConfig.from_model_config(files.config)
+    generation.save_pretrained(folder)
+    if files.tokenizer is not None:
+        files.tokenizer.save_pretrained(folder)

@@ -1,0 +1,183 @@
+"""A packed model's folder on disk: what is in it, read without trusting it and without reading tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from usllm.packed.config import QUANT_METHOD, PackedConfig
+from usllm.packed.layer import PackedFormatError
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_JSON_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as its file's header describes it: file name, type as safetensors names it, and shape."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PackedFolder:
+    """A folder whose configuration and tensor headers were read and agree.
+
+    Attributes:
+        path: Where.
+        model_config: Content of ``config.json``.
+        packed: Its ``quantization_config``.
+        tensors: Every tensor by name.
+        header_bytes: Bytes of each weight file before its first tensor.
+    """
+
+    path: Path
+    model_config: dict[str, Any]
+    packed: PackedConfig
+    tensors: dict[str, StoredTensor]
+    header_bytes: dict[str, int]
+
+    @contextmanager
+    def reading(self) -> Iterator[TensorReader]:
+        """Read tensors one at a time; each file is mapped, not loaded."""
+        reader = TensorReader(self)
+        try:
+            yield reader
+        finally:
+            reader.close()
+
+
+class TensorReader:
+    """Tensors of a folder by name, on the CPU."""
+
+    def __init__(self, folder: PackedFolder) -> None:
+        self.folder = folder
+        self._open: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self.folder.tensors[name].file
+        if file not in self._open:
+            self._open[file] = safe_open(self.folder.path / file, framework="pt").__enter__()
+        tensor: Tensor = self._open[file].get_tensor(name)
+        return tensor
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.__exit__(None, None, None)
+        self._open.clear()
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a folder says of itself that it is a packed usllm model; nothing is checked."""
+    try:
+        section = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")).get("quantization_config")
+        return isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def open_folder(path: str | Path) -> PackedFolder:
+    """Read and check configuration and headers: every sketched or block-quantised tensor is there with its shape.
+
+    Raises:
+        PackedFormatError: Something is missing, damaged or impossible; the message begins with its name.
+    """
+    path = Path(path)
+    model_config = _json(path / CONFIG_FILE)
+    packed = PackedConfig.from_dict(model_config.get("quantization_config") or {})
+    for key, value in model_config.items():
+        if "attn_implementation" in key and isinstance(value, str) and "/" in value:
+            raise PackedFormatError(f"{CONFIG_FILE}: {key}={value!r} would fetch and run code; it is refused")
+    tensors: dict[str, StoredTensor] = {}
+    header_bytes = {}
+    for file, names in _files(path).items():
+        header_bytes[file], found = _header(path / file)
+        if names is not None and names != set(found):
+            raise PackedFormatError(
+                f"{INDEX_FILE}: does not list the tensors of {file}, such as {min(names ^ set(found))}"
+            )
+        tensors |= found
+    folder = PackedFolder(path, model_config, packed, tensors, header_bytes)
+    _check_tensors(folder)
+    return folder
+
+
+def _check_tensors(folder: PackedFolder) -> None:
+    from usllm.packed.blocks import bytes_per_row
+
+    expected: dict[str, tuple[int, ...]] = {
+        f"{name}.packed": (entry.bytes,) for name, entry in folder.packed.layers.items()
+    }
+    for name, block in folder.packed.blocks.items():
+        try:
+            expected[f"{name}.weight"] = (block.shape[0], bytes_per_row(block.shape[1], block.bits))
+        except ValueError as error:
+            raise PackedFormatError(f"quantization_config.blocks.{name}: {error}") from error
+    for name, shape in expected.items():
+        stored = folder.tensors.get(name)
+        if stored is None:
+            raise PackedFormatError(f"{name}: is missing from the weight files")
+        if stored.dtype != "U8" or stored.shape != shape:
+            raise PackedFormatError(f"{name}: is {stored.dtype} {list(stored.shape)}, expected U8 {list(shape)}")
+
+
+def _files(path: Path) -> dict[str, set[str] | None]:
+    """Weight files, each with the tensors that an index says are in it."""
+    if (path / WEIGHTS_FILE).is_file():
+        return {WEIGHTS_FILE: None}
+    if not (path / INDEX_FILE).is_file():
+        raise PackedFormatError(f"{WEIGHTS_FILE}: is missing from {path}, and so is {INDEX_FILE}")
+    weight_map = _json(path / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise PackedFormatError(f"{INDEX_FILE}: has no weight_map")
+    files: dict[str, set[str] | None] = {}
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and file.endswith(".safetensors") and file == Path(file).name
+        if not plain:
+            raise PackedFormatError(f"{INDEX_FILE}: {name} is said to be in {file!r}, which is no weight file here")
+        names = files.setdefault(file, set())
+        assert names is not None
+        names.add(name)
+    return files
+
+
+def _header(path: Path) -> tuple[int, dict[str, StoredTensor]]:
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        with safe_open(path, framework="pt") as content:
+            slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118 (not a dict)
+            found = {
+                name: StoredTensor(path.name, part.get_dtype(), tuple(part.get_shape()))
+                for name, part in slices.items()
+            }
+    except (OSError, SafetensorError, ValueError, OverflowError) as error:
+        raise PackedFormatError(f"{path.name}: cannot be read ({error})") from error
+    return 8 + length, found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise PackedFormatError(f"{path.name}: has {path.stat().st_size} bytes, too many for a description")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PackedFormatError(f"{path.name}: is missing from {path.parent}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, PackedFormatError):
+            raise
+        raise PackedFormatError(f"{path.name}: cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise PackedFormatError(f"{path.name}: is not an object")
+    return content

@@ -1,0 +1,147 @@
+"""``usllm.load``: a packed model, or one clear error; never a model with random layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from usllm.errors import UserError
+from usllm.packed.folder import CONFIG_FILE, PackedFolder, open_folder
+from usllm.packed.layer import PackedFormatError
+from usllm.packed.linear import keep_decoded_
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    decoded_bytes: int = 0,
+    revision: str | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Load a packed model.
+
+    As ``AutoModelForCausalLM.from_pretrained``, but the folder is checked before anything is allocated, and whatever
+    was missing, unexpected or newly initialised is an error.
+
+    Args:
+        model: Folder written by ``usllm-export``, or the name of one on the Hugging Face hub.
+        dtype: That the model computes with; ``auto`` is that of the stored embeddings and norms.
+        device_map: As in transformers.
+        decoded_bytes: Memory for decoded weights that are kept between calls (:func:`usllm.packed.keep_decoded_`).
+        revision: Branch, tag or commit on the hub.
+        options: Passed on to ``from_pretrained``.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        PackedFormatError: A file is missing or damaged; the message begins with the tensor's or file's name.
+        UserError: There is no such folder or hub model.
+    """
+    path = _local(model, revision)
+    folder = open_folder(path)
+    check_against_model(folder)
+    from transformers import AutoModelForCausalLM
+
+    from usllm.packed import quantizer  # noqa: F401 (registers itself)
+
+    options = {"trust_remote_code": False, **options, "use_safetensors": True, "output_loading_info": True}
+    try:
+        loaded: Any
+        info: dict[str, Any]
+        loaded, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map, **options)  # type: ignore[misc]
+    except PackedFormatError:
+        raise
+    except Exception as error:  # transformers, safetensors and accelerate errors have no common base class
+        raise PackedFormatError(f"{path.name}: cannot be loaded ({_first_line(error)})") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if odd := info.get(kind):
+            first = next(iter(odd))
+            raise PackedFormatError(f"{first}: is among the {kind.replace('_', ' ')} of {path}, {len(odd)} in all")
+    if decoded_bytes:
+        keep_decoded_(loaded, decoded_bytes, loaded.dtype)
+    model_loaded: PreTrainedModel = loaded
+    return model_loaded
+
+
+def check_against_model(folder: PackedFolder) -> None:
+    """Refuse a folder whose tensors are not those of the model that its configuration describes.
+
+    The model is built without memory; the number of its layers is bounded by the number of stored tensors first.
+
+    Raises:
+        PackedFormatError: A tensor is missing, unexpected or misshaped, or the configuration is impossible.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from usllm.packed.quantizer import swap_packed_
+
+    _check_counts(folder.model_config, len(folder.tensors), CONFIG_FILE)
+    try:
+        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+        del config.quantization_config
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        swap_packed_(skeleton, folder.packed)
+    except PackedFormatError:
+        raise
+    except Exception as error:  # whatever an impossible configuration runs into
+        raise PackedFormatError(f"{CONFIG_FILE}: describes no model ({_first_line(error)})") from error
+    expected = skeleton.state_dict(keep_vars=True)
+    tied = {name for name, tensor in expected.items() if _first_name(expected, tensor) != name}
+    for name, tensor in expected.items():
+        stored = folder.tensors.get(name)
+        if stored is None:
+            if name not in tied:
+                raise PackedFormatError(f"{name}: is missing from the weight files")
+        elif stored.shape != tuple(tensor.shape):
+            raise PackedFormatError(f"{name}: is {list(stored.shape)}, the model's is {list(tensor.shape)}")
+        elif (stored.dtype == "U8") != (tensor.dtype == torch.uint8):
+            raise PackedFormatError(f"{name}: has the type {stored.dtype}, the model's is {tensor.dtype}")
+    if unexpected := sorted(set(folder.tensors) - set(expected)):
+        raise PackedFormatError(f"{unexpected[0]}: is in the weight files, but not in the model")
+
+
+def _first_name(tensors: dict[str, torch.Tensor], tensor: torch.Tensor) -> str:
+    return next(name for name, other in tensors.items() if other is tensor)
+
+
+def _check_counts(section: dict[str, Any], tensors: int, where: str) -> None:
+    """Numbers of modules must be covered by tensors: a model of a billion layers would take for ever to build."""
+    for key, value in section.items():
+        if isinstance(value, dict):
+            _check_counts(value, tensors, f"{where} {key}")
+            continue
+        counts_modules = key.startswith(("num_", "n_")) and any(word in key for word in ("layer", "expert", "block"))
+        if counts_modules and value is not None and not (isinstance(value, int) and 0 <= value <= tensors):
+            raise PackedFormatError(f"{where}: {key}={value!r} is impossible with {tensors} tensors")
+
+
+def _local(model: str | Path, revision: str | None) -> Path:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or str(model).startswith(("/", ".", "~")) or str(model).count("/") != 1:
+        raise UserError(f"model={model}: no such folder; give one written by usllm-export, or owner/name on the hub")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # HTTP, offline and repository errors have no common base class
+        raise UserError(
+            f"model={model}: is no folder here, and the Hugging Face hub did not give it ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

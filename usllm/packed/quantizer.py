@@ -1,0 +1,149 @@
+"""transformers' view of a packed model: ``quant_method: usllm`` in ``config.json``.
+
+Registered when usllm is imported (:mod:`usllm.packed.registration`); works unchanged from transformers 4.57 to 5.x,
+whose hooks differ: arguments that only some versions pass are swallowed by ``**kwargs``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from usllm.packed.block_layers import BlockEmbedding, BlockLinear
+from usllm.packed.blocks import check_blocks
+from usllm.packed.config import QUANT_METHOD, BlockEntry, PackedConfig
+from usllm.packed.layer import PackedFormatError
+from usllm.packed.linear import PackedLinear, packed_layers
+
+if TYPE_CHECKING:  # this module is loaded while transformers still is
+    from transformers import PreTrainedModel
+
+
+@register_quantization_config(QUANT_METHOD)
+class SketchQuantizationConfig(QuantizationConfigMixin):
+    """:class:`usllm.packed.config.PackedConfig` as transformers stores it: attributes of JSON types.
+
+    Raises:
+        PackedFormatError: The content is impossible, or of an unknown version.
+    """
+
+    def __init__(self, **content: Any) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # the base class knows its own methods only
+        checked = PackedConfig.from_dict({**content, "quant_method": QUANT_METHOD}).to_dict()
+        self.__dict__.update(checked)
+
+    @property
+    def packed(self) -> PackedConfig:
+        """The typed form."""
+        return PackedConfig.from_dict(self.__dict__)
+
+
+@register_quantizer(QUANT_METHOD)
+class SketchQuantizer(HfQuantizer):
+    """Puts packed layers in the place of linear ones before weights are read, and checks them afterwards."""
+
+    requires_calibration = True  # refuses to compress while loading: that is usllm-export's work
+    quantization_config: SketchQuantizationConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing but torch is needed."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        swap_packed_(model, self.quantization_config.packed)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        check_packed(model)
+        return model
+
+    def is_serializable(self, safe_serialization: bool | None = None, **kwargs: Any) -> bool:
+        """Packed tensors are saved as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed layers have no latent weights."""
+        return False
+
+
+def swap_packed_(model: PreTrainedModel, config: PackedConfig) -> None:
+    """Replace the layers that a packed configuration names by empty packed ones; in place.
+
+    Args:
+        model: Usually on the meta device; new layers are made on the device of the layers that they replace.
+        config: The packed configuration. Names may carry the base model's prefix where ``model`` is that base model.
+
+    Raises:
+        PackedFormatError: A named layer is not in the model, or has another shape; it is named.
+    """
+    dtype = model.dtype
+    for name, entry in config.layers.items():
+        path, linear = _find(model, name, entry.shape, (nn.Linear,))
+        with linear.weight.device:
+            layer = PackedLinear(entry, config.sketch, name, linear.bias is not None, dtype)
+        model.set_submodule(path, layer)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and bool(model.config.get_text_config().tie_word_embeddings)
+    for name, block in config.blocks.items():
+        path, module = _find(model, name, block.shape, (nn.Linear, nn.Embedding))
+        packed = _block_module(module, block, dtype)
+        model.set_submodule(path, packed)
+        if tied and module is embedding:  # transformers ties what is called `weight`, whatever its type
+            tied_head = _block_module(head, block, dtype)
+            tied_head.weight = packed.weight
+            model.set_output_embeddings(tied_head)
+
+
+def check_packed(model: nn.Module) -> None:
+    """Check every packed layer of a loaded model.
+
+    Raises:
+        PackedFormatError: A layer is damaged, or was never loaded; it is named.
+    """
+    for layer in packed_layers(model).values():
+        if layer.packed.device.type != "meta":  # offloaded ones are checked at their first use
+            _ = layer.plan
+    for name, module in model.named_modules():
+        if isinstance(module, (BlockLinear, BlockEmbedding)) and module.weight.device.type != "meta":
+            check_blocks(module.weight, module.bits, name)
+
+
+def make_quantizer(config: PackedConfig) -> SketchQuantizer:
+    """The quantizer of a model that was packed in this process, so that ``save_pretrained`` knows what it is."""
+    return SketchQuantizer(SketchQuantizationConfig(**_without_method(config.to_dict())), pre_quantized=True)
+
+
+def _without_method(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != "quant_method"}
+
+
+def _find(
+    model: PreTrainedModel, name: str, shape: tuple[int, int], kinds: tuple[type[nn.Module], ...]
+) -> tuple[str, Any]:
+    modules = dict(model.named_modules())
+    path = name
+    if path not in modules:  # AutoModel loads the base model alone, whose names have no prefix
+        path = name.removeprefix(f"{model.base_model_prefix}.")
+    module = modules.get(path)
+    if not isinstance(module, kinds):
+        raise PackedFormatError(
+            f"{name}: {type(model).__name__} has no {' or '.join(kind.__name__ for kind in kinds)} of that name"
+        )
+    found = tuple(getattr(module, "weight").shape)  # noqa: B009 (any of the kinds has one)
+    if found != shape:
+        raise PackedFormatError(f"{name}: is {shape[0]}x{shape[1]} in the file, {found[0]}x{found[1]} in the model")
+    return path, module
+
+
+def _block_module(module: nn.Module, entry: BlockEntry, dtype: torch.dtype) -> BlockEmbedding | BlockLinear:
+    rows, columns = entry.shape
+    if isinstance(module, nn.Embedding):
+        return BlockEmbedding(rows, columns, entry.bits, dtype=dtype, device=module.weight.device)
+    assert isinstance(module, nn.Linear)
+    bias = module.bias is not None
+    return BlockLinear(columns, rows, entry.bits, bias=bias, dtype=dtype, device=module.weight.device)

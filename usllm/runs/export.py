@@ -1,0 +1,179 @@
+"""From a run, or a dense model, to a packed folder with its card."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from usllm.config import DataConfig, section_of, sketch_config_of
+from usllm.config.packed import ExportConfig
+from usllm.errors import UserError
+from usllm.eval.perplexity import bos_rule, tokenizer_name
+from usllm.models import ModelSpec
+from usllm.models.loading import load_config, load_dense, load_generation_config, load_tokenizer
+from usllm.nn import allocate_, swap_linears_
+from usllm.packed.card import CardFacts, model_card
+from usllm.packed.export import ModelFiles, RestStorage, export
+from usllm.packed.inspection import Inspection
+from usllm.packed.loading import load
+from usllm.packed.source import PackingSource, from_checkpoint, from_model
+from usllm.runs.directory import CHECKPOINT_FOLDER, REPORT_FILE, read_json
+from usllm.runs.evaluate import find_checkpoint
+from usllm.runs.finetune import build_data, program, token_streams
+from usllm.runs.machine import choose_autocast, machine, machine_line
+from usllm.runs.measure import measure, merge_stages
+from usllm.runs.report import human_bytes, print_facts
+from usllm.training import load_checkpoint
+from usllm.training.module import CHECKPOINT_KEY
+
+
+@dataclasses.dataclass(frozen=True)
+class _Origin:
+    """What is packed and where it came from.
+
+    Attributes:
+        source: Plans and tensors.
+        spec: The dense model.
+        data: The text that it was trained or calibrated on.
+        seed: Of the text's split.
+        report: Of the finished run; empty without one.
+    """
+
+    source: PackingSource
+    spec: ModelSpec
+    data: DataConfig
+    seed: int
+    report: Mapping[str, Any]
+
+
+def export_model(config: ExportConfig, command: str) -> Inspection:
+    """Pack, write, read back, and print what it takes.
+
+    Args:
+        config: Checked configuration.
+        command: What the user typed, for the card.
+
+    Raises:
+        UserError: Something in the input does not work; nothing is left under the name of ``out``.
+    """
+    origin = _from_run(config.ckpt) if config.ckpt is not None else _from_dense(config)
+    tokenizer = load_tokenizer(origin.spec)
+    files = ModelFiles(load_config(origin.spec), tokenizer, load_generation_config(origin.spec))
+
+    def card(folder: Path, inspection: Inspection) -> str:
+        rows = list(origin.report.get("perplexity", []))
+        if config.measure:
+            rows = merge_stages(**_stages(rows), packed=_measured(config, origin, folder))
+        info = machine()
+        facts = CardFacts(
+            title=Path(config.out).expanduser().absolute().name,
+            base=tokenizer_name(tokenizer),
+            commands=[*([origin.report["command"]] if origin.report else []), command],
+            machine=machine_line(info),
+            versions={str(name): str(number) for name, number in dict(info["versions"]).items()},  # type: ignore[call-overload]
+            rest=f"{config.rest.dtype}, embeddings {config.rest.embeddings}, linear layers {config.rest.linears} bits",
+            sketch=_in_words(origin.source),
+            rows=rows,
+            measured_as=(
+                "Non-overlapping windows, each token predicted from those before it in its window; tokenizer "
+                f"{tokenizer_name(tokenizer)}, beginning-of-text token: {bos_rule(tokenizer)}."
+            ),
+        )
+        return model_card(facts, inspection)
+
+    inspection = export(
+        origin.source,
+        files,
+        config.out,
+        rest=RestStorage(config.rest.dtype, config.rest.embeddings, config.rest.linears),
+        max_shard_size=config.max_shard_size,
+        overwrite=config.overwrite,
+        card=card,
+    )
+    _print_export(inspection)
+    return inspection
+
+
+def _from_run(ckpt: str) -> _Origin:
+    checkpoint = find_checkpoint(ckpt)
+    saved = load_checkpoint(checkpoint)
+    if CHECKPOINT_KEY not in saved:
+        raise UserError(f"ckpt={checkpoint}: was not written by usllm-train")
+    section = saved[CHECKPOINT_KEY]
+    run = section["config"]
+    folder = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINT_FOLDER else checkpoint.parent
+    report = read_json(folder / REPORT_FILE) or {}
+    return _Origin(
+        source=from_checkpoint(saved, section),
+        spec=section_of(ModelSpec, run["model"], "model"),
+        data=section_of(DataConfig, run["data"], "data"),
+        seed=run["seed"],
+        # The figures are those of the newest checkpoint, not of an earlier one beside it.
+        report=report if Path(str(report.get("checkpoint"))).name == checkpoint.name else {},
+    )
+
+
+def _from_dense(config: ExportConfig) -> _Origin:
+    from usllm.callbacks.importance_calibration import measure_importance
+
+    sketch = sketch_config_of(config.sketch, config.allocation)
+    data = build_data(config.data, load_tokenizer(config.model), config.seed)
+    model = load_dense(config.model).eval()
+    swap_linears_(model, config.model.patterns)
+    autocast = choose_autocast("auto", model.device)
+    sequences = config.calibration_sequences
+    importance = measure_importance(
+        model,
+        data.calibration_batches(sequences),
+        sequences,
+        device=model.device,
+        context=nullcontext() if autocast is None else torch.autocast("cpu", autocast),
+        progress=True,
+    )
+    allocate_(model, sketch, importance)
+    return _Origin(from_model(model), config.model, config.data, config.seed, {})
+
+
+def _measured(config: ExportConfig, origin: _Origin, folder: Path) -> list[dict[str, Any]]:
+    tokenizer = load_tokenizer(origin.spec)
+    data = build_data(origin.data, tokenizer, origin.seed) if config.evaluation.validation_split else None
+    streams = token_streams(config.evaluation, tokenizer, data)
+    model = load(folder, dtype=torch.float32)
+    return measure(model, tokenizer, streams, config.evaluation, "Packed model")
+
+
+def _stages(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Merged rows taken apart again, by stage."""
+    return {
+        stage: [{**row, "perplexity": row[stage]} for row in rows if stage in row]
+        for stage in ("dense", "before", "after")
+    }
+
+
+def _in_words(source: PackingSource) -> str:
+    return ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(source.sketch).items())
+
+
+def _print_export(inspection: Inspection) -> None:
+    totals = inspection.totals()
+    console = Console()
+    facts = [
+        ("packed model", str(inspection.path)),
+        ("sketched", f"{human_bytes(totals['sketched_bytes'])}, {totals['bits_per_weight']:.4f} bits per weight"),
+        ("everything else", human_bytes(totals["rest_bytes"])),
+        ("weight files", f"{totals['weight_bytes']:,} bytes, {totals['model_bits_per_weight']:.4f} bits per parameter"),
+        ("folder", f"{totals['disk_bytes']:,} bytes"),
+    ]
+    print_facts(facts, console)
+    console.print("\nNext, try")
+    for line in (
+        f"{program('usllm-inspect')} model={inspection.path}",
+        f'{program("usllm-generate")} model={inspection.path} prompt="…"',
+    ):
+        console.print(f"  {line}", style="bold", markup=False, soft_wrap=True, highlight=False)

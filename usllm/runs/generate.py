@@ -1,0 +1,98 @@
+"""Continue a text, token by token on the screen."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from usllm.config import section_of
+from usllm.config.packed import GenerateConfig, size_in_bytes
+from usllm.errors import UserError
+from usllm.models import ModelSpec
+from usllm.models.loading import load_dense, load_tokenizer
+from usllm.packed.layer import PackedFormatError
+from usllm.packed.loading import load
+from usllm.runs.evaluate import choose_device, find_checkpoint, load_sketched_
+from usllm.training import load_checkpoint
+from usllm.training.module import CHECKPOINT_KEY
+
+
+def generate(config: GenerateConfig) -> str:
+    """Print the continuation while it is made.
+
+    Returns:
+        The continuation, without the prompt.
+
+    Raises:
+        UserError: The model cannot be loaded, or the prompt is empty or longer than its context.
+    """
+    text = sys.stdin.read() if config.prompt == "-" else config.prompt
+    device = choose_device(config.device)
+    model, tokenizer = _packed(config, device) if config.model is not None else _checkpoint(config, device)
+    ids = _tokenised(text, tokenizer, config.chat).to(device)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if ids.shape[1] == 0:
+        raise UserError("prompt: is empty; give a text to go on from")
+    if limit is not None and ids.shape[1] + config.max_new_tokens > limit:
+        raise UserError(
+            f"max_new_tokens={config.max_new_tokens}: with {ids.shape[1]} tokens of prompt that is more than the "
+            f"model's {limit} positions; shorten one of them"
+        )
+    set_seed(config.seed)
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if config.temperature > 0:
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    output = model.generate(  # type: ignore[operator]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=config.max_new_tokens,
+        streamer=streamer,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **sampling,
+    )
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def _tokenised(text: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> torch.Tensor:
+    """Token ids [1, n]."""
+    if not chat:
+        return torch.tensor([tokenizer(text)["input_ids"]], dtype=torch.long)
+    if not tokenizer.chat_template:
+        raise UserError("chat=true: this model's tokenizer has no chat template; leave chat=false")
+    turn = [{"role": "user", "content": text}]
+    prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    return torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], dtype=torch.long)
+
+
+def _packed(config: GenerateConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    place = str(config.model)
+    try:
+        model = load(
+            place,
+            dtype=config.dtype,
+            device_map=None if device.type == "cpu" else {"": str(device)},
+            decoded_bytes=size_in_bytes(config.keep_decoded),
+        )
+    except PackedFormatError as error:
+        raise UserError(f"model={place}: {error}") from error
+    tokenizer = AutoTokenizer.from_pretrained(Path(place).expanduser() if Path(place).expanduser().is_dir() else place)
+    return model, tokenizer
+
+
+def _checkpoint(config: GenerateConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    path = find_checkpoint(str(config.ckpt))
+    saved = load_checkpoint(path)
+    if CHECKPOINT_KEY not in saved:
+        raise UserError(f"ckpt={path}: was not written by usllm-train")
+    spec = section_of(ModelSpec, saved[CHECKPOINT_KEY]["config"]["model"], "model")
+    model = load_dense(spec)
+    load_sketched_(model, saved)
+    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    cast(nn.Module, model).to(device=device, dtype=dtype)
+    return model.eval(), load_tokenizer(spec)

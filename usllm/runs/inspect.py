@@ -1,0 +1,117 @@
+"""The account of a packed folder, printed: per layer, in total, and against the bytes on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from usllm.config.packed import InspectConfig
+from usllm.errors import UserError
+from usllm.packed.inspection import InspectedLayer, Inspection, inspect_folder
+from usllm.packed.layer import PackedFormatError
+from usllm.runs.directory import write_json
+from usllm.runs.report import print_facts
+
+
+def inspect_model(config: InspectConfig) -> Inspection:
+    """Check the folder and print its account.
+
+    Raises:
+        UserError: It is no packed folder, or is damaged; the tensor or file is named.
+    """
+    path = Path(config.model).expanduser()
+    if not path.is_dir():
+        raise UserError(f"model={config.model}: no such folder; give one written by usllm-export")
+    try:
+        inspection = inspect_folder(path)
+    except PackedFormatError as error:
+        raise UserError(f"model={config.model}: {error}") from error
+    print_inspection(inspection)
+    if config.json is not None:
+        write_json(Path(config.json).expanduser(), account(inspection))
+    if inspection.accounted_bytes != inspection.disk_bytes:
+        raise UserError(
+            f"model={config.model}: the parts add up to {inspection.accounted_bytes} bytes, the folder has "
+            f"{inspection.disk_bytes}; a weight file holds something that is not a tensor"
+        )
+    return inspection
+
+
+def print_inspection(inspection: Inspection, console: Console | None = None) -> None:
+    """Tables of layers, of everything else, and the sums."""
+    console = console or Console()
+    console.print(_layer_table(inspection))
+    rest = Table(title="Everything else", title_justify="left", title_style="bold")
+    for heading in ("tensor", "shape", "stored as", "bytes"):
+        rest.add_column(heading, justify="right" if heading == "bytes" else "left")
+    for tensor in inspection.rest:
+        rest.add_row(tensor.name, "x".join(map(str, tensor.shape)), tensor.stored_as, f"{tensor.bytes:,}")
+    console.print(rest)
+    totals = inspection.totals()
+    parts = [
+        ("sketched layers", totals["sketched_bytes"]),
+        ("other tensors", totals["rest_bytes"]),
+        ("headers of the weight files", totals["header_bytes"]),
+        *inspection.other_files.items(),
+    ]
+    facts = [(name, f"{size:>15,} bytes") for name, size in parts]
+    facts += [
+        ("sum", f"{inspection.accounted_bytes:>15,} bytes"),
+        ("on disk", f"{inspection.disk_bytes:>15,} bytes"),
+        ("bits per sketched weight", f"{inspection.bits_per_weight:>15.4f}"),
+        ("bits per parameter", f"{inspection.model_bits_per_weight:>15.4f}   (weight files over all parameters)"),
+    ]
+    print_facts(facts, console)
+
+
+def account(inspection: Inspection) -> dict[str, Any]:
+    """The whole account as plain Python."""
+    return {
+        "model": str(inspection.path),
+        "operator": inspection.operator,
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": list(layer.shape),
+                "classes": [[*choice, channels] for choice, channels in layer.classes],
+                "states": layer.states,
+                "scales": sum(layer.scales),
+                "load": list(layer.load),
+                "sections": layer.sections,
+                "bytes": layer.bytes,
+                "bits_per_weight": layer.bits_per_weight,
+            }
+            for layer in inspection.layers
+        ],
+        "rest": [
+            {"name": t.name, "shape": list(t.shape), "as": t.stored_as, "bytes": t.bytes} for t in inspection.rest
+        ],
+        "other_files": inspection.other_files,
+        "accounted_bytes": inspection.accounted_bytes,
+        **inspection.totals(),
+    }
+
+
+def _layer_table(inspection: Inspection) -> Table:
+    table = Table(title=f"Sketched layers, {inspection.operator}", title_justify="left", title_style="bold")
+    table.add_column("layer", no_wrap=True)
+    for heading in ("shape", "rows", "states", "bits", "scales", "load", "bpw", "bytes"):
+        table.add_column(heading, justify="right")
+    for layer in inspection.layers:
+        rows, bits = _range(layer, 0), _range(layer, 2)
+        load = f"{layer.load[0]} to {layer.load[2]}" if layer.load[0] != layer.load[2] else str(layer.load[0])
+        shape = f"{layer.shape[0]}x{layer.shape[1]}"
+        figures = (f"{layer.states:,}", bits, f"{sum(layer.scales):,}", load, f"{layer.bits_per_weight:.4f}")
+        table.add_row(layer.name, shape, rows, *figures, f"{layer.bytes:,}")
+    return table
+
+
+def _range(layer: InspectedLayer, field: int) -> str:
+    """Such as ``3`` or ``1 to 8``: over the classes that hold states."""
+    values = [choice[field] for choice, channels in layer.classes if channels and choice.rows * choice.states]
+    if not values:
+        return "-"
+    return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
