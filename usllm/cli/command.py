@@ -88,6 +88,11 @@ def expand_model(arguments: list[str]) -> list[str]:
     return expanded
 
 
+def folder_of_model(arguments: list[str]) -> list[str]:
+    """Let ``model=`` name the folder of a packed model: in these commands it is a value, not a group of options."""
+    return [f"folder={argument[6:]}" if argument.startswith("model=") else argument for argument in arguments]
+
+
 def quote_values(arguments: list[str], keys: tuple[str, ...]) -> list[str]:
     """Make the values of ``keys`` plain text for Hydra, whatever signs they hold."""
     split = [argument.partition("=") for argument in arguments]

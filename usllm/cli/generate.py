@@ -10,7 +10,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from usllm.cli.command import quiet_environment, quiet_libraries, quote_values, report_errors
+from usllm.cli.command import folder_of_model, quiet_environment, quiet_libraries, quote_values, report_errors
 
 PROGRAM = "usllm-generate"
 
@@ -32,7 +32,7 @@ def _generate(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Entry point of ``usllm-generate`` and ``python -m usllm.cli.generate``."""
-    sys.argv[1:] = quote_values(sys.argv[1:], ("prompt", "model"))
+    sys.argv[1:] = quote_values(folder_of_model(sys.argv[1:]), ("prompt", "folder"))
     _generate()
 
 

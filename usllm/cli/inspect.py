@@ -10,7 +10,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from usllm.cli.command import quiet_environment, quiet_libraries, quote_values, report_errors
+from usllm.cli.command import folder_of_model, quiet_environment, quiet_libraries, quote_values, report_errors
 
 PROGRAM = "usllm-inspect"
 
@@ -32,7 +32,7 @@ def _inspect(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Entry point of ``usllm-inspect`` and ``python -m usllm.cli.inspect``."""
-    sys.argv[1:] = quote_values(sys.argv[1:], ("model",))
+    sys.argv[1:] = quote_values(folder_of_model(sys.argv[1:]), ("folder",))
     _inspect()
 
 

@@ -53,7 +53,7 @@ class GenerateConfig:
     """Everything ``usllm-generate`` reads; ``conf/generate.yaml`` says what each key means."""
 
     prompt: str
-    model: str | None = None
+    folder: str | None = None
     ckpt: str | None = None
     chat: bool = False
     max_new_tokens: int = 64
@@ -69,7 +69,7 @@ class GenerateConfig:
 class InspectConfig:
     """Everything ``usllm-inspect`` reads."""
 
-    model: str
+    folder: str
     json: str | None = None
 
 
@@ -115,8 +115,8 @@ def check_generate(cfg: DictConfig | dict[str, Any]) -> GenerateConfig:
     config = merge_typed(GenerateConfig, plain_config(cfg), problems)
     if config is None:
         raise user_error(problems)
-    if (config.model is None) == (config.ckpt is None):
-        problems.append(f"model={config.model} and ckpt={config.ckpt}: give exactly one")
+    if (config.folder is None) == (config.ckpt is None):
+        problems.append(f"model={config.folder} and ckpt={config.ckpt}: give exactly one")
     problems.number("max_new_tokens", config.max_new_tokens, least=1)
     problems.number("temperature", config.temperature, least=0, hint="0 takes the likeliest token")
     problems.number("top_p", config.top_p, above=0)

@@ -50,21 +50,24 @@ Sketch: `{{ sketch }}`.
 
 ## Perplexity
 
-{% if rows %}{{ measured_as }}
+{% if rows %}
+{{ measured_as }}
 
-| test set | window | tokens |{% for stage in stages %} {{ names[stage] }} |{% endfor %}
-
-|---|---|---|{% for stage in stages %}---|{% endfor %}
-
-{% for row in rows %}| {{ row.test_set }} | {{ row.window }} | {{ (row.windows * row.window)|thousands }} |
-{%- for stage in stages %} {{ "%.2f"|format(row[stage]) if row[stage] is defined else "not measured" }} |{% endfor %}
-
-{% endfor %}{% else %}Not measured. `usllm-eval model={{ title }}` measures it.
+| test set | window | tokens |{% for stage in stages %} {{ names[stage] }} |{% endfor +%}
+|---|---|---|{% for stage in stages %}---|{% endfor +%}
+{% for row in rows %}
+| {{ row.test_set }} | {{ row.window }} | {{ (row.windows * row.window)|thousands }} |
+{%- for stage in stages %} {{ "%.2f"|format(row[stage]) if row[stage] is defined else "not measured" }} |{% endfor +%}
+{% endfor %}
+{% else %}
+Not measured. `usllm-eval model={{ title }}` measures it.
 {% endif %}
+
 ## How it was made
 
 ```bash
-{% for command in commands %}{{ command }}
+{% for command in commands %}
+{{ command }}
 {% endfor %}```
 
 {{ machine }}. Versions:{% for name, number in versions.items() %} {{ name }} {{ number }}{{ "," if not loop.last }}
@@ -111,7 +114,8 @@ def model_card(facts: CardFacts, inspection: Inspection) -> str:
         tags=["usllm", "ultrasketch", "sub-1-bit"],
         base_model=facts.base if facts.base.count("/") == 1 and not facts.base.startswith(("/", ".")) else None,
     )
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)  # Markdown: nothing to escape
+    # Markdown: nothing is escaped. A tag alone on its line leaves no line behind.
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["thousands"] = lambda number: f"{number:,}"
     return environment.from_string(_TEMPLATE).render(
         card_data=data.to_yaml(),

@@ -128,7 +128,7 @@ def inspect_folder(path: str | Path) -> Inspection:
     folder = open_folder(path)
     layers = []
     with folder.reading() as tensors:
-        for name, entry in folder.packed.layers.items():
+        for name, entry in sorted(folder.packed.layers.items(), key=lambda item: in_model_order(item[0])):
             plan = read_plan(tensors[f"{name}.packed"], entry.shape, folder.packed.sketch, name)
             counts = plan.channel_class.bincount(minlength=len(plan.classes)).tolist()
             sections = {part: bits // 8 for part, bits in bit_breakdown(plan).items()}
@@ -158,10 +158,15 @@ def inspect_folder(path: str | Path) -> Inspection:
     )
 
 
+def in_model_order(name: str) -> list[tuple[int, int | str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+
+
 def _rest(folder: PackedFolder) -> list[StoredRest]:
     found = []
     sketched = {f"{name}.packed" for name in folder.packed.layers}
-    for name, tensor in folder.tensors.items():
+    for name, tensor in sorted(folder.tensors.items(), key=lambda item: in_model_order(item[0])):
         if name in sketched:
             continue
         if tensor.dtype not in _DTYPE_BYTES:

@@ -33,6 +33,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
+                file.chmod(partial.stat().st_mode & 0o666)  # safetensors makes its files private
         old = partial.with_suffix(".old")
         if out.exists():
             os.rename(out, old)

@@ -33,7 +33,7 @@ def generate(config: GenerateConfig) -> str:
     """
     text = sys.stdin.read() if config.prompt == "-" else config.prompt
     device = choose_device(config.device)
-    model, tokenizer = _packed(config, device) if config.model is not None else _checkpoint(config, device)
+    model, tokenizer = _packed(config, device) if config.folder is not None else _checkpoint(config, device)
     ids = _tokenised(text, tokenizer, config.chat).to(device)
     limit = getattr(model.config, "max_position_embeddings", None)
     if ids.shape[1] == 0:
@@ -71,7 +71,7 @@ def _tokenised(text: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> tor
 
 
 def _packed(config: GenerateConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    place = str(config.model)
+    place = str(config.folder)
     try:
         model = load(
             place,

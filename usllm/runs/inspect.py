@@ -22,19 +22,19 @@ def inspect_model(config: InspectConfig) -> Inspection:
     Raises:
         UserError: It is no packed folder, or is damaged; the tensor or file is named.
     """
-    path = Path(config.model).expanduser()
+    path = Path(config.folder).expanduser()
     if not path.is_dir():
-        raise UserError(f"model={config.model}: no such folder; give one written by usllm-export")
+        raise UserError(f"model={config.folder}: no such folder; give one written by usllm-export")
     try:
         inspection = inspect_folder(path)
     except PackedFormatError as error:
-        raise UserError(f"model={config.model}: {error}") from error
+        raise UserError(f"model={config.folder}: {error}") from error
     print_inspection(inspection)
     if config.json is not None:
         write_json(Path(config.json).expanduser(), account(inspection))
     if inspection.accounted_bytes != inspection.disk_bytes:
         raise UserError(
-            f"model={config.model}: the parts add up to {inspection.accounted_bytes} bytes, the folder has "
+            f"model={config.folder}: the parts add up to {inspection.accounted_bytes} bytes, the folder has "
             f"{inspection.disk_bytes}; a weight file holds something that is not a tensor"
         )
     return inspection
