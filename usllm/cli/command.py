@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from usllm.errors import UserError
 
+T = TypeVar("T")
+
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Third-party notices that say nothing about a run of usllm and would bury its report.
 _QUIET_WARNINGS = (
@@ -26,21 +31,38 @@ _QUIET_WARNINGS = (
     r"'set_vital' is deprecated.*",
     r".*`lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",
 )
-_QUIET_LOGGERS = ("lightning.pytorch", "lightning.fabric", "transformers", "datasets", "httpx", "fsspec")
+_QUIET_LOGGERS = ("lightning.pytorch", "lightning.fabric", "transformers", "datasets", "httpx", "fsspec", "lm_eval")
 
 
-def report_errors(program: str, task: Callable[[], None]) -> None:
+def report_errors(program: str, task: Callable[[], T], in_sweep: bool = False) -> T:
     """Run ``task``; a :class:`UserError` becomes one message on stderr and exit status 2, without a traceback.
 
-    With ``HYDRA_FULL_ERROR=1`` in the environment the error passes through with its traceback.
+    So does a disk that has run full. With ``HYDRA_FULL_ERROR=1`` in the environment the error passes through with its
+    traceback.
+
+    Args:
+        in_sweep: the task is one job of a multirun: the error is raised, and Hydra goes on with the other jobs and
+            reports it at the end, with exit status 1.
     """
     try:
-        task()
-    except UserError as error:
+        return task()
+    except (UserError, OSError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
+        if isinstance(error, OSError):
+            if error.errno not in _NO_SPACE:
+                raise
+            error = UserError(f"{error}: free space, then resume")
         print(f"{program}: error: {error}", file=sys.stderr)
+        if in_sweep:
+            from hydra.errors import CompactHydraException
+
+            raise CompactHydraException(f"{program}: error: {error}") from None
         sys.exit(EXIT_USER_ERROR)
+    except SystemExit as leaving:
+        if hasattr(leaving, "reason"):  # usllm.callbacks.Preempted, which is slow to import
+            print(f"{program}: {leaving.reason}", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         print(f"{program}: interrupted; the same command with resume=true continues", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
@@ -91,6 +113,11 @@ def expand_model(arguments: list[str]) -> list[str]:
 def folder_of_model(arguments: list[str]) -> list[str]:
     """Let ``model=`` name the folder of a packed model: in these commands it is a value, not a group of options."""
     return [f"folder={argument[6:]}" if argument.startswith("model=") else argument for argument in arguments]
+
+
+def without_wandb_argument(arguments: list[str]) -> list[str]:
+    """Drop the ``_wandb={…}`` that W&B appends to the command of a trial it starts again; Hydra would refuse it."""
+    return [argument for argument in arguments if argument.lstrip("+-").partition("=")[0] != "_wandb"]
 
 
 def quote_values(arguments: list[str], keys: tuple[str, ...]) -> list[str]:

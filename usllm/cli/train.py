@@ -8,42 +8,67 @@ from __future__ import annotations
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from usllm.cli.command import expand_model, quiet_environment, quiet_libraries, report_errors
+from usllm.cli.command import (
+    expand_model,
+    quiet_environment,
+    quiet_libraries,
+    report_errors,
+    without_wandb_argument,
+)
 from usllm.runs.directory import register_resolvers
 
 PROGRAM = "usllm-train"
+Metric = float | list[float] | None
+
+# Launchers hand jobs to other processes, which import this module and then look for the job's directory.
+register_resolvers()
 
 
 @hydra.main(version_base="1.3", config_path="pkg://usllm.conf", config_name="train")
-def _train(cfg: DictConfig) -> None:
-    def task() -> None:
-        quiet_environment()
-        from usllm.config import check_train, plain_config
+def _train(cfg: DictConfig) -> Metric:
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    return report_errors(PROGRAM, lambda: _run(cfg, in_sweep), in_sweep)
 
-        config = check_train(cfg)
-        command = " ".join([PROGRAM, *sys.argv[1:]])
-        if config.study is not None:
-            from usllm.experiments import run_study
 
-            quiet_libraries()
-            run_study(cfg, config.study, command)
-            return
-        from usllm.runs.finetune import finetune
+def _run(cfg: DictConfig, in_sweep: bool) -> Metric:
+    """Run or continue what ``cfg`` describes; the metric that a sweep optimises."""
+    quiet_environment()
+    from usllm.config import check_train, plain_config
+
+    asked = any(override.lstrip("+").startswith("resume=") for override in HydraConfig.get().overrides.task)
+    if in_sweep and not asked:
+        cfg.resume = True  # a sweep started again skips the jobs that are finished and goes on with the others
+    config = check_train(cfg)
+    command = " ".join([PROGRAM, *sys.argv[1:]])
+    if in_sweep:
+        from usllm.runs.sweeps import refuse_launching
+
+        refuse_launching(config.trainer)
+    if config.study is not None:
+        from usllm.experiments import run_study
 
         quiet_libraries()
-        finetune(config, plain_config(cfg), command)
+        run_study(cfg, config.study, command)
+        return None
+    from usllm.runs.finetune import finetune
+    from usllm.runs.sweeps import optimized_values
 
-    report_errors(PROGRAM, task)
+    quiet_libraries()
+    return optimized_values(finetune(config, plain_config(cfg), command), config.optimized_metric)
 
 
 def main() -> None:
     """Entry point of ``usllm-train`` and ``python -m usllm.cli.train``."""
-    register_resolvers()
-    sys.argv[1:] = expand_model(sys.argv[1:])
+    sys.argv[1:] = expand_model(without_wandb_argument(sys.argv[1:]))
     _train()
 
 
 if __name__ == "__main__":
-    main()
+    # The module under its own name: other processes could not import ``__main__``.
+    from usllm.cli.train import main as installed_main
+
+    installed_main()

@@ -94,6 +94,8 @@ class TrainConfig:
     """Everything ``usllm-train`` reads. ``sketch`` and ``allocation`` together make one ``SketchConfig``.
 
     With a ``study`` (its ``name`` and settings, :mod:`usllm.experiments`) the rest describes what the study varies.
+    ``optimized_metric`` is what a sweep optimises, :mod:`usllm.runs.sweeps`; ``reuse_statistics`` shares what a dense
+    model alone decides with other runs, :mod:`usllm.runs.statistics`.
     """
 
     name: str
@@ -111,6 +113,8 @@ class TrainConfig:
     study: dict[str, Any] | None = None
     seed: int = 0
     resume: bool = False
+    optimized_metric: Any = "perplexity"
+    reuse_statistics: bool = True
     output_root: str = "runs"
 
 

@@ -14,6 +14,7 @@ from usllm.config.rules import Problems
 from usllm.config.schema import AllocationConfig, EvalConfig, TrainConfig
 from usllm.config.structure import NEEDS_A_VALUE, built, merge_typed, merge_values
 from usllm.errors import UserError
+from usllm.runs.sweeps import metric_problem
 from usllm.sketch import SketchConfig
 
 T = TypeVar("T")
@@ -58,6 +59,8 @@ def check_train(cfg: DictConfig | dict[str, Any]) -> TrainConfig:
     rules.check_evaluation(config.evaluation, problems)
     if not config.evaluation.test_sets and not config.evaluation.validation_split:
         problems.append("evaluation.test_sets: none given and evaluation.validation_split=false: nothing is measured")
+    if (problem := metric_problem(config.optimized_metric)) is not None:
+        problems.append(problem)
     rules.check_trainer(config.trainer, config.optimizer.warmup_steps, problems)
     if problems:
         raise user_error(problems)

@@ -5,6 +5,7 @@ Only composition happens here; what is composed lives in ``models``, ``data``, `
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
@@ -13,16 +14,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, Timer
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from usllm.callbacks import SketchHealth
+from usllm.callbacks import Preemption, SketchHealth
 from usllm.config import DataConfig, EvaluationConfig, TrainConfig, sketch_config
 from usllm.data.datamodule import TextDataModule
+from usllm.errors import UserError
 from usllm.eval.perplexity import bos_rule, check_long_enough, tokenise_test_sets, tokenizer_name
+from usllm.loggers import axis_step
+from usllm.loggers.code_version import code_version
 from usllm.models.loading import check_context_length, load_config, load_dense, load_tokenizer
 from usllm.nn import compression_report, sketched_layers
 from usllm.runs.directory import (
@@ -33,11 +38,14 @@ from usllm.runs.directory import (
     refuse_used,
     write_json,
 )
+from usllm.runs.lock import sole_user
 from usllm.runs.machine import machine
 from usllm.runs.measure import BaselinePerplexity, measure, merge_stages
 from usllm.runs.report import print_report
+from usllm.runs.tracking import finishing, log_results
 from usllm.runs.trainer import build_nodes, build_trainer, devices_in
 from usllm.training import SketchFinetuner, build_objective, latest_checkpoint
+from usllm.training.differences import run_differences
 
 VALIDATION_SET = "validation"
 """Name of the held-out split among the test sets."""
@@ -57,14 +65,34 @@ def finetune(config: TrainConfig, plain: Mapping[str, Any], command: str) -> dic
     Raises:
         UserError: something in the input does not work, or the run directory is in use.
     """
-    started = time.perf_counter()
     run_dir = Path(config.run_dir)
     if config.resume and (finished := finished_report(run_dir)) is not None:
+        refuse_other_configuration(finished, config, plain)
         print_report(finished)
         return finished
-    if not config.resume:
-        refuse_used(run_dir)
+    callbacks: list[Callback] = list(build_nodes("callbacks", config.callbacks).values())
+    loggers: list[Logger] = list(build_nodes("logger", config.logger).values())
+    with contextlib.ExitStack() as stack:
+        for callback in callbacks:
+            if isinstance(callback, Preemption):
+                stack.enter_context(callback.armed())
+        stack.enter_context(sole_user(run_dir))
+        if not config.resume:
+            refuse_used(run_dir)
+        stack.enter_context(finishing(loggers))
+        return _finetune(config, plain, command, callbacks, loggers)
 
+
+def _finetune(
+    config: TrainConfig,
+    plain: Mapping[str, Any],
+    command: str,
+    callbacks: list[Callback],
+    loggers: list[Logger],
+) -> dict[str, Any]:
+    """The run itself, in a directory that is its own."""
+    started = time.perf_counter()
+    run_dir = Path(config.run_dir)
     console = Console(stderr=True)
     model_config = load_config(config.model)
     check_context_length(model_config, config.data.context_length)
@@ -84,8 +112,6 @@ def finetune(config: TrainConfig, plain: Mapping[str, Any], command: str) -> dic
     if checkpoint is not None:
         console.print(f"Continuing from {checkpoint}", markup=False)
     baseline = BaselinePerplexity(run_dir, tokenizer, streams, config.evaluation)
-    loggers = list(build_nodes("logger", config.logger).values())
-    callbacks = list(build_nodes("callbacks", config.callbacks).values())
     if not loggers:  # Lightning refuses this one where it has nowhere to write
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     timer = next((callback for callback in callbacks if isinstance(callback, Timer)), None)
@@ -126,12 +152,36 @@ def finetune(config: TrainConfig, plain: Mapping[str, Any], command: str) -> dic
         "health": health,
         "next": next_commands(config, command),
         "machine": machine(),
+        "code": code_version(),
         "config": dict(plain),
     }
     if trainer.is_global_zero:
+        log_results(loggers, report, axis_step(trainer))
         write_json(run_dir / REPORT_FILE, report)
         print_report(report)
     return report
+
+
+def refuse_other_configuration(finished: Mapping[str, Any], config: TrainConfig, plain: Mapping[str, Any]) -> None:
+    """A finished run answers for the configuration that it was made with, and for no other.
+
+    Raises:
+        UserError: names every key that differs and decides the outcome.
+    """
+    theirs = dict(finished.get("config") or {})
+    if "sketch" not in theirs:
+        return  # written by hand, or by a version that kept no configuration
+    differences = run_differences(theirs, plain)
+    for group in ("sketch", "allocation"):
+        for key in sorted(theirs.get(group, {}).keys() | plain[group].keys()):
+            old, new = theirs.get(group, {}).get(key), plain[group].get(key)
+            if old != new:
+                differences.append(f"{group}.{key}: {old} in the finished run, {new} in this one")
+    if differences:
+        raise UserError(
+            f"{config.run_dir} holds a finished run of another configuration: {'; '.join(differences)}. Restore these "
+            "values, or take another name="
+        )
 
 
 def build_data(section: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> TextDataModule:

@@ -101,7 +101,15 @@ class StepCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self._seen_step = 0
+        self._at_step = self._requested = False
         self._save_after_validation = False
+
+    def save_this_step(self) -> None:
+        """Save at the end of the present step, and of a validation that belongs to it, whatever the interval.
+
+        For callbacks, in ``on_train_batch_end`` or ``on_validation_end``: Lightning calls checkpoints after them.
+        """
+        self._requested = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Install the atomic writer, unless the user configured one of their own."""
@@ -121,10 +129,11 @@ class StepCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save on due steps, or leave the saving to the end of a validation that follows."""
-        if trainer.global_step == self._seen_step:
+        self._at_step = trainer.global_step != self._seen_step
+        if not self._at_step:
             return
         self._seen_step = trainer.global_step
-        if trainer.global_step % self._every_n_train_steps != 0:
+        if trainer.global_step % self._every_n_train_steps != 0 and not self._requested:
             return
         self._save_after_validation = validation_follows(trainer, batch_idx)
         if not self._save_after_validation:
@@ -132,7 +141,7 @@ class StepCheckpoint(ModelCheckpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the due step that this validation belongs to."""
-        if self._save_after_validation:
+        if self._save_after_validation or (self._requested and self._at_step):
             self._save_after_validation = False
             self._save(trainer)
 
@@ -141,6 +150,7 @@ class StepCheckpoint(ModelCheckpoint):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
+        self._requested = False
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
