@@ -1,0 +1,110 @@
+"""``usllm.load``: the model, or one clear error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_packed import logits, pack, sketched_model
+
+import usllm
+from usllm.errors import UserError
+from usllm.packed.export import RestStorage
+from usllm.packed.layer import PackedFormatError
+from usllm.packed.linear import keep_decoded_, packed_layers
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A packed model at full precision outside its sketch."""
+    return pack(sketched_model(), tmp_path / "packed", RestStorage("float32"))
+
+
+def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Change, add or remove tensors of the one weight file."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file) | {name: tensor for name, tensor in changes.items() if tensor is not None}
+    kept = {name: tensor for name, tensor in tensors.items() if changes.get(name, tensor) is not None}
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+def test_load_gives_the_model_that_was_packed(folder: Path) -> None:
+    assert torch.equal(logits(usllm.load(folder, dtype=torch.float32)), logits(sketched_model()))
+
+
+def test_dtype_is_the_stored_one_unless_asked(tmp_path: Path) -> None:
+    stored = pack(sketched_model(), tmp_path / "bf16")
+    assert usllm.load(stored).dtype == torch.bfloat16
+    assert usllm.load(stored, dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model.norm.weight": None}, r"^model\.norm\.weight: is missing"),
+        ({"extra.weight": torch.zeros(2)}, r"^extra\.weight: is in the weight files, but not in the model"),
+        ({"model.norm.weight": torch.zeros(65)}, r"^model\.norm\.weight: is \[65\], the model's is \[64\]"),
+        ({"model.layers.0.mlp.up_proj.packed": None}, r"^model\.layers\.0\.mlp\.up_proj\.packed: is missing"),
+    ],
+)
+def test_tensor_that_is_missing_unexpected_or_misshaped_is_named(
+    folder: Path, changes: dict[str, torch.Tensor | None], named: str
+) -> None:
+    rewrite(folder, **changes)
+    with pytest.raises(PackedFormatError, match=named):
+        usllm.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("num_hidden_layers", 10**9, "num_hidden_layers=1000000000 is impossible"),
+        ("num_hidden_layers", 3, r"model\.layers\.2\..*missing"),
+        ("hidden_size", 10**12, "is 64x160 in the file, 1000000000000x160 in the model"),
+        ("vocab_size", 10**15, "model.embed_tokens.weight"),
+        ("model_type", "no_such_model", "config.json: describes no model"),
+        ("attn_implementation", "someone/kernels", "refused"),
+    ],
+)
+def test_configuration_that_does_not_fit_the_tensors_is_refused(
+    folder: Path, key: str, value: object, named: str
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PackedFormatError, match=named):
+        usllm.load(folder)
+
+
+def test_folder_that_is_not_there_or_not_packed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        usllm.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="Hugging Face hub did not give it"):
+        usllm.load("nobody/nothing")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(PackedFormatError, match="not that of a packed usllm model"):
+        usllm.load(tmp_path)
+
+
+def test_kept_decoded_weights_stay_inside_the_budget_and_change_nothing(folder: Path) -> None:
+    model = usllm.load(folder, dtype=torch.float32)
+    wanted = logits(model)
+    weights = [layer.in_features * layer.out_features for layer in packed_layers(model).values()]
+    budget = 4 * sum(weights) // 2
+    kept = keep_decoded_(model, budget, torch.float32)
+    assert torch.equal(logits(model), wanted)
+    held = [layer._decoded for layer in packed_layers(model).values() if layer._decoded is not None]
+    assert sum(tensor.nbytes for tensor in held) == kept
+    assert 0 < kept <= budget
+    assert torch.equal(logits(model), wanted)
+    keep_decoded_(model, 0, torch.float32)
+    assert all(layer._decoded is None for layer in packed_layers(model).values())
+
+
+def test_nothing_decoded_stays_without_a_budget(folder: Path) -> None:
+    model = usllm.load(folder, dtype=torch.float32)
+    logits(model)
+    assert all(layer._decoded is None for layer in packed_layers(model).values())
