@@ -1,0 +1,183 @@
+"""Writing a packed folder: whole or not at all, shard by shard, and accounted for to the byte."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_packed import SKETCH, logits, pack, random_config, sketched_model
+
+import usllm
+from usllm.errors import UserError
+from usllm.models import ModelSpec
+from usllm.models.loading import load_tokenizer
+from usllm.nn import compression_report
+from usllm.packed import export as exporting
+from usllm.packed.export import ModelFiles, RestStorage, export
+from usllm.packed.inspection import inspect_folder
+from usllm.packed.source import PackingSource, from_model
+from usllm.sketch import SketchConfig, build_plan
+
+RESTS = [RestStorage(), RestStorage("float32"), RestStorage("bfloat16", 8, 4), RestStorage("float16", 4, 8)]
+
+
+@pytest.mark.parametrize("rest", RESTS)
+@pytest.mark.parametrize("shards", ["4GB", "30KB"])
+def test_every_byte_on_disk_is_accounted_for(rest: RestStorage, shards: str, tmp_path: Path) -> None:
+    model = sketched_model(allocation="waterfill", output_scale=True)
+    folder = pack(model, tmp_path / "packed", rest, max_shard_size=shards)
+    inspection = inspect_folder(folder)
+    on_disk = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    assert inspection.accounted_bytes == inspection.disk_bytes == on_disk
+    assert len(list(folder.glob("*.safetensors"))) == (1 if shards == "4GB" else pytest.approx(4, abs=3))
+
+
+def test_sketched_bytes_are_those_that_training_reported(tmp_path: Path) -> None:
+    model = sketched_model(allocation="waterfill", output_scale=True)
+    inspection = inspect_folder(pack(model, tmp_path / "packed"))
+    report = compression_report(model)
+    assert {layer.name: 8 * layer.bytes for layer in inspection.layers} == {r.name: r.bits for r in report.layers}
+    assert inspection.bits_per_weight == report.bits_per_weight
+    assert inspection.parameters == report.compressed_weights + report.other_parameters
+    assert inspection.sketched_bytes + inspection.rest_bytes == report.model_bytes
+
+
+@pytest.mark.parametrize("rest", RESTS[2:])
+def test_block_storage_is_smaller_and_close(rest: RestStorage, tmp_path: Path) -> None:
+    model = sketched_model()
+    plain = inspect_folder(pack(model, tmp_path / "plain"))
+    blocks = inspect_folder(pack(model, tmp_path / "blocks", rest))
+    assert blocks.sketched_bytes == plain.sketched_bytes
+    assert blocks.rest_bytes < 0.6 * plain.rest_bytes
+    exact = logits(sketched_model())
+    error = (logits(usllm.load(tmp_path / "blocks", dtype=torch.float32)) - exact).square().mean()
+    assert error < 0.05 * exact.square().mean()
+
+
+def test_existing_folder_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
+    folder = pack(sketched_model(), tmp_path / "packed")
+    (folder / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match="overwrite=true"):
+        pack(sketched_model(), folder)
+    assert (folder / "mine.txt").exists()
+    pack(sketched_model(), folder, overwrite=True)
+    assert not (folder / "mine.txt").exists()
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_error_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporting, "save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        pack(sketched_model(), tmp_path / "packed")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kill_half_way_leaves_no_folder_and_the_next_export_cleans_up(tmp_path: Path) -> None:
+    script = f"""
+import os, signal, sys
+sys.path[:0] = {[str(Path(__file__).parent)]!r}
+from pathlib import Path
+from tiny_packed import pack, sketched_model
+from usllm.packed import export as exporting
+save, calls = exporting.save_file, []
+def killed(*args, **kwargs):
+    save(*args, **kwargs)
+    calls.append(1)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+exporting.save_file = killed
+pack(sketched_model(), Path({str(tmp_path)!r}) / "packed", max_shard_size="30KB")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "packed").exists()
+    assert len(list(tmp_path.iterdir())) == 1  # hidden, and of another name
+    pack(sketched_model(), tmp_path / "packed")
+    assert os.listdir(tmp_path) == ["packed"]
+
+
+class OnDisk(Mapping[str, torch.Tensor]):
+    """Tensors that exist from when they are asked for until nobody holds them; counts the bytes held."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+        self.held = self.most_held = 0
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self.tensors[name].clone()
+        self.held += tensor.nbytes
+        self.most_held = max(self.most_held, self.held)
+        weakref.finalize(tensor, self._released, tensor.nbytes)
+        return tensor
+
+    def _released(self, size: int) -> None:
+        self.held -= size
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def export_of(layers: int, out: Path, shard: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Most bytes of source tensors, and of tensors to write, that were held at once."""
+    config = random_config()
+    config.num_hidden_layers = layers
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    from usllm.nn import compress_
+
+    compress_(model, SketchConfig(**SKETCH))
+    inner = from_model(model)
+    tensors = OnDisk(dict(inner.tensors))
+    written: list[int] = []
+
+    def recorded(content: dict[str, torch.Tensor], *args: object, **kwargs: object) -> None:
+        written.append(sum(tensor.nbytes for tensor in content.values()))
+        save_file(content, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(exporting, "save_file", recorded)
+    source = PackingSource(tensors, inner.plans, inner.sketch)
+    tokenizer = load_tokenizer(ModelSpec(kind="random", name="llama"))
+    export(source, ModelFiles(config, tokenizer), out, max_shard_size=shard)
+    return tensors.most_held, max(written)
+
+
+def test_memory_of_an_export_does_not_grow_with_the_number_of_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = 40_000  # bytes: the embedding alone takes 34 kB
+    few = export_of(2, tmp_path / "few", shard, monkeypatch)
+    many = export_of(12, tmp_path / "many", shard, monkeypatch)
+    assert many[0] <= few[0]
+    assert few[1] <= shard
+    assert many[1] <= shard
+
+
+def test_plan_of_a_layer_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
+    model = sketched_model()
+    source = from_model(model)
+    other = build_plan((64, 64), None, source.sketch, "model.layers.9.mlp.up_proj")
+    odd = PackingSource(source.tensors, {**source.plans, other.name: other}, source.sketch)
+    with pytest.raises(UserError, match=r"model\.layers\.9"):
+        export(odd, ModelFiles(model.config), tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize(("key", "value"), [("dtype", "int8"), ("embeddings", 5), ("linears", 2)])
+def test_unknown_storage_is_refused(key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"rest.{key}"):
+        RestStorage(**{key: value})  # type: ignore[arg-type]
