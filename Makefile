@@ -1,11 +1,12 @@
 # Everything runs in an environment of its own (.venv). A second call finds it installed.
 VENV   ?= .venv
+OLDEST ?= .venv-oldest
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 ARGS   ?=
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-oldest test-slow lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show the targets
@@ -16,6 +17,9 @@ demo: $(VENV)/.installed ## sketch, finetune and measure SmolLM2-135M on the CPU
 
 test: $(VENV)/.tools ## the tests that take seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-oldest: $(OLDEST)/.tools ## what depends on transformers, under the oldest release of it that pyproject.toml names
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 tests/packed tests/models tests/nn tests/cli/test_packed.py $(ARGS)
 
 test-slow: $(VENV)/.tools ## all tests, those that take minutes included
 	$(BIN)/python -m pytest -m '' $(ARGS)
@@ -30,7 +34,7 @@ format: $(VENV)/.tools ## let ruff put the sources in order
 	$(BIN)/ruff format .
 
 clean: ## remove the environment and everything that tools left behind (runs/ stays)
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: it is most of the download, and a CPU build that is already there is kept.
@@ -48,4 +52,12 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt
 
 $(VENV)/.tools: $(VENV)/.installed
 	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(OLDEST)/.tools: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install torch==2.13.0
+	grep -Ev '^(transformers|huggingface.hub|tokenizers|hf-xet)==' constraints.txt > $(OLDEST)/constraints.txt
+	echo 'transformers==4.57.1' >> $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -c $(OLDEST)/constraints.txt -e '.[test]'
 	@touch $@
