@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from usllm.callbacks.allocation_picture import AllocationPicture
 from usllm.callbacks.importance_calibration import ImportanceCalibration, measure_importance
+from usllm.callbacks.layer_table import LayerTable
 from usllm.callbacks.nan_guard import NanGuard
 from usllm.callbacks.preemption import Preempted, Preemption
 from usllm.callbacks.rng_state import RngState
 from usllm.callbacks.sketch_health import SketchHealth
+from usllm.callbacks.sketch_histograms import SketchHistograms
 from usllm.callbacks.sketch_reprojection import SketchReprojection
+from usllm.callbacks.text_samples import TextSamples
 
 __all__ = [
+    "AllocationPicture",
     "ImportanceCalibration",
+    "LayerTable",
     "NanGuard",
     "Preempted",
     "Preemption",
     "RngState",
     "SketchHealth",
+    "SketchHistograms",
     "SketchReprojection",
+    "TextSamples",
     "measure_importance",
 ]

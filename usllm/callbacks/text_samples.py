@@ -1,0 +1,102 @@
+"""What the sketched model writes, from the same prompts again and again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+
+from usllm.callbacks.inspection import Inspection
+from usllm.errors import UserError
+from usllm.loggers import log_table
+from usllm.training.module import SketchFinetuner
+
+COLUMNS = ("step", "prompt", "continuation")
+
+
+class TextSamples(Inspection):
+    """Logs ``samples``, a table of the continuations that the model chose at each look so far.
+
+    Decoding is greedy, so that two looks differ by what the model has learnt and by nothing else. The model's mode is
+    put back, and so are the generators of random numbers: a run with samples is the run without, bit for bit. Samples
+    are part of checkpoints; a resumed run logs those of its earlier parts too.
+
+    Args:
+        prompts: texts to be continued, one or more.
+        max_new_tokens: tokens per continuation, 1 or more.
+        every_n_validations: as for :class:`Inspection`.
+    """
+
+    def __init__(self, prompts: Sequence[str], max_new_tokens: int = 48, every_n_validations: int = 1) -> None:
+        super().__init__(every_n_validations)
+        if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+            raise UserError(
+                f"callbacks.text_samples.prompts={list(prompts)}: give one text or more, none of them empty"
+            )
+        if max_new_tokens < 1:
+            raise UserError(f"callbacks.text_samples.max_new_tokens={max_new_tokens}: must be 1 or more")
+        self.prompts = tuple(prompts)
+        self.max_new_tokens = max_new_tokens
+        self.rows: list[list[Any]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Samples so far."""
+        return {**super().state_dict(), "rows": [list(row) for row in self.rows]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the table."""
+        super().load_state_dict(state_dict)
+        self.rows = [list(row) for row in state_dict["rows"]]
+
+    def show(self, trainer: Trainer, module: SketchFinetuner, step: int) -> None:
+        """Write and log."""
+        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]  # set by Trainer.fit, not declared
+        with trainer.precision_plugin.forward_context():
+            texts = continuations(module.network, tokenizer, self.prompts, self.max_new_tokens)
+        self.rows += [[step, prompt, text] for prompt, text in zip(self.prompts, texts, strict=True)]
+        log_table(trainer.loggers, "samples", COLUMNS, self.rows, step)
+
+
+@torch.no_grad()
+def continuations(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """The greedy continuation of each prompt by itself, without the prompt; the model's mode is left as it was.
+
+    Args:
+        model: a ``PreTrainedModel``.
+        tokenizer: its tokenizer.
+        max_new_tokens: an end-of-text token ends a text earlier.
+    """
+    texts = []
+    room = getattr(model.config, "max_position_embeddings", None)
+    with _evaluating(model):
+        for prompt in prompts:
+            ids = tokenizer(prompt, return_tensors="pt").input_ids.to(next(model.parameters()).device)
+            if room is not None:
+                ids = ids[:, -max(room - max_new_tokens, 1) :]
+            written = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+            texts.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
