@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,13 @@ from usllm.sketch.hash import HASH_VERSION
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "usllm"
+MAX_NAME = 256
+"""Characters of a tensor's or module's name."""
 _MAX_BITS_PER_WEIGHT = 64  # sketch and tables of the smallest layers stay far below
+# A layer of a few bytes could ask for any amount of decoded memory; no sketch keeps less than this.
+_MAX_WEIGHTS_PER_BYTE = 1024
+_FREE_WEIGHTS = 1 << 20  # small layers may be empty
+_NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -79,9 +86,12 @@ class PackedConfig:
             name: PackedLayerEntry((rows, columns), size)
             for name, (rows, columns, size) in _entries(content, "layers").items()
         }
+        if not layers:
+            raise PackedFormatError("quantization_config.layers: names no sketched layer")
         for name, layer in layers.items():
             weights = layer.shape[0] * layer.shape[1]
-            if not HEADER_BYTES + CLASS_BYTES <= layer.bytes <= _MAX_BITS_PER_WEIGHT * weights // 8 + 64:
+            sparse = weights > max(_MAX_WEIGHTS_PER_BYTE * layer.bytes, _FREE_WEIGHTS)
+            if sparse or not HEADER_BYTES + CLASS_BYTES <= layer.bytes <= _MAX_BITS_PER_WEIGHT * weights // 8 + 64:
                 raise PackedFormatError(
                     f"quantization_config.layers.{name}: {layer.bytes} bytes for {layer.shape} are impossible"
                 )
@@ -90,8 +100,10 @@ class PackedConfig:
             for name, (rows, columns, bits) in _entries(content, "blocks").items()
         }
         for name, entry in blocks.items():
-            if entry.bits not in (4, 8) or name in layers:
+            if entry.bits not in (4, 8):
                 raise PackedFormatError(f"quantization_config.blocks.{name}: {entry.bits} bits are not 4 or 8")
+            if name in layers:
+                raise PackedFormatError(f"quantization_config.blocks.{name}: is among the sketched layers too")
         return cls(_sketch(content.get("sketch")), layers, blocks)
 
 
@@ -110,7 +122,7 @@ def _sketch(given: Any) -> SketchConfig:
     try:
         return SketchConfig(**given)
     except (ValueError, TypeError, OverflowError) as error:
-        raise PackedFormatError(f"quantization_config.{str(error).splitlines()[0]}") from error
+        raise PackedFormatError(f"quantization_config.{str(error).splitlines()[0][:200]}") from error
 
 
 def _entries(content: Mapping[str, Any], key: str) -> dict[str, tuple[int, int, int]]:
@@ -120,10 +132,15 @@ def _entries(content: Mapping[str, Any], key: str) -> dict[str, tuple[int, int, 
     found: dict[str, tuple[int, int, int]] = {}
     for name, values in given.items():
         fits = isinstance(values, (list, tuple)) and len(values) == 3 and all(map(_is_count, values))
-        if not isinstance(name, str) or not name or not fits or max(values[:2]) > MAX_DIMENSION:
+        if not fits or not is_name(name) or max(values[:2]) > MAX_DIMENSION:
             raise PackedFormatError(f"quantization_config.{key}.{_short(name)}={_short(values)}: is impossible")
         found[name] = (values[0], values[1], values[2])
     return found
+
+
+def is_name(name: Any) -> bool:
+    """Whether this is a module's or tensor's name: ASCII words joined by dots; nothing that a terminal would obey."""
+    return isinstance(name, str) and len(name) <= MAX_NAME and _NAME.fullmatch(name) is not None
 
 
 def _is_count(value: Any) -> bool:
@@ -131,5 +148,8 @@ def _is_count(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = ascii(value)
+    except (RecursionError, ValueError):  # nested too deep, or a number too long to print
+        text = type(value).__name__
     return text if len(text) <= 80 else f"{text[:77]}…"

@@ -12,13 +12,16 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from usllm.packed.config import QUANT_METHOD, PackedConfig
+from usllm.packed.config import QUANT_METHOD, PackedConfig, is_name
 from usllm.packed.layer import PackedFormatError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_JSON_BYTES = 1 << 26
+_DESCRIPTION_BYTES = 1 << 20  # of JSON in a folder of any size
+_DESCRIPTION_SHARE = 16  # more where the weights are more: JSON takes up to 25 times its size when it is read
+# Keys of a configuration that make transformers read other files than those checked here, or fetch and run code.
+_REFUSED_KEYS = ("auto_map", "fusion_config", "transformers_weights")
 
 
 @dataclass(frozen=True)
@@ -94,15 +97,16 @@ def open_folder(path: str | Path) -> PackedFolder:
         PackedFormatError: Something is missing, damaged or impossible; the message begins with its name.
     """
     path = Path(path)
-    model_config = _json(path / CONFIG_FILE)
+    limit = _description_limit(path)
+    model_config = _json(path / CONFIG_FILE, limit)
     packed = PackedConfig.from_dict(model_config.get("quantization_config") or {})
-    for key, value in model_config.items():
-        if "attn_implementation" in key and isinstance(value, str) and "/" in value:
-            raise PackedFormatError(f"{CONFIG_FILE}: {key}={value!r} would fetch and run code; it is refused")
+    _check_keys(model_config)
+    if (path / "adapter_config.json").exists():
+        raise PackedFormatError("adapter_config.json: would add weights from elsewhere to a packed model; delete it")
     tensors: dict[str, StoredTensor] = {}
     header_bytes = {}
-    for file, names in _files(path).items():
-        header_bytes[file], found = _header(path / file)
+    for file, names in _files(path, limit).items():
+        header_bytes[file], found = _header(path / file, limit)
         if names is not None and names != set(found):
             raise PackedFormatError(
                 f"{INDEX_FILE}: does not list the tensors of {file}, such as {min(names ^ set(found))}"
@@ -111,6 +115,28 @@ def open_folder(path: str | Path) -> PackedFolder:
     folder = PackedFolder(path, model_config, packed, tensors, header_bytes)
     _check_tensors(folder)
     return folder
+
+
+def _description_limit(path: Path) -> int:
+    """Most bytes that one JSON file, or the header of one weight file, may have in this folder."""
+    try:
+        weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    except OSError as error:
+        raise PackedFormatError(f"{path.name}: cannot be read ({error})") from error
+    return _DESCRIPTION_BYTES + weights // _DESCRIPTION_SHARE
+
+
+def _check_keys(section: dict[str, Any]) -> None:
+    """Refuse what would make transformers fetch or run code, here and in nested configurations."""
+    for key, value in section.items():
+        # sdpa, eager and the like are built in; owner/name, or a mapping to such, is code on the hub.
+        named = key.endswith(("attn_implementation", "experts_implementation")) and value is not None
+        if (key in _REFUSED_KEYS and value) or (named and not (isinstance(value, str) and value.isidentifier())):
+            raise PackedFormatError(
+                f"{CONFIG_FILE}: {key}={str(value)[:80]!r} could fetch and run code; it is refused: remove the key"
+            )
+        if isinstance(value, dict) and key != "quantization_config":
+            _check_keys(value)
 
 
 def _check_tensors(folder: PackedFolder) -> None:
@@ -132,51 +158,62 @@ def _check_tensors(folder: PackedFolder) -> None:
             raise PackedFormatError(f"{name}: is {stored.dtype} {list(stored.shape)}, expected U8 {list(shape)}")
 
 
-def _files(path: Path) -> dict[str, set[str] | None]:
+def _files(path: Path, limit: int) -> dict[str, set[str] | None]:
     """Weight files, each with the tensors that an index says are in it."""
     if (path / WEIGHTS_FILE).is_file():
         return {WEIGHTS_FILE: None}
     if not (path / INDEX_FILE).is_file():
         raise PackedFormatError(f"{WEIGHTS_FILE}: is missing from {path}, and so is {INDEX_FILE}")
-    weight_map = _json(path / INDEX_FILE).get("weight_map")
+    weight_map = _json(path / INDEX_FILE, limit).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise PackedFormatError(f"{INDEX_FILE}: has no weight_map")
     files: dict[str, set[str] | None] = {}
     for name, file in weight_map.items():
         plain = isinstance(file, str) and file.endswith(".safetensors") and file == Path(file).name
-        if not plain:
-            raise PackedFormatError(f"{INDEX_FILE}: {name} is said to be in {file!r}, which is no weight file here")
+        if not plain or not is_name(name):
+            raise PackedFormatError(
+                f"{INDEX_FILE}: {name[:80]!a} is said to be in {str(file)[:80]!a}, which is no weight file here"
+            )
         names = files.setdefault(file, set())
         assert names is not None
         names.add(name)
     return files
 
 
-def _header(path: Path) -> tuple[int, dict[str, StoredTensor]]:
+def _header(path: Path, limit: int) -> tuple[int, dict[str, StoredTensor]]:
     try:
+        if not path.is_file():
+            raise PackedFormatError(f"{path.name}: is missing from {path.parent}")
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
+        if length > limit:
+            raise PackedFormatError(f"{path.name}: its header of {length} bytes is too long for its tensors")
         with safe_open(path, framework="pt") as content:
             slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118 (not a dict)
             found = {
                 name: StoredTensor(path.name, part.get_dtype(), tuple(part.get_shape()))
                 for name, part in slices.items()
             }
+    except PackedFormatError:
+        raise
     except (OSError, SafetensorError, ValueError, OverflowError) as error:
         raise PackedFormatError(f"{path.name}: cannot be read ({error})") from error
+    for name in found:
+        if not is_name(name):
+            raise PackedFormatError(f"{path.name}: {name[:80]!a} is no name of a tensor")
     return 8 + length, found
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path, limit: int) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+        if not path.is_file():
+            raise PackedFormatError(f"{path.name}: is missing from {path.parent}")
+        if path.stat().st_size > limit:
             raise PackedFormatError(f"{path.name}: has {path.stat().st_size} bytes, too many for a description")
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PackedFormatError(f"{path.name}: is missing from {path.parent}") from error
+    except PackedFormatError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, PackedFormatError):
-            raise
         raise PackedFormatError(f"{path.name}: cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise PackedFormatError(f"{path.name}: is not an object")

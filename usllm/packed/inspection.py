@@ -145,7 +145,10 @@ def inspect_folder(path: str | Path) -> Inspection:
                 )
             )
         for name, block in folder.packed.blocks.items():
-            check_blocks(tensors[f"{name}.weight"], block.bits, f"{name}.weight")
+            try:
+                check_blocks(tensors[f"{name}.weight"], block.bits, f"{name}.weight")
+            except ValueError as error:
+                raise PackedFormatError(str(error)) from error
     sizes = {str(file.relative_to(folder.path)): file.stat().st_size for file in sorted(_all_files(folder.path))}
     return Inspection(
         path=folder.path,

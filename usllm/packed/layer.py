@@ -20,13 +20,16 @@ from usllm.sketch.bitstream import pack, unpack
 from usllm.sketch.codec import States
 from usllm.sketch.config import STATE_BITS
 from usllm.sketch.layout import spans, states_per_channel
-from usllm.sketch.scale import CHANNEL_MANTISSA, OUTPUT_MANTISSA
+from usllm.sketch.quantize import largest_code
+from usllm.sketch.scale import CHANNEL_MANTISSA, OUTPUT_MANTISSA, decode_scale
 
 HEADER_BYTES = HEADER_BITS // 8
 CLASS_BYTES = CLASS_BITS // 8
 WIDTHS = tuple(sorted({*range(1, 9), *STATE_BITS}))
-MAX_DIMENSION = 1 << 24  # of a layer: far above any model, far below what makes sizes overflow
+MAX_DIMENSION = 1 << 20  # of a layer: above any vocabulary, far below what makes sizes overflow
 _INFINITE_EXPONENT = 255
+_LARGEST_WEIGHT = torch.finfo(torch.float32).max
+_CHUNK = 1 << 18  # states unpacked at a time where they are only looked at
 
 
 class PackedFormatError(ValueError):
@@ -95,7 +98,7 @@ def pack_layer(plan: Plan, states: States) -> Tensor:
 
 def checksum(packed: Tensor) -> int:
     """CRC-32 of a packed layer without the four bytes that hold it; ``packed`` is uint8 [bytes] on the CPU."""
-    content = packed.contiguous().numpy().tobytes()
+    content = memoryview(packed.contiguous().numpy())
     return zlib.crc32(content[HEADER_BYTES:], zlib.crc32(content[:4]))
 
 
@@ -189,6 +192,7 @@ class _Reader:
             self.fail(f"a channel has class {int(channel_class.max())} of {count}")
         self._check_size(classes, channel_class, scales_at)
         plan = Plan(self.name, self.shape, self.config, classes, channel_class)
+        self._check_codes(plan)
         self._check_scales(plan)
         return plan
 
@@ -199,7 +203,7 @@ class _Reader:
             choice = ChannelClass(first & 15, low | high << 8, (first >> 4) + 1)
             if choice.rows == 0:
                 choice = EMPTY if first == 0 and not choice.states else self.fail("an empty class has states")
-            elif choice.bits not in WIDTHS or choice.states > largest:
+            elif choice.bits not in WIDTHS or not 1 <= choice.states <= largest:
                 self.fail(f"a class of {choice.states} states of {choice.bits} bits in groups of {largest}")
             classes.append(choice)
         return tuple(classes)
@@ -222,11 +226,30 @@ class _Reader:
         if bits % 8 and int(stream[-1]) >> bits % 8:
             self.fail("bits after the end of a section are set")
 
+    def _check_codes(self, plan: Plan) -> None:
+        """Refuse the one code of each width that has no opposite: its magnitude does not fit the type of the codes."""
+        stream = self.packed[sections(plan).states :]
+        bit = 0
+        for block in plan.blocks:
+            bits = block.choice.bits
+            for first in range(0, block.num_states if bits > 1 else 0, _CHUNK):
+                values = unpack(stream, min(_CHUNK, block.num_states - first), bits, bit + first * bits)
+                if bool((values == 1 << (bits - 1)).any()):
+                    self.fail(f"a state of {bits} bits is {-(1 << (bits - 1))}, which no sketch holds")
+            bit += block.num_states * bits
+
     def _check_scales(self, plan: Plan) -> None:
         where = sections(plan)
+        largest = float(max((largest_code(block.choice.bits) for block in plan.blocks), default=0))
         for base, part, mantissa in (
-            (1, self.packed[where.scales : where.output_scale], CHANNEL_MANTISSA),
-            (2, self.packed[where.output_scale : where.states], OUTPUT_MANTISSA),
+            (self.packed[1:2], self.packed[where.scales : where.output_scale], CHANNEL_MANTISSA),
+            (self.packed[2:3], self.packed[where.output_scale : where.states], OUTPUT_MANTISSA),
         ):
-            if len(part) and int(self.packed[base]) + (int(part.max()) >> mantissa) >= _INFINITE_EXPONENT:
+            if not len(part):
+                continue
+            top = part.max()
+            if int(base) + (int(top) >> mantissa) >= _INFINITE_EXPONENT:
                 self.fail("a scale is not finite")
+            largest *= float(decode_scale(top, base, mantissa))
+            if largest > _LARGEST_WEIGHT:
+                self.fail("its scales make weights that are not finite")
