@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,8 +15,13 @@ from torch import Tensor, nn
 from usllm.calibration import SecondMoments
 from usllm.callbacks.rng_state import preserved_rng
 from usllm.errors import UserError
+from usllm.models.identity import weights_digest
 from usllm.nn import allocate_, sketched_layers
-from usllm.training.module import sketch_finetuner
+from usllm.runs.statistics import arithmetic, kept_tensors, tokens_digest
+from usllm.training.module import SketchFinetuner, sketch_finetuner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def measure_importance(
@@ -92,15 +98,18 @@ class ImportanceCalibration(Callback):
 
     Args:
         sequences: number of calibration sequences, 1 or more.
+        reuse: share the measurement with all runs of the same weights, text and arithmetic
+            (:mod:`usllm.runs.statistics`); not among the ranks of a distributed run, which measure a part each.
 
     Attributes:
         moments: E[a²] ``{layer name: [in] fp32}`` of the last measurement; empty where none was needed.
     """
 
-    def __init__(self, sequences: int = 32) -> None:
+    def __init__(self, sequences: int = 32, reuse: bool = False) -> None:
         if sequences < 1:
             raise UserError(f"callbacks.importance_calibration.sequences={sequences}: must be 1 or more")
         self.sequences = sequences
+        self.reuse = reuse
         self.moments: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,8 +121,27 @@ class ImportanceCalibration(Callback):
         module = sketch_finetuner(pl_module)
         if all(layer.plan is not None for layer in sketched_layers(module.network).values()):
             return
-        self.moments = measure_in_trainer(trainer, pl_module, self.sequences, progress=_shows_progress(trainer))
+        measure = partial(measure_in_trainer, trainer, pl_module, self.sequences, progress=_shows_progress(trainer))
+        if self.reuse and trainer.world_size == 1:
+            self.moments = _kept(trainer, module, self.sequences, measure)
+        else:
+            self.moments = measure()
         allocate_(module.network, module.sketch, self.moments)
+
+
+def _kept(
+    trainer: Trainer, module: SketchFinetuner, sequences: int, measure: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """What ``measure`` gives, or gave another run, on the module's device."""
+    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+    autocast = torch.bfloat16 if str(trainer.precision).startswith("bf16") else None
+    key = {
+        "weights": weights_digest(cast("PreTrainedModel", module.network)),
+        "layers": sorted(sketched_layers(module.network)),
+        "tokens": tokens_digest(batch["input_ids"] for batch in datamodule.calibration_batches(sequences)),
+        "arithmetic": arithmetic(module.device, autocast),
+    }
+    return {name: value.to(module.device) for name, value in kept_tensors("importance", key, measure).items()}
 
 
 def measure_in_trainer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
@@ -57,7 +57,7 @@ class WandbRunLogger(WandbLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> Run:  # type: ignore[override]
+    def experiment(self) -> Run:
         """W&B's run, begun or continued at the first use.
 
         Raises:
@@ -66,9 +66,9 @@ class WandbRunLogger(WandbLogger):
         if self._experiment is None:
             if not self.disabled:
                 self._wandb_init["id"] = self._id = kept_id(self.run_dir)
-            run: Run = super().experiment  # type: ignore[assignment]
+            run: Any = super().experiment
             run.config.update({"code": code_version()}, allow_val_change=True)
-        return self._experiment  # type: ignore[return-value]
+        return cast("Run", self._experiment)
 
     def mark_preempting(self) -> None:
         """Tell W&B that the run will end early and wants to be started again (a sweep then re-queues the trial)."""
@@ -98,7 +98,7 @@ def kept_id(run_dir: Path) -> str:
             "conf/sweep)"
         )
     if not known:
-        from wandb.util import generate_id
+        from wandb.sdk.lib.runid import generate_id
 
         known = asked or generate_id()
         write_text(path, f"{known}\n")

@@ -111,7 +111,7 @@ def _finetune(
     checkpoint = latest_checkpoint(checkpoint_folder(run_dir)) if config.resume else None
     if checkpoint is not None:
         console.print(f"Continuing from {checkpoint}", markup=False)
-    baseline = BaselinePerplexity(run_dir, tokenizer, streams, config.evaluation)
+    baseline = BaselinePerplexity(run_dir, tokenizer, streams, config.evaluation, reuse=config.reuse_statistics)
     if not loggers:  # Lightning refuses this one where it has nowhere to write
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     timer = next((callback for callback in callbacks if isinstance(callback, Timer)), None)

@@ -31,7 +31,7 @@ def sole_user(run_dir: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it; names its process id, machine and the way out.
     """
-    if fcntl is None or rank_zero_only.rank != 0:
+    if fcntl is None or getattr(rank_zero_only, "rank", 0) != 0:
         yield
         return
     run_dir.mkdir(parents=True, exist_ok=True)

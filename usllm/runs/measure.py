@@ -19,9 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from usllm.config import EvaluationConfig
 from usllm.eval.perplexity import PerplexityResult, evaluate
+from usllm.models.identity import weights_digest
 from usllm.nn import sketched_layers
 from usllm.runs.directory import read_json, write_json
 from usllm.runs.machine import choose_autocast
+from usllm.runs.statistics import arithmetic, kept_rows, tokens_digest
 
 BASELINE_FILE = "baseline.json"
 
@@ -81,6 +83,7 @@ class BaselinePerplexity(Callback):
         run_dir: the rows are kept there, in ``baseline.json``.
         tokenizer, streams, config: as for :func:`measure`.
         show_progress: whether to draw progress bars.
+        reuse: share the dense model's figures with all runs of the same weights, texts and arithmetic.
 
     Attributes:
         rows: ``{"dense": rows, "before": rows}``, as far as measured.
@@ -93,7 +96,9 @@ class BaselinePerplexity(Callback):
         streams: dict[str, Tensor],
         config: EvaluationConfig,
         show_progress: bool = True,
+        reuse: bool = False,
     ) -> None:
+        self.reuse = reuse
         self.path = run_dir / BASELINE_FILE
         self.tokenizer = tokenizer
         self.streams = streams
@@ -116,9 +121,26 @@ class BaselinePerplexity(Callback):
         if stage in self.rows:
             return
         model = cast(PreTrainedModel, pl_module.model)
-        self.rows[stage] = measure(model, self.tokenizer, self.streams, self.config, title, self.show_progress)
+
+        def fresh() -> list[dict[str, Any]]:
+            return measure(model, self.tokenizer, self.streams, self.config, title, self.show_progress)
+
+        if self.reuse and stage == "dense" and trainer.world_size == 1:
+            self.rows[stage] = kept_rows("perplexity", self._key(model), fresh)
+        else:
+            self.rows[stage] = fresh()
         if trainer.is_global_zero:
             write_json(self.path, self.rows)
+
+    def _key(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Everything that the dense model's figures depend on."""
+        return {
+            "weights": weights_digest(model),
+            "streams": {name: tokens_digest([stream]) for name, stream in self.streams.items()},
+            "order": list(self.streams),
+            "windows": [self.config.windows, self.config.max_windows, self.config.batch_size],
+            "arithmetic": arithmetic(model.device, choose_autocast(self.config.precision, model.device)),
+        }
 
 
 def _row(result: PerplexityResult) -> dict[str, Any]:

@@ -1,0 +1,31 @@
+"""What a model is, by content: the key of everything that it alone decides."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PLACES = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+"""Entries of a configuration that say where a model came from, not what it computes."""
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Fingerprint (32 hex digits) of the configuration and all parameters, wherever the model came from.
+
+    One pass over the memory; 128 bits of xxHash, which is fast and does not withstand forgery.
+    """
+    import xxhash  # a dependency of datasets
+
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _PLACES}
+    kind = [type(model).__name__, getattr(model.config, "_attn_implementation", None)]
+    digest = xxhash.xxh3_128(json.dumps([kind, config], sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy().data)
+    return str(digest.hexdigest())
