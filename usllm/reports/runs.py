@@ -1,0 +1,282 @@
+"""One finetuning run as a record that figures and tables are made of, and the reader of a directory tree of runs.
+
+What a run has written when it is read may be all, some or half of it: a missing or damaged part leaves a gap in the
+record and a note, never an error.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from usllm.reports.curves import Curve
+
+FINISHED, INTERRUPTED, FAILED, RUNNING = "finished", "interrupted", "failed", "running"
+
+
+@dataclass(frozen=True)
+class TestText:
+    """What a perplexity was measured on; figures are comparable only where all of it is equal.
+
+    Attributes:
+        name: Test set.
+        window: Tokens per window.
+        windows: Windows measured.
+        tokens: Tokens of the whole test set.
+    """
+
+    __test__ = False  # not a test class, whatever pytest makes of its name
+
+    name: str
+    window: int
+    windows: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, window {self.window}"
+
+
+@dataclass(frozen=True)
+class Perplexities:
+    """Perplexities at the stages of a run; ``None`` where a stage was not measured.
+
+    Attributes:
+        dense: The model as it was loaded.
+        before: Sketched, not finetuned.
+        after: Finetuned.
+    """
+
+    dense: float | None = None
+    before: float | None = None
+    after: float | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One compressed layer.
+
+    Attributes:
+        name: Full name.
+        block: Number of the decoder block.
+        projection: Which linear layer of the block, such as ``gate``.
+        weights: Number of weights.
+        bits_per_weight: Everything it stores, over ``weights``.
+        states: Number of states.
+        relative_error: ``‖Ŵ - W‖² / ‖W‖²``, channels weighted by E[a²].
+        kept: Share of input channels that hold states; ``None`` in reports of older versions.
+    """
+
+    name: str
+    block: int
+    projection: str
+    weights: int
+    bits_per_weight: float
+    states: int
+    relative_error: float
+    kept: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run of ``usllm-train``.
+
+    Attributes:
+        name: Its folder, below what all runs have in common.
+        place: Where it was read from: a folder, or an address.
+        status: ``finished``, ``interrupted``, ``failed`` or ``running``.
+        model: The dense model that it began with.
+        dense: Whether it was finetuned dense, without a sketch.
+        overrides: What was asked for besides the defaults, ``key=value``.
+        bits_asked: Ceiling in bits per compressed weight.
+        bits: Achieved, metadata included.
+        model_bits: Over all parameters.
+        bytes: Of the packed model.
+        dense_bytes: Of the dense model in bf16.
+        rows: Rows of the sketch.
+        allocation: How bits were shared out.
+        objective: What was minimised; training losses of different objectives do not compare.
+        perplexity: By test text.
+        curves: Metrics over steps.
+        steps: Optimizer steps made.
+        tokens: Tokens trained on.
+        seconds: Of training.
+        seed: Random seed.
+        layers: The compressed layers.
+        warnings: Of the health checks, and notes about what could not be read.
+        machine: What it ran on, as in ``report.json``.
+        command: What was typed.
+        config: The configuration, resolved where it is known resolved.
+    """
+
+    name: str
+    place: str
+    status: str
+    model: str = "unknown model"
+    dense: bool = False
+    overrides: tuple[str, ...] = ()
+    bits_asked: float | None = None
+    bits: float | None = None
+    model_bits: float | None = None
+    bytes: int | None = None
+    dense_bytes: int | None = None
+    rows: int | None = None
+    allocation: str | None = None
+    objective: str | None = None
+    perplexity: Mapping[TestText, Perplexities] = field(default_factory=dict)
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    steps: int | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    seed: int | None = None
+    layers: tuple[Layer, ...] = ()
+    warnings: tuple[str, ...] = ()
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def tokens_per_step(self) -> float | None:
+        """Tokens of one optimizer step, where known."""
+        return self.tokens / self.steps if self.tokens and self.steps else None
+
+    def after(self, text: TestText) -> float | None:
+        """Perplexity after finetuning; ``None`` where it was not measured or is not a number."""
+        value = self.perplexity.get(text, Perplexities()).after
+        return value if value is not None and math.isfinite(value) else None
+
+
+def record(
+    name: str,
+    place: str,
+    status: str,
+    report: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    overrides: Iterable[str] = (),
+    curves: Mapping[str, Curve] | None = None,
+    warnings: Iterable[str] = (),
+) -> Run:
+    """The record of a run.
+
+    Args:
+        name: Its name.
+        place: Where it was read from.
+        status: How it ended.
+        report: The content of ``report.json``, or as much as there is of it.
+        config: Its configuration, ``report["config"]`` or from elsewhere.
+        overrides: What was asked for.
+        curves: Metrics over steps.
+        warnings: What the reader has to say about it.
+    """
+    curves = curves or {}
+    bits, size, sketch = (_mapping(report.get(key)) for key in ("bits_per_weight", "bytes", "compression"))
+    asked = _mapping(config.get("sketch"))
+    dense = finetuned_dense(report, config)
+    steps = report.get("steps") or max((curve.steps[-1] for curve in curves.values() if curve.steps), default=None)
+    tokens = report.get("tokens") or (steps * per_step if steps and (per_step := tokens_per_step(config)) else None)
+    health = _mapping(report.get("health"))
+    found = [f"{w.get('message')} (step {w.get('step')})" for w in _mappings(health.get("warnings"))]
+    return Run(
+        name=name,
+        place=place,
+        status=status,
+        model=model_name(config),
+        dense=dense,
+        overrides=tuple(overrides),
+        bits_asked=None if dense else _number(bits.get("asked", asked.get("bits_per_weight"))),
+        bits=_number(bits.get("achieved")),
+        model_bits=_number(bits.get("model")),
+        bytes=size.get("sketched"),
+        dense_bytes=size.get("dense_bf16"),
+        rows=None if dense else asked.get("rows"),
+        allocation=None if dense else _mapping(config.get("allocation")).get("name"),
+        objective=_mapping(config.get("objective")).get("name"),
+        perplexity=perplexities(_mappings(report.get("perplexity"))),
+        curves=curves,
+        steps=steps,
+        tokens=tokens,
+        seconds=_number(_mapping(report.get("seconds")).get("training")),
+        seed=config.get("seed"),
+        layers=tuple(_layer(entry) for entry in _mappings(sketch.get("layers"))),
+        warnings=(*warnings, *found),
+        machine=_mapping(report.get("machine")),
+        command=str(report.get("command", "")),
+        config=config,
+    )
+
+
+def perplexities(rows: Iterable[Mapping[str, Any]]) -> dict[TestText, Perplexities]:
+    """Perplexities by test text, from the rows of a report."""
+    found = {}
+    for row in rows:
+        text = TestText(str(row.get("test_set")), *(int(row.get(key) or 0) for key in ("window", "windows", "tokens")))
+        found[text] = Perplexities(*(_number(row.get(stage)) for stage in ("dense", "before", "after")))
+    return found
+
+
+def finetuned_dense(report: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a run finetunes the dense model: its report counts no bits, or its callbacks calibrate nothing."""
+    if report.get("finished"):
+        return report.get("bits_per_weight") is None
+    callbacks = config.get("callbacks")
+    return isinstance(callbacks, Mapping) and not callbacks.get("importance_calibration")
+
+
+def tokens_per_step(config: Mapping[str, Any]) -> int | None:
+    """Tokens of one optimizer step on one device, from a configuration."""
+    data, trainer = _mapping(config.get("data")), _mapping(config.get("trainer"))
+    factors = (data.get("batch_size"), data.get("context_length"), trainer.get("accumulate_grad_batches", 1))
+    return math.prod(factors) if all(isinstance(factor, int) for factor in factors) else None
+
+
+def model_name(config: Mapping[str, Any]) -> str:
+    """The dense model of a configuration, as users call it."""
+    model = _mapping(config.get("model"))
+    name = str(model.get("name") or model.get("file") or "unknown model")
+    return f"{name} ({model['revision']})" if model.get("revision") else name
+
+
+def with_short_names(runs: Sequence[Run]) -> list[Run]:
+    """The runs named by their folders below the deepest folder that all share; a single run keeps its last one."""
+    parts = [run.name.split("/") for run in runs]
+    shared = 0
+    while all(len(names) > shared + 1 for names in parts) and len({names[shared] for names in parts}) == 1:
+        shared += 1
+    return [replace(run, name="/".join(names[shared:])) for run, names in zip(runs, parts, strict=True)]
+
+
+def _layer(entry: Mapping[str, Any]) -> Layer:
+    name = str(entry.get("name"))
+    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.)", name)
+    shape = entry.get("shape") or (0, 0)
+    classes = entry.get("classes")
+    kept = None
+    if classes:
+        channels = sum(each[3] for each in classes)
+        kept = sum(each[3] for each in classes if each[1]) / channels if channels else None
+    return Layer(
+        name=name,
+        block=int(numbers[-1]) if numbers else 0,
+        projection=name.rpartition(".")[2].removesuffix("_proj"),
+        weights=int(shape[0]) * int(shape[1]),
+        bits_per_weight=float(entry.get("bits_per_weight", math.nan)),
+        states=int(entry.get("states", 0)),
+        relative_error=float(entry.get("relative_error", math.nan)),
+        kept=kept,
+    )
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    return [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None

@@ -1,0 +1,145 @@
+"""The runs as a table: its columns, shared by the page and the Markdown file, and that file."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from usllm.reports.figures import Reference
+from usllm.reports.labels import by_model, dense_perplexity, labels, text_names, texts_of
+from usllm.reports.runs import Perplexities, Run, TestText
+
+NONE = "-"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column.
+
+    Attributes:
+        title: Heading.
+        value: What it is sorted by; ``None`` where a run has none.
+        text: What it shows.
+        numeric: Whether values are numbers, aligned at their right ends.
+        hint: What the heading means.
+    """
+
+    title: str
+    value: Callable[[Run], Any]
+    text: Callable[[Any], str] = str
+    numeric: bool = False
+    hint: str = ""
+
+    def shown(self, run: Run) -> str:
+        """The text of one cell."""
+        value = self.value(run)
+        return NONE if value is None or value == "" else self.text(value)
+
+
+def columns(names: Mapping[str, str], texts: Mapping[TestText, str]) -> list[Column]:
+    """All columns.
+
+    Args:
+        names: Labels of the runs, by their names.
+        texts: Test texts and their names, as they stand in headings.
+    """
+    from usllm.runs.report import human_bytes, human_seconds
+
+    def number(title: str, value: Callable[[Run], Any], text: Callable[[Any], str], hint: str = "") -> Column:
+        return Column(title, value, text, numeric=True, hint=hint)
+
+    found = [
+        Column("run", lambda run: names[run.name]),
+        Column("status", lambda run: run.status),
+        number(
+            "bpw asked", lambda run: run.bits_asked, "{:g}".format, "bits per compressed weight that were asked for"
+        ),
+        number("bpw", lambda run: run.bits, "{:.4f}".format, "bits per compressed weight, metadata included"),
+        number("model bpw", lambda run: run.model_bits, "{:.3f}".format, "bits per parameter of the whole model"),
+        number("size", lambda run: run.bytes, human_bytes, "bytes of the packed model"),
+        number("rows", lambda run: run.rows, str, "rows of the sketch"),
+        Column("allocation", lambda run: "dense" if run.dense else run.allocation),
+    ]
+    for text, name in texts.items():
+        found += [
+            number(f"{name} before", _stage(text, "before"), perplexity, "perplexity, sketched, not finetuned"),
+            number(f"{name} after", _stage(text, "after"), perplexity, "perplexity after finetuning"),
+        ]
+    return [
+        *found,
+        number("steps", lambda run: run.steps, "{:,}".format),
+        number("time", lambda run: run.seconds, human_seconds, "of training"),
+        Column("overrides", lambda run: " ".join(run.overrides), hint="what was asked for besides the defaults"),
+        Column("folder", lambda run: run.name),
+    ]
+
+
+def perplexity(value: float) -> str:
+    """Four digits or two decimals, whichever is shorter to read."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
+
+
+def markdown(runs: Sequence[Run], reference: Mapping[str, Reference] | None = None) -> str:
+    """Tables for a paper: one for each dense model, its finished runs by rate, rows and allocation.
+
+    Args:
+        runs: The runs.
+        reference: What to compare with, by dense model.
+    """
+    parts = []
+    for model, group in by_model(runs).items():
+        finished = [run for run in group if run.status == "finished"]
+        texts = text_names(texts_of(finished), short=True)
+        if finished:
+            parts.append(f"**{_cell(model)}**\n\n{_table(finished, texts, (reference or {}).get(model))}")
+        if missing := len(group) - len(finished):
+            parts.append(f"{missing} of {len(group)} runs have not finished and are left out.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(runs: Sequence[Run], texts: Mapping[TestText, str], reference: Reference | None) -> str:
+    from usllm.runs.report import human_bytes
+
+    heads = ["variant", "bpw", "model bpw", "size"]
+    heads += [f"{name}{stage}" for name in texts.values() for stage in (" before", " after")]
+    rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    dense_bytes = next((run.dense_bytes for run in runs if run.dense_bytes), None)
+    dense = ["dense model", NONE, "16", NONE if dense_bytes is None else human_bytes(dense_bytes)]
+    rows.append([*dense, *_around(lambda text: dense_perplexity(runs, text), texts)])
+    if reference is not None:
+        size = NONE if reference.bytes is None else human_bytes(reference.bytes)
+        rows.append([reference.name, NONE, NONE, size, *_around(reference.perplexity.get, texts)])
+    names = labels(runs)
+    shown = {column.title: column for column in columns(names, texts)}
+    for run in runs:
+        name = "dense, finetuned" if names[run.name] == "dense" else names[run.name]
+        cells = [shown[title].shown(run) for title in ("bpw", "model bpw", "size")]
+        for text in texts:
+            stages = run.perplexity.get(text, Perplexities())
+            before = None if run.dense else stages.before
+            cells += [NONE if value is None else perplexity(value) for value in (before, stages.after)]
+        rows.append([name, *cells])
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows)
+
+
+def _around(value: Callable[[TestText], float | None], texts: Mapping[TestText, str]) -> list[str]:
+    """The cells of a model that is not finetuned: a figure in each ``after``, none in ``before``."""
+    found = [value(text) for text in texts]
+    return [cell for figure in found for cell in (NONE, NONE if figure is None else perplexity(figure))]
+
+
+def _stage(text: TestText, stage: str) -> Callable[[Run], float | None]:
+    def figure(run: Run) -> float | None:
+        return None if run.dense and stage == "before" else getattr(run.perplexity.get(text, Perplexities()), stage)
+
+    return figure
+
+
+def _cell(text: str) -> str:
+    """``text`` as it is, whatever it holds: Markdown's own signs and HTML mean nothing in it."""
+    return text if set(text) <= set("-:") else re.sub(r"([\\`*_{}\[\]<>|#$~])", r"\\\1", " ".join(text.split()))
