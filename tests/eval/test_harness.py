@@ -74,7 +74,10 @@ def most_likely_choices() -> list[int]:
 def test_accuracy_is_that_of_the_logits(task_folder: Path) -> None:
     right = [guess == question["answer"] for guess, question in zip(most_likely_choices(), QUESTIONS, strict=True)]
     result = run_harness(random_model("llama"), byte_tokenizer(), ["choose_a_word"], include_path=task_folder)
-    assert result["results"]["choose_a_word"]["acc,none"] == pytest.approx(sum(right) / len(right))
+    share = sum(right) / len(right)
+    found = result["results"]["choose_a_word"]
+    assert found["acc,none"] == pytest.approx(share)
+    assert found["acc_stderr,none"] == pytest.approx(math.sqrt(share * (1 - share) / (len(right) - 1)))
     assert result["n-samples"]["choose_a_word"] == {"original": 5, "effective": 5}
 
 

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 INSTALL = "pip install 'usllm[eval]'"
-# What is kept of the harness' answer: make_table needs all but the last three.
+BOOTSTRAP = 1000
+"""Resamples behind the standard errors that have no formula; the harness' 100,000 take minutes. 0 gives no errors."""
+# What is kept of the harness' answer, what make_table reads among it.
 _KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples", "configs")
 
 
@@ -121,7 +123,7 @@ def run_harness(
                 limit=limit,
                 task_manager=manager,
                 log_samples=False,
-                bootstrap_iters=0,  # errors of means need none; the others take minutes
+                bootstrap_iters=BOOTSTRAP,
                 **seeds,
             )
         except (OSError, ImportError) as error:  # no network, no such file, a package that a task wants
