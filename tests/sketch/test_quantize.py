@@ -3,11 +3,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usllm.sketch.quantize import best_scale, channel_statistics, largest_code, quantize
+from usllm.sketch.quantize import best_scale, channel_statistics, channel_sums, largest_code, quantize
 from usllm.sketch.scale import CHANNEL_MANTISSA, OUTPUT_MANTISSA, base_exponent, decode_scale, encode_scale
 
 UNIFORM = (torch.arange(20000) + 0.5) / 20000
 QUANTILES = {"normal": torch.erfinv(UNIFORM) * 2**0.5, "exponential": -torch.log1p(-UNIFORM)}
+
+
+def statistics(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return channel_statistics(channel_sums(states), torch.full((len(states),), states.shape[1]))
 
 
 def squared_error(values: torch.Tensor, scale: float, bits: int, rounding: str) -> float:
@@ -20,17 +24,35 @@ def squared_error(values: torch.Tensor, scale: float, bits: int, rounding: str) 
 @pytest.mark.parametrize("law", ["normal", "exponential"])
 def test_the_scale_is_within_two_percent_of_the_least_error(law: str, bits: int, rounding: str) -> None:
     values = QUANTILES[law]
-    chosen = float(best_scale(*channel_statistics(values[None]), bits, rounding)[0])
+    chosen = float(best_scale(*statistics(values[None]), bits, rounding)[0])
     least = min(
         squared_error(values, chosen * factor, bits, rounding) for factor in torch.linspace(0.4, 2.5, 200).tolist()
     )
     assert squared_error(values, chosen, bits, rounding) <= 1.02 * least
 
 
+@given(st.integers(-60, 60), st.integers(0, 1000))
+def test_statistics_are_those_of_the_magnitudes_in_any_order(exponent: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(4, 60, generator=generator) * 2.0**exponent
+    largest, mean, rms = statistics(values)
+    assert torch.equal(largest, values.abs().amax(1))
+    torch.testing.assert_close(mean, values.abs().mean(1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(rms, values.double().square().mean(1).sqrt().float(), rtol=1e-4, atol=0)
+    shuffled = values[:, torch.randperm(60, generator=generator)]
+    assert all(torch.equal(a, b) for a, b in zip(channel_sums(values), channel_sums(shuffled), strict=True))
+
+
+def test_statistics_of_zeros_and_subnormals_are_zero() -> None:
+    largest, mean, rms = statistics(torch.tensor([[0.0, 0.0], [1e-40, -1e-41]]))
+    assert largest.tolist()[0] == 0.0
+    assert mean.tolist() == rms.tolist() == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 def test_wide_states_are_never_clipped(bits: int) -> None:
     values = torch.randn(5, 300)
-    scale = best_scale(*channel_statistics(values), bits, "nearest")[:, None]
+    scale = best_scale(*statistics(values), bits, "nearest")[:, None]
     assert bool(((quantize(values, scale, bits, "nearest") * scale - values).abs() <= 0.505 * scale).all())
 
 

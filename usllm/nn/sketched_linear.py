@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from usllm.nn.straight_through import straight_through
-from usllm.sketch import Plan, project, query
+from usllm.sketch import Plan
+from usllm_kernels import project, project_query, query
 
 
 class Reprojection(NamedTuple):
@@ -92,7 +93,10 @@ class SketchedLinear(nn.Module):
         if self.plan is None:
             raise RuntimeError(f"{self.name} has no plan yet: calibrate and allocate first")
         winners = self._room_for_winners(self.plan)
-        fresh = project(self.weight, self.plan, self.importance, winners=winners)
+        sums = torch.empty(2, self.in_features, device=self.weight.device)
+        dtype = torch.float32 if self._decoded is None else self._decoded.dtype  # what the next forward will ask for
+        self._decoded = None  # makes room for the next one
+        fresh, decoded = project_query(self.weight, self.plan, self.importance, dtype=dtype, winners=winners, sums=sums)
         before, now = self._winners, winners
         if now is None:
             before, now = self.get_buffer("state_codes"), fresh["codes"]
@@ -103,11 +107,8 @@ class SketchedLinear(nn.Module):
         for name, tensor in fresh.items():
             self.get_buffer(f"state_{name}").copy_(tensor)
         self._projected = True
-        decoded = query(self.states, self.plan)
         self._decoded = decoded
-        latent = self.weight.float()
-        error = (decoded - latent).square_().sum(0) @ self.importance
-        energy = latent.square().sum(0) @ self.importance
+        error, energy = sums @ self.importance
         return Reprojection(change, error / energy.clamp_min(1e-30))
 
     @torch.no_grad()

@@ -17,11 +17,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from usllm.sketch import compiled
 from usllm.sketch.blocks import chunks, rotate, unrotate_
 from usllm.sketch.layout import Span
 from usllm.sketch.plan import ClassBlock, Plan
-from usllm.sketch.quantize import best_scale, channel_statistics, quantize
+from usllm.sketch.quantize import ChannelSums, best_scale, channel_statistics, channel_sums, quantize
 from usllm.sketch.scale import CHANNEL_MANTISSA, OUTPUT_MANTISSA, base_exponent, decode_scale, encode_scale
 
 States = dict[str, Tensor]
@@ -41,33 +40,19 @@ def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, *, winners
     Raises:
         ValueError: If the weight's shape is not the plan's.
     """
-    _check_shape(weight, plan)
+    check_shape(weight, plan)
     values = _bucket_values(weight.detach().float(), plan, winners)
     states = plan.state_tensors(weight.device)
     if not plan.blocks:
         return states
-    rounding = plan.config.rounding
-    measured = [channel_statistics(_of(values, block)) for block in plan.blocks]
-    largest, mean, rms = (torch.cat(column) for column in zip(*measured, strict=True))
-    states["scale_base"] = base_exponent(largest.amax(), CHANNEL_MANTISSA)
-    first = 0
-    per_channel = plan.per_channel([block.states_per_channel for block in plan.blocks]).to(weight.device)
-    for bits, run in groupby(plan.blocks, key=lambda block: block.choice.bits):
-        blocks = list(run)
-        channels = sum(len(block.channels) for block in blocks)
-        # A scale that clips nothing must not round down to one that does.
-        these = slice(first, first + channels)
-        best = best_scale(largest[these], mean[these], rms[these], bits, rounding)
-        stored = encode_scale(best, states["scale_base"], CHANNEL_MANTISSA, up=bits >= 8)
-        scale = decode_scale(stored, states["scale_base"], CHANNEL_MANTISSA)
-        count = sum(block.num_states for block in blocks)
-        per_state = scale.repeat_interleave(per_channel[these], output_size=count)
-        where = slice(blocks[0].first_state, blocks[-1].first_state + blocks[-1].num_states)
-        states["codes"][where] = quantize(values[where], per_state, bits, rounding)
-        states["scales"][these] = stored
-        first += channels
+    measured = [channel_sums(_of(values, block)) for block in plan.blocks]
+    sums = ChannelSums(*(torch.cat(column) for column in zip(*measured, strict=True)))
+    scales = store_scales(states, plan, sums).split([len(block.channels) for block in plan.blocks])
+    for block, scale in zip(plan.blocks, scales, strict=True):
+        codes = quantize(_of(values, block), scale[:, None], block.choice.bits, plan.config.rounding)
+        _of(states["codes"], block).copy_(codes)
     if plan.config.output_scale:
-        _fit_output_scales(weight, states, plan, moment)
+        fit_output_scales(weight, _query_unscaled(states, plan), states, moment)
     return states
 
 
@@ -93,8 +78,6 @@ def channel_scales(states: States, plan: Plan) -> Tensor:
 def _bucket_values(weight: Tensor, plan: Plan, winners: Tensor | None) -> Tensor:
     """fp32 values of the states before quantisation, [states]."""
     operator, device = plan.operator, weight.device
-    if compiled.usable(plan, device):
-        return _occupied(operator.decode(compiled.bucket_keys(weight, plan, winners)), plan)
     flat = torch.empty(0, device=device)
     for span, rotation in chunks(plan):
         encoded = operator.encode(rotate(weight, span, rotation)).index_select(0, _rows(plan, span, device))
@@ -126,8 +109,6 @@ def _query_unscaled(states: States, plan: Plan) -> Tensor:
     operator, device = plan.operator, states["codes"].device
     if not plan.blocks:
         return torch.zeros(plan.shape, device=device)
-    if compiled.usable(plan, device):
-        return compiled.decode(states["codes"], channel_scales(states, plan), plan)
     decoded = torch.empty(plan.shape, device=device)
     encoded = operator.encode_codes(states["codes"], plan.config.query)
     for span, rotation in chunks(plan):
@@ -186,9 +167,40 @@ def _states(flat: Tensor, block: ClassBlock, first: int, groups: int, rows: int,
     return _of(flat, block)[:, first : first + groups * rows * states].unflatten(1, (groups, rows, states))
 
 
-def _fit_output_scales(weight: Tensor, states: States, plan: Plan, moment: Tensor | None) -> None:
-    """Least-squares scale per output row, in the norm of the input's second moment."""
-    decoded = _query_unscaled(states, plan)
+def store_scales(states: States, plan: Plan, sums: ChannelSums) -> Tensor:
+    """Choose every channel's scale and store it.
+
+    Args:
+        states: Their ``scales`` and ``scale_base`` are written.
+        plan: A plan with states.
+        sums: Of the states before quantisation, by channel in storage order.
+
+    Returns:
+        The scales as they will be decoded, fp32 [channels with states].
+    """
+    device = sums.largest.device
+    count = plan.per_channel([block.states_per_channel for block in plan.blocks]).to(device)
+    largest, mean, rms = channel_statistics(sums, count)
+    states["scale_base"] = base_exponent(largest.amax(), CHANNEL_MANTISSA)
+    first = 0
+    for bits, run in groupby(plan.blocks, key=lambda block: block.choice.bits):
+        these = slice(first, first + sum(len(block.channels) for block in run))
+        best = best_scale(largest[these], mean[these], rms[these], bits, plan.config.rounding)
+        # A scale that clips nothing must not round down to one that does.
+        states["scales"][these] = encode_scale(best, states["scale_base"], CHANNEL_MANTISSA, up=bits >= 8)
+        first = these.stop
+    return decode_scale(states["scales"], states["scale_base"], CHANNEL_MANTISSA)
+
+
+def fit_output_scales(weight: Tensor, decoded: Tensor, states: States, moment: Tensor | None) -> None:
+    """Least-squares scale per output row, in the norm of the input's second moment.
+
+    Args:
+        weight: [out, in].
+        decoded: What the states decode to without output scales, fp32 [out, in].
+        states: Their ``output_scales`` and ``output_scale_base`` are written.
+        moment: E[a²] per input channel, [in]; ``None`` takes all as equal.
+    """
     weighted = decoded if moment is None else decoded * moment.to(decoded)
     product = (weighted * weight).sum(1)
     square = (weighted * decoded).sum(1)
@@ -197,6 +209,7 @@ def _fit_output_scales(weight: Tensor, states: States, plan: Plan, moment: Tenso
     states["output_scales"] = encode_scale(scale, states["output_scale_base"], OUTPUT_MANTISSA)
 
 
-def _check_shape(weight: Tensor, plan: Plan) -> None:
+def check_shape(weight: Tensor, plan: Plan) -> None:
+    """Refuse a weight that the plan was not made for."""
     if tuple(weight.shape) != plan.shape:
         raise ValueError(f"{plan.name}: weight has shape {tuple(weight.shape)}, its plan {plan.shape}")

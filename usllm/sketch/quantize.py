@@ -7,16 +7,23 @@ survives (`method.md` §3).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+# Sums over states count units 19 binary places below a channel's largest magnitude: 24 bits of mantissa less 4.
+# Squares of 20 bits leave room for 2^23 states in 64 bits. Exponents (biased) below the least would count subnormals.
+DROPPED_BITS = 4
+LEAST_EXPONENT = 48
 
 # The scale of least squared error, in mean magnitudes, for normal and for exponential magnitudes (minimised
 # numerically on their quantiles; `tests/sketch/test_quantize.py` repeats it). States of wide buckets are close to
 # exponential, states of single weights to normal; the ratio of root-mean-square to mean tells where a channel lies.
-_NORMAL_RATIO, _EXPONENTIAL_RATIO = 1.2533, 1.4142
+NORMAL_RATIO, EXPONENTIAL_RATIO = 1.2533, 1.4142
 # Beyond exponential tails the optimum of real channels rises half as fast again (measured on SmolLM2-135M).
-_HEAVY_SLOPE = 0.5
-_BEST_SCALE = {
+HEAVY_SLOPE = 0.5
+BEST_SCALE = {
     ("toward_zero", 2): (1.10, 1.42),
     ("toward_zero", 3): (0.65, 0.89),
     ("toward_zero", 4): (0.37, 0.55),
@@ -31,15 +38,51 @@ def largest_code(bits: int) -> int:
     return max((1 << (bits - 1)) - 1, 1)
 
 
-def channel_statistics(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest, mean and root-mean-square magnitude of each channel, fp32 [channels].
+class ChannelSums(NamedTuple):
+    """Whole-number sums over the states of each channel, whatever order they are taken in.
+
+    Magnitudes count in units of 2^-19 of the power of two below the channel's largest, rounded down.
+
+    Attributes:
+        largest: Largest magnitude, fp32 [channels].
+        total: Sum of the magnitudes, int64 [channels].
+        squares: Sum of their squares, int64 [channels].
+    """
+
+    largest: Tensor
+    total: Tensor
+    squares: Tensor
+
+
+def channel_sums(states: Tensor) -> ChannelSums:
+    """Sums of each channel.
 
     Args:
         states: fp32 [channels, states per channel].
     """
     magnitude = states.abs()
-    rms = torch.linalg.vector_norm(magnitude, dim=1) * states.shape[1] ** -0.5
-    return magnitude.amax(1), magnitude.mean(1), rms
+    largest = magnitude.amax(1)
+    per_unit = ((127 + 127 + 23 - DROPPED_BITS - _exponent(largest)) << 23).view(torch.float32)
+    whole = (magnitude * per_unit[:, None]).to(torch.int64)
+    return ChannelSums(largest, whole.sum(1), (whole * whole).sum(1))
+
+
+def channel_statistics(sums: ChannelSums, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest, mean and root-mean-square magnitude of each channel, fp32 [channels]; the same on every device.
+
+    Args:
+        sums: Of the channels.
+        count: States of each channel, [channels].
+    """
+    exponent = _exponent(sums.largest).to(torch.int64) - 127 - 23 + DROPPED_BITS
+    unit = ((exponent + 1023) << 52).view(torch.float64)
+    mean = sums.total.double() / count * unit
+    rms = (sums.squares.double() / count).sqrt() * unit
+    return sums.largest, mean.float(), rms.float()
+
+
+def _exponent(largest: Tensor) -> Tensor:
+    return (largest.view(torch.int32) >> 23).clamp_min(LEAST_EXPONENT)
 
 
 def best_scale(largest: Tensor, mean: Tensor, rms: Tensor, bits: int, rounding: str) -> Tensor:
@@ -55,12 +98,12 @@ def best_scale(largest: Tensor, mean: Tensor, rms: Tensor, bits: int, rounding: 
     if bits == 1:  # the least-squares scale of a sign
         return mean
     fitting = largest / largest_code(bits)
-    if (rounding, bits) not in _BEST_SCALE:
+    if (rounding, bits) not in BEST_SCALE:
         return fitting
-    normal, exponential = _BEST_SCALE[rounding, bits]
+    normal, exponential = BEST_SCALE[rounding, bits]
     ratio = rms / mean.clamp_min(1e-38)
-    tail = ((ratio - _NORMAL_RATIO) / (_EXPONENTIAL_RATIO - _NORMAL_RATIO)).clamp_min(0.0)
-    tail = tail + _HEAVY_SLOPE * (tail - 1.0).clamp_min(0.0)
+    tail = ((ratio - NORMAL_RATIO) / (EXPONENTIAL_RATIO - NORMAL_RATIO)).clamp_min(0.0)
+    tail = tail + HEAVY_SLOPE * (tail - 1.0).clamp_min(0.0)
     return torch.minimum(fitting, mean * (normal + (exponential - normal) * tail))
 
 

@@ -54,3 +54,18 @@ class Operator(Protocol):
     def divisor(self, rows: int) -> int:
         """What the joined integers are divided by: weight = integer * scale / divisor."""
         ...
+
+
+def in_order(slots: Tensor) -> Tensor:
+    """Sum over the slots one after another: the order that every device and kernel keeps to, so that bits agree.
+
+    Args:
+        slots: fp32 [rows, slots, states, channels].
+
+    Returns:
+        fp32 [rows, states, channels].
+    """
+    total = slots[:, 0].clone()
+    for slot in range(1, slots.shape[1]):
+        total += slots[:, slot]
+    return total

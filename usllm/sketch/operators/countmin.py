@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from usllm.sketch.operators.base import in_order
+
 
 class CountMin:
     """Signed sum in, minimum magnitude out; of two equal magnitudes a query takes the first row's."""
@@ -19,7 +21,7 @@ class CountMin:
         return weights
 
     def reduce(self, slots: Tensor, load: Tensor) -> Tensor:
-        return slots.sum(1)
+        return in_order(slots)
 
     def decode(self, states: Tensor) -> Tensor:
         return states

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from usllm.sketch.operators.base import in_order
+
 
 class Mean:
     """Mean of the members in, mean of the rows out."""
@@ -17,7 +19,7 @@ class Mean:
         return weights
 
     def reduce(self, slots: Tensor, load: Tensor) -> Tensor:
-        return slots.sum(1) / load.clamp_min(1)
+        return in_order(slots) / load.clamp_min(1)
 
     def decode(self, states: Tensor) -> Tensor:
         return states

@@ -1,0 +1,195 @@
+"""Projection and query on the CPU, compiled: the same integers as :mod:`usllm.sketch.codec`, at the speed of the cache.
+
+The loops release the interpreter lock, so that layers run side by side (:mod:`usllm.nn.parallel`).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from usllm.sketch.codec import States, channel_scales, fit_output_scales
+from usllm.sketch.operators.absmaxmin import AbsMaxMin
+from usllm.sketch.plan import Plan
+from usllm.sketch.quantize import BEST_SCALE, DROPPED_BITS, EXPONENTIAL_RATIO, HEAVY_SLOPE, LEAST_EXPONENT, NORMAL_RATIO
+from usllm.sketch.scale import CHANNEL_MANTISSA, OUTPUT_MANTISSA, decode_scale
+from usllm_kernels.cpu.layout import layout
+from usllm_kernels.cpu.project import MEAN, MINIMUM, SUM, project_span
+from usllm_kernels.cpu.query import MAGNITUDE_MAX, MAGNITUDE_MIN, SIGNED_MAX, TOTAL, query_span
+from usllm_kernels.cpu.states import channel_sums, choose_scales, quantize_states
+
+_REDUCTIONS = {"absmaxmin": MINIMUM, "countmin": SUM, "mean": MEAN}
+_COMBINATIONS = {"absmaxmin": MAGNITUDE_MAX, "countmin": MAGNITUDE_MIN, "mean": TOTAL}
+_EMPTY_KEY = 2**31 - 1
+_RATIOS = np.array([NORMAL_RATIO, EXPONENTIAL_RATIO - NORMAL_RATIO, HEAVY_SLOPE], np.float32)
+_WIDER = {torch.int8: torch.int16, torch.int16: torch.int32}
+
+
+def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, winners: Tensor | None = None) -> States:
+    """:func:`usllm.sketch.project` of an fp32 weight [out, in] on the CPU whose rows are contiguous."""
+    states = plan.state_tensors()
+    if not plan.blocks:
+        return states
+    keys = isinstance(plan.operator, AbsMaxMin)
+    values = _values(weight, plan, keys, winners)
+    tables = layout(plan)
+    channels = plan.num_scales
+    largest, scales = torch.empty(2, channels).numpy()
+    total, squares = torch.empty(2, channels, dtype=torch.int64).numpy()
+    channel_sums(
+        values.numpy(),
+        0x7FFFFFFE if keys else 0x7FFFFFFF,
+        tables.channel_block,
+        LEAST_EXPONENT,
+        DROPPED_BITS,
+        largest.view("int32"),
+        total,
+        squares,
+    )
+    choose_scales(
+        largest,
+        total,
+        squares,
+        tables.channel_block,
+        _best_scales(plan.config.rounding),
+        _RATIOS,
+        LEAST_EXPONENT,
+        DROPPED_BITS,
+        CHANNEL_MANTISSA,
+        states["scale_base"].numpy(),
+        states["scales"].numpy(),
+        scales,
+    )
+    nearest = plan.config.rounding == "nearest"
+    quantize_states(values.numpy(), keys, tables.channel_block, scales, nearest, states["codes"].numpy())
+    if plan.config.output_scale:
+        fit_output_scales(weight, decode(states, plan), states, moment)
+    return states
+
+
+def query(states: States, plan: Plan, dtype: torch.dtype = torch.float32) -> Tensor:
+    """:func:`usllm.sketch.query`, in float32 or bfloat16."""
+    if not plan.config.output_scale:
+        return decode(states, plan, dtype)
+    scale = decode_scale(states["output_scales"], states["output_scale_base"], OUTPUT_MANTISSA)
+    return decode(states, plan).mul_(scale[:, None]).to(dtype)
+
+
+def project_query(
+    weight: Tensor, plan: Plan, moment: Tensor | None, dtype: torch.dtype, winners: Tensor | None, sums: Tensor | None
+) -> tuple[States, Tensor]:
+    """:func:`usllm_kernels.project_query` of an fp32 weight [out, in] on the CPU."""
+    states = project(weight, plan, moment, winners)
+    if sums is None:
+        return states, query(states, plan, dtype)
+    sums.zero_()
+    if not plan.config.output_scale:
+        return states, decode(states, plan, dtype, weight, sums)
+    decoded = query(states, plan)
+    sums[0] = (decoded - weight).square_().sum(0)
+    sums[1] = weight.square().sum(0)
+    return states, decoded.to(dtype)
+
+
+def decode(
+    states: States,
+    plan: Plan,
+    dtype: torch.dtype = torch.float32,
+    weight: Tensor | None = None,
+    sums: Tensor | None = None,
+) -> Tensor:
+    """Decoded weight without output scales [out, in].
+
+    Args:
+        states: Of the plan.
+        plan: A plan.
+        dtype: float32 and bfloat16 are written directly, others rounded from float32.
+        weight: fp32 [out, in], rows contiguous, to compare with.
+        sums: fp32 [2, in], raised by the sums over outputs of the squared error and of the squared weight.
+    """
+    if not plan.blocks:
+        if weight is not None and sums is not None:
+            sums += weight.square().sum(0)
+        return torch.zeros(plan.shape, dtype=dtype)
+    if dtype not in (torch.float32, torch.bfloat16):
+        return decode(states, plan, torch.float32, weight, sums).to(dtype)
+    decoded = torch.empty(plan.shape, dtype=dtype)
+    codes, scales, tables = states["codes"], channel_scales(states, plan), layout(plan)
+    name = plan.config.operator
+    combination = SIGNED_MAX if plan.config.query == "signed_max" else _COMBINATIONS[name]
+    joined = torch.empty(0, dtype=_WIDER[codes.dtype] if combination == TOTAL else codes.dtype)
+    stored = decoded if dtype == torch.float32 else decoded.view(torch.int16)
+    latent, pitch = _flat(weight) if weight is not None else (torch.empty(0), 0)
+    compared = sums if sums is not None else torch.empty(2, 0)
+    for span, shape, buckets in zip(plan.spans, tables.shapes, tables.buckets, strict=True):
+        query_span(
+            codes.numpy(),
+            scales.numpy(),
+            span.start,
+            span.size,
+            span.groups,
+            plan.rotation(span),
+            combination,
+            tables.lane_channels,
+            tables.lane_block,
+            shape,
+            buckets,
+            joined.numpy(),
+            latent.numpy(),
+            pitch,
+            compared.numpy(),
+            stored.numpy(),
+        )
+    return decoded
+
+
+def _values(weight: Tensor, plan: Plan, keys: bool, winners: Tensor | None) -> Tensor:
+    """Values of the states before quantisation, int32 [states]: keys, or float32 bit patterns."""
+    flat, pitch = _flat(weight)
+    tables, width = layout(plan), plan.shape[1]
+    values = torch.empty(plan.num_states, dtype=torch.int32 if keys else torch.float32)
+    members = torch.empty(0, dtype=torch.int16) if winners is None else winners
+    source = (flat.view(torch.int32) if keys else flat).numpy()
+    pad = plan.operator.pad
+    for span, shape, slots in zip(plan.spans, tables.shapes, tables.slots, strict=True):
+        project_span(
+            source,
+            pitch,
+            width,
+            span.start,
+            span.size,
+            span.groups,
+            plan.rotation(span),
+            _REDUCTIONS[plan.config.operator],
+            tables.lane_channels,
+            tables.lane_block,
+            shape,
+            slots,
+            pad,
+            values.numpy(),
+            members.numpy(),
+        )
+    if not keys:
+        return values.view(torch.int32)
+    return values.masked_fill_(values == _EMPTY_KEY, 0) if plan.config.hash == "uniform" else values
+
+
+def _flat(weight: Tensor) -> tuple[Tensor, int]:
+    """A matrix as a vector, and the elements from one row to the next; copied where its rows are not contiguous."""
+    if weight.stride(1) != 1 or weight.stride(0) < weight.shape[1]:
+        weight = weight.contiguous()
+    length = (weight.shape[0] - 1) * weight.stride(0) + weight.shape[1]
+    return weight.as_strided((length,), (1,)), weight.stride(0)
+
+
+@lru_cache(maxsize=2)
+def _best_scales(rounding: str) -> Any:
+    table = np.zeros((17, 2), np.float32)
+    for (of_rounding, bits), (normal, exponential) in BEST_SCALE.items():
+        if of_rounding == rounding:
+            table[bits] = normal, exponential - normal
+    return table

@@ -1,0 +1,132 @@
+"""Compiled loops over the states of a layer: statistics of each channel, and quantisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+_MANTISSA, _HIDDEN = np.int32(0x7FFFFF), np.int32(0x800000)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def channel_sums(
+    values: Any,  # int32 [states], magnitudes as float32 bit patterns under the mask
+    mask: int,
+    channel_block: Any,  # int64 [blocks, 3]: channels, first state, states per channel
+    least: int,  # smallest exponent that a channel's unit is derived from
+    drop: int,  # mantissa bits below the unit of the largest magnitude
+    largest: Any,  # int32 [channels], written: bit patterns
+    total: Any,  # int64 [channels], written
+    squares: Any,  # int64 [channels], written
+) -> None:
+    """What :func:`usllm.sketch.quantize.channel_sums` gives; sums of integers, so that no order matters."""
+    number = 0
+    for block in range(channel_block.shape[0]):
+        place, count = channel_block[block, 1], channel_block[block, 2]
+        for _ in range(channel_block[block, 0]):
+            part = values[place : place + count]
+            most = np.int32(0)
+            for k in range(count):
+                most = max(most, part[k] & np.int32(mask))
+            exponent = np.int32(max(most >> np.int32(23), least)) + np.int32(drop)
+            one, two = np.int64(0), np.int64(0)
+            for k in range(count):
+                bits = part[k] & np.int32(mask)
+                shift = min(exponent - (bits >> np.int32(23)), np.int32(31))
+                magnitude = np.int64(((bits & _MANTISSA) | _HIDDEN) >> shift)
+                one += magnitude
+                two += magnitude * magnitude
+            largest[number], total[number], squares[number] = most, one, two
+            place += count
+            number += 1
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def choose_scales(
+    largest: Any,  # float32 [channels]
+    total: Any,  # int64 [channels]
+    squares: Any,  # int64 [channels]
+    channel_block: Any,  # int64 [blocks, 4]: channels, first state, states per channel, bits
+    best: Any,  # float32 [17, 2]: factors of the mean by width (usllm.sketch.quantize), 0 where nothing is clipped
+    ratios: Any,  # float32 [3]: rms / mean of normal magnitudes, what exponential ones have more, slope beyond
+    least: int,
+    drop: int,
+    mantissa: int,
+    base: Any,  # uint8 [1], written
+    stored: Any,  # uint8 [channels], written
+    scales: Any,  # float32 [channels], written: as they will be decoded
+) -> None:
+    """What :func:`usllm.sketch.codec.store_scales` gives."""
+    channels = largest.shape[0]
+    bits, shift = largest.view(np.int32), np.int32(23 - mantissa)
+    most = np.int32(0)
+    for number in range(channels):
+        most = max(most, bits[number])
+    up, half = (np.int32(1) << shift) - np.int32(1), np.int32(1) << (shift - np.int32(1))
+    lowest = max(((most + up) >> shift >> np.int32(mantissa)) - np.int32((256 >> mantissa) - 1), np.int32(0))
+    lowest = min(lowest, np.int32(254))
+    base[0] = lowest
+    unit_bits = np.empty(1, np.int64)
+    unit = unit_bits.view(np.float64)
+    chosen = np.empty(1, np.float32)
+    chosen_bits, decoded = chosen.view(np.int32), scales.view(np.int32)
+    number = 0
+    for block in range(channel_block.shape[0]):
+        count, width = channel_block[block, 2], channel_block[block, 3]
+        limit = np.float32(max((1 << (width - 1)) - 1, 1))
+        normal, more = best[width, 0], best[width, 1]
+        for _ in range(channel_block[block, 0]):
+            unit_bits[0] = np.int64(max(bits[number] >> np.int32(23), least) - 150 + drop + 1023) << 52
+            mean = np.float32(np.float64(total[number]) / np.float64(count) * unit[0])
+            rms = np.float32(np.sqrt(np.float64(squares[number]) / np.float64(count)) * unit[0])
+            if width == 1:
+                chosen[0] = mean
+            else:
+                chosen[0] = largest[number] / limit
+                if normal > np.float32(0.0):
+                    ratio = rms / max(mean, np.float32(1e-38))
+                    tail = max((ratio - ratios[0]) / ratios[1], np.float32(0.0))
+                    tail = tail + ratios[2] * max(tail - np.float32(1.0), np.float32(0.0))
+                    chosen[0] = min(chosen[0], mean * (normal + more * tail))
+            top = (chosen_bits[0] + (up if width >= 8 else half)) >> shift
+            code = min(max(top - (lowest << np.int32(mantissa)), np.int32(0)), np.int32(255))
+            stored[number] = code
+            decoded[number] = (code + (lowest << np.int32(mantissa))) << shift
+            number += 1
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def quantize_states(
+    values: Any,  # int32 [states]: keys (magnitude above, sign in the lowest bit) or float32 bit patterns
+    keys: bool,
+    channel_block: Any,  # int64 [blocks, 4]
+    scales: Any,  # float32 [channels]
+    nearest: bool,
+    codes: Any,  # int8 or int16 [states], written
+) -> None:
+    """Codes of all states (:func:`usllm.sketch.quantize.quantize`); ``values`` become float32 bit patterns."""
+    if keys:
+        for k in range(values.shape[0]):
+            value = values[k]
+            values[k] = (value & np.int32(0x7FFFFFFE)) | (value << np.int32(31))
+    numbers = values.view(np.float32)
+    number = 0
+    for block in range(channel_block.shape[0]):
+        place, count, width = channel_block[block, 1], channel_block[block, 2], channel_block[block, 3]
+        limit = np.float32((1 << (width - 1)) - 1)
+        for _ in range(channel_block[block, 0]):
+            scale = scales[number]
+            part, to = numbers[place : place + count], codes[place : place + count]
+            if width == 1:
+                for k in range(count):
+                    to[k] = 1 if part[k] >= np.float32(0.0) else -1
+            elif nearest:
+                for k in range(count):
+                    to[k] = np.int32(np.rint(min(max(part[k] / scale, -limit), limit)))
+            else:
+                for k in range(count):
+                    to[k] = np.int32(min(max(part[k] / scale, -limit), limit))
+            place += count
+            number += 1

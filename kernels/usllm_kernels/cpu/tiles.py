@@ -1,0 +1,214 @@
+"""Tiles of 8x8 that are turned while they are moved, and the codings that are applied on the way.
+
+All offsets and strides count elements of contiguous arrays; strides are between rows of a tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from usllm_kernels.cpu.lanes import LANES, Builder, intrinsic, is_float
+
+_MAGNITUDE = 0x7FFFFFFE  # of a float32 without its last bit, which the sign takes (usllm.sketch.operators.absmaxmin)
+
+
+@intrinsic
+def encode_tile(typing: Any, source: Any, at: Any, stride: Any, target: Any, to: Any, step: Any) -> Any:
+    """Turn a tile. int32 sources are float32 bit patterns and become keys that order by magnitude, then sign."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        b = Builder(context, builder)
+        source, at, stride, target, to, step = arguments
+        rows = b.rows(signature.args[0], source, at, stride)
+        if not is_float(signature.args[0]):
+            rows = [
+                builder.sub(builder.and_(row, b.same(_MAGNITUDE, row)), builder.ashr(row, b.same(31, row)))
+                for row in rows
+            ]
+        for number, column in enumerate(b.transpose(rows)):
+            b.store(signature.args[3], target, b.offset(to, step, number), column)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, types.intp, target, types.intp, types.intp), emit
+
+
+@intrinsic
+def encode_element(typing: Any, source: Any, at: Any) -> Any:
+    """What :func:`encode_tile` makes of one element."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        value = builder.load(builder.gep(data, [arguments[1]]))
+        if is_float(signature.args[0]):
+            return value
+        magnitude = builder.and_(value, ir.Constant(value.type, _MAGNITUDE))
+        return builder.sub(magnitude, builder.ashr(value, ir.Constant(value.type, 31)))
+
+    return source.dtype(source, types.intp), emit
+
+
+@intrinsic
+def gather_tile(typing: Any, source: Any, places: Any, target: Any, to: Any, step: Any) -> Any:
+    """Turn eight rows that start at eight offsets (int64 [8]) into a tile, converted to the target's integers."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        b = Builder(context, builder)
+        source, places, target, to, step = arguments
+        starts = context.make_array(signature.args[1])(context, builder, places).data
+        rows = [
+            b.load(signature.args[0], source, builder.load(builder.gep(starts, [ir.Constant(ir.IntType(64), lane)])))
+            for lane in range(LANES)
+        ]
+        for number, column in enumerate(b.transpose(rows)):
+            element = context.get_value_type(signature.args[2].dtype)
+            if not is_float(signature.args[2]) and column.type.element.width < element.width:
+                column = builder.sext(column, ir.VectorType(element, LANES))
+            b.store(signature.args[2], target, b.offset(to, step, number), column)
+        return context.get_dummy_value()
+
+    return types.void(source, places, target, types.intp, types.intp), emit
+
+
+@intrinsic
+def scatter_tile(typing: Any, source: Any, at: Any, target: Any, places: Any) -> Any:
+    """Turn eight successive rows of eight into rows that start at eight offsets (int64 [8])."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        b = Builder(context, builder)
+        source, at, target, places = arguments
+        starts = context.make_array(signature.args[3])(context, builder, places).data
+        rows = b.rows(signature.args[0], source, at, ir.Constant(ir.IntType(64), LANES))
+        for lane, column in enumerate(b.transpose(rows)):
+            place = builder.load(builder.gep(starts, [ir.Constant(ir.IntType(64), lane)]))
+            b.store(signature.args[2], target, place, column)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, target, places), emit
+
+
+@intrinsic
+def encode_codes(typing: Any, array: Any, at: Any) -> Any:
+    """In place, state codes -> keys that order by magnitude, then sign, read as unsigned numbers."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        b = Builder(context, builder)
+        array, at = arguments
+        code = b.load(signature.args[0], array, at)
+        negative = builder.ashr(code, b.same(code.type.element.width - 1, code))  # 0 or -1
+        magnitude = builder.sub(builder.xor(code, negative), negative)
+        key = builder.sub(builder.shl(magnitude, b.same(1, code)), negative)
+        b.store(signature.args[0], array, at, key)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), emit
+
+
+@intrinsic
+def decode_codes(typing: Any, keys: Any) -> Any:
+    """Inverse of :func:`encode_codes`, on lanes."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        b, (key,) = Builder(context, builder), arguments
+        one = b.same(1, key)
+        negative = builder.sub(ir.Constant(key.type, None), builder.and_(key, one))
+        return builder.sub(builder.xor(builder.lshr(key, one), negative), negative)
+
+    return keys(keys), emit
+
+
+def _to_stored(b: Builder, values: Any, kind: Any) -> Any:
+    """float32 lanes as the target holds them: themselves, or the bits of bfloat16, rounded to nearest even."""
+    if is_float(kind):
+        return values
+    bits = b.ir.bitcast(values, ir.VectorType(ir.IntType(32), LANES))
+    odd = b.ir.and_(b.ir.lshr(bits, b.same(16, bits)), b.same(1, bits))
+    rounded = b.ir.lshr(b.ir.add(bits, b.ir.add(odd, b.same(0x7FFF, bits))), b.same(16, bits))
+    return b.ir.trunc(rounded, ir.VectorType(ir.IntType(16), LANES))
+
+
+@intrinsic
+def store_element(typing: Any, target: Any, at: Any, value: Any) -> Any:
+    """Store one float32 as :func:`decode_tile` stores eight."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        b = Builder(context, builder)
+        target, at, value = arguments
+        lanes = ir.Constant(ir.VectorType(ir.FloatType(), LANES), ir.Undefined)
+        zero = ir.Constant(ir.IntType(32), 0)
+        stored = _to_stored(b, builder.insert_element(lanes, value, zero), signature.args[0])
+        data = context.make_array(signature.args[0])(context, builder, target).data
+        builder.store(builder.extract_element(stored, zero), builder.gep(data, [at]))
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, types.float32), emit
+
+
+def _decoded(b: Builder, signature: Any, arguments: Any) -> list[Any]:
+    codes, at, stride, scales, channel = arguments[:5]
+    scale = b.load(signature.args[3], scales, channel)
+    wide = ir.VectorType(ir.IntType(32), LANES)
+    rows = b.transpose(b.rows(signature.args[0], codes, at, stride))
+    whole = [row if row.type.element.width == 32 else b.ir.sext(row, wide) for row in rows]
+    return [b.ir.fmul(b.ir.sitofp(row, scale.type), scale) for row in whole]
+
+
+@intrinsic
+def decode_tile(
+    typing: Any, codes: Any, at: Any, stride: Any, scales: Any, channel: Any, target: Any, to: Any, step: Any
+) -> Any:
+    """Turn a tile of joined codes [8 channels, 8 outputs] into weights: code times the channel's scale.
+
+    ``target`` is float32, or int16 for the bits of bfloat16.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        b = Builder(context, builder)
+        target, to, step = arguments[5:]
+        for number, row in enumerate(_decoded(b, signature, arguments)):
+            b.store(signature.args[5], target, b.offset(to, step, number), _to_stored(b, row, signature.args[5]))
+        return context.get_dummy_value()
+
+    index = types.intp
+    return types.void(codes, index, index, scales, index, target, index, index), emit
+
+
+@intrinsic
+def compare_tile(
+    typing: Any,
+    codes: Any,
+    at: Any,
+    stride: Any,
+    scales: Any,
+    channel: Any,
+    target: Any,
+    to: Any,
+    step: Any,
+    latent: Any,
+    origin: Any,
+    pitch: Any,
+    sums: Any,
+    channels: Any,
+) -> Any:
+    """:func:`decode_tile`, and what the tile adds to the squares of error and of latent weight, float32 [2, in]."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        b = Builder(context, builder)
+        channel, target, to, step, latent, origin, pitch, sums, channels = arguments[4:]
+        below = builder.add(channels, channel)
+        error, energy = b.load(signature.args[11], sums, channel), b.load(signature.args[11], sums, below)
+        for number, row in enumerate(_decoded(b, signature, arguments)):
+            b.store(signature.args[5], target, b.offset(to, step, number), _to_stored(b, row, signature.args[5]))
+            weight = b.load(signature.args[8], latent, b.offset(origin, pitch, number))
+            difference = builder.fsub(row, weight)
+            error = builder.fadd(error, builder.fmul(difference, difference))
+            energy = builder.fadd(energy, builder.fmul(weight, weight))
+        b.store(signature.args[11], sums, channel, error)
+        b.store(signature.args[11], sums, below, energy)
+        return context.get_dummy_value()
+
+    index = types.intp
+    places = (codes, index, index, scales, index, target, index, index)
+    return types.void(*places, latent, index, index, sums, index), emit

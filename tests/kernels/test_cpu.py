@@ -1,0 +1,99 @@
+"""The compiled loops against the torch reference, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from strategies import layers
+from torch import Tensor
+
+from usllm import sketch
+from usllm.sketch import Plan, SketchConfig, build_plan
+from usllm_kernels import project, project_query, query
+
+pytest.importorskip("numba")
+
+
+def assert_equal(weight: Tensor, plan: Plan, moment: Tensor | None = None) -> None:
+    keeps = plan.operator.keeps_member
+    winners = [torch.full((plan.num_states,), -1, dtype=torch.int16) if keeps else None for _ in range(2)]
+    expected = sketch.project(weight, plan, moment, winners=winners[0])
+    states = project(weight, plan, moment, winners=winners[1], backend="numba")
+    assert set(states) == set(expected)
+    assert all(torch.equal(states[name], expected[name]) for name in expected)
+    assert not keeps or torch.equal(*winners)
+    decoded = sketch.query(expected, plan)
+    assert torch.equal(query(states, plan, backend="numba"), decoded)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        sums = torch.empty(2, plan.shape[1])
+        again, fused = project_query(weight, plan, moment, dtype=dtype, sums=sums, backend="numba")
+        assert all(torch.equal(again[name], expected[name]) for name in expected)
+        assert torch.equal(fused, decoded.to(dtype))
+        latent = weight.float()
+        torch.testing.assert_close(sums[0], (decoded - latent).square().sum(0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(sums[1], latent.square().sum(0), rtol=1e-4, atol=1e-6)
+
+
+@given(layers())
+@settings(max_examples=150, deadline=None)
+def test_any_layer(layer: tuple[Tensor, Plan, Tensor]) -> None:
+    assert_equal(*layer)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"rows": 1},
+        {"rows": 2},
+        {"query": "signed_max"},
+        {"operator": "countmin"},
+        {"operator": "mean"},
+        {"operator": "mean", "state_bits": 16, "rows": 4},
+        {"allocation": "waterfill", "output_scale": True},
+        {"hash": "uniform"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(1300, 70), (577, 33), (8, 300), (3, 2000), (700, 1)], ids=str)
+def test_shapes_of_two_group_sizes_and_of_groups_shorter_than_a_tile(
+    shape: tuple[int, int], fields: dict[str, object]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    importance = torch.rand(shape[1], generator=generator) ** 6 + 1e-6
+    rate = 16.0 if min(shape) < 10 else 2.0
+    plan = build_plan(shape, importance, SketchConfig(bits_per_weight=rate, **fields), "layer")  # type: ignore[arg-type]
+    assert_equal(torch.randn(shape, generator=generator), plan, importance)
+
+
+@pytest.mark.parametrize("view", ["transposed", "strided", "columns", "bf16"])
+def test_weights_that_are_not_contiguous_float32(view: str) -> None:
+    source = torch.randn(300, 300)
+    weight = {
+        "transposed": source.t()[:90, :70],
+        "strided": source[::3, :70],
+        "columns": source[:90, ::2],
+        "bf16": source[:90, :70].bfloat16(),
+    }[view]
+    plan = build_plan(tuple(weight.shape), None, SketchConfig(bits_per_weight=2.0), "layer")
+    assert_equal(weight, plan)
+
+
+def test_equal_magnitudes_and_zeros() -> None:
+    weight = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0, -2.0]).repeat(100, 20)
+    for operator in ("absmaxmin", "countmin", "mean"):
+        plan = build_plan((100, 120), None, SketchConfig(bits_per_weight=2.0, operator=operator), "layer")
+        assert_equal(weight, plan)
+        assert_equal(torch.zeros_like(weight), plan)
+
+
+def test_channels_without_states_decode_to_zero() -> None:
+    importance = torch.zeros(40)
+    importance[3] = 1.0
+    plan = build_plan((64, 40), importance, SketchConfig(bits_per_weight=1.0), "layer")
+    weight = torch.randn(64, 40)
+    decoded = project_query(weight, plan, backend="numba")[1]
+    assert bool((decoded[:, 3] != 0).any())
+    assert not decoded[:, torch.arange(40) != 3].any()
+    assert not decoded.signbit()[:, torch.arange(40) != 3].any()
