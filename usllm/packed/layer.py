@@ -98,7 +98,7 @@ def pack_layer(plan: Plan, states: States) -> Tensor:
 
 def checksum(packed: Tensor) -> int:
     """CRC-32 of a packed layer without the four bytes that hold it; ``packed`` is uint8 [bytes] on the CPU."""
-    content = memoryview(packed.contiguous().numpy())
+    content = packed.contiguous().numpy().data
     return zlib.crc32(content[HEADER_BYTES:], zlib.crc32(content[:4]))
 
 

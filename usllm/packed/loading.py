@@ -15,6 +15,7 @@ from usllm.packed.linear import keep_decoded_
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_COMPUTED_BYTES = 1 << 26  # of tensors that a model computes for itself, such as frequencies and masks
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -97,6 +98,11 @@ def check_against_model(folder: PackedFolder) -> None:
     except Exception as error:  # whatever an impossible configuration runs into
         raise PackedFormatError(f"{CONFIG_FILE}: describes no model ({_first_line(error)})") from error
     expected = skeleton.state_dict(keep_vars=True)
+    computed = sum(buffer.nbytes for name, buffer in skeleton.named_buffers() if name not in expected)
+    if computed > _COMPUTED_BYTES:
+        raise PackedFormatError(
+            f"{CONFIG_FILE}: describes a model with {computed} bytes of tensors that are not stored"
+        )
     tied = {name for name, tensor in expected.items() if _first_name(expected, tensor) != name}
     for name, tensor in expected.items():
         stored = folder.tensors.get(name)

@@ -6,10 +6,11 @@ whose hooks differ: arguments that only some versions pass are swallowed by ``**
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -56,6 +57,27 @@ class SketchQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         swap_packed_(model, self.quantization_config.packed)
+        if files := kwargs.get("checkpoint_files"):  # from transformers 5 on
+            stored: set[str] = set()
+            for file in files:
+                with safe_open(file, framework="pt") as content:
+                    stored |= set(content.keys())
+            self._refuse_missing(model, self._packed_tensors(model) - _without_prefix(model, stored))
+
+    def update_missing_keys(self, model: PreTrainedModel, missing_keys: list[str], prefix: str) -> list[str]:
+        """transformers 4 asks here; later versions do not, but tell the files before."""
+        self._refuse_missing(model, self._packed_tensors(model) & _without_prefix(model, missing_keys))
+        return missing_keys
+
+    def _packed_tensors(self, model: PreTrainedModel) -> set[str]:
+        config = self.quantization_config.packed
+        names = [*(f"{name}.packed" for name in config.layers), *(f"{name}.weight" for name in config.blocks)]
+        return _without_prefix(model, names)
+
+    def _refuse_missing(self, model: PreTrainedModel, missing: set[str]) -> None:
+        """A packed tensor that is not in the files would be left as memory happens to be: zeros, or noise."""
+        if missing:
+            raise PackedFormatError(f"{min(missing)}: is missing from the weight files, {len(missing)} in all")
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_packed(model)
@@ -89,7 +111,11 @@ def swap_packed_(model: PreTrainedModel, config: PackedConfig) -> None:
         model.set_submodule(path, layer)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and bool(model.config.get_text_config().tie_word_embeddings)
+    prefix = f"{model.base_model_prefix}."
+    alone = not hasattr(model, model.base_model_prefix)  # the base model has no head
     for name, block in config.blocks.items():
+        if alone and not name.startswith(prefix) and head is None:
+            continue
         path, module = _find(model, name, block.shape, (nn.Linear, nn.Embedding))
         packed = _block_module(module, block, dtype)
         model.set_submodule(path, packed)
@@ -110,12 +136,20 @@ def check_packed(model: nn.Module) -> None:
             _ = layer.plan
     for name, module in model.named_modules():
         if isinstance(module, (BlockLinear, BlockEmbedding)) and module.weight.device.type != "meta":
-            check_blocks(module.weight, module.bits, name)
+            try:
+                check_blocks(module.weight, module.bits, name)
+            except ValueError as error:
+                raise PackedFormatError(str(error)) from error
 
 
 def make_quantizer(config: PackedConfig) -> SketchQuantizer:
     """The quantizer of a model that was packed in this process, so that ``save_pretrained`` knows what it is."""
     return SketchQuantizer(SketchQuantizationConfig(**_without_method(config.to_dict())), pre_quantized=True)
+
+
+def _without_prefix(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """Names as the base model has them: files may be read by it or by a model around it."""
+    return {name.removeprefix(f"{model.base_model_prefix}.") for name in names}
 
 
 def _without_method(content: Mapping[str, Any]) -> dict[str, Any]:
