@@ -86,7 +86,8 @@ def allocation_figure(plans: Mapping[str, Plan]) -> Figure:
     widest = max(plan.shape[1] for plan in plans.values())
     per_column = -(-widest // grid.shape[1])
     axes.set_xlabel("input channel" if per_column == 1 else f"input channel / {per_column}")
-    figure.colorbar(image, label="bits per weight of the channel", extend="min")
+    bar = figure.colorbar(image, label="bits per weight of the channel", extend="min", format="{x:g}")
+    bar.ax.yaxis.set_minor_formatter("{x:g}")
     return figure
 
 

@@ -39,11 +39,12 @@ def _run(cfg: DictConfig, in_sweep: bool) -> Metric:
     quiet_environment()
     from usllm.config import check_train, plain_config
 
-    asked = any(override.lstrip("+").startswith("resume=") for override in HydraConfig.get().overrides.task)
+    given = list(HydraConfig.get().overrides.task)
+    asked = any(override.lstrip("+").startswith("resume=") for override in given)
     if in_sweep and not asked:
         cfg.resume = True  # a sweep started again skips the jobs that are finished and goes on with the others
     config = check_train(cfg)
-    command = " ".join([PROGRAM, *sys.argv[1:]])
+    command = " ".join([PROGRAM, *(given if in_sweep else sys.argv[1:])])
     if in_sweep:
         from usllm.runs.sweeps import refuse_launching
 

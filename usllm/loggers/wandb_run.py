@@ -52,6 +52,7 @@ class WandbRunLogger(WandbLogger):
             raise UserError(f"logger.wandb.log_model={log_model}: choose false, true or all")
         # Not Lightning's `offline`, which sets WANDB_MODE for all later runs of this process.
         super().__init__(save_dir=save_dir, log_model=log_model, mode=mode, **arguments)  # type: ignore[arg-type]
+        self._wandb_init.pop("anonymous", None)  # Lightning passes it even when unset, and W&B warns of it
         self.run_dir = Path(save_dir)
         self.disabled = (mode or os.environ.get("WANDB_MODE")) == "disabled"
 
