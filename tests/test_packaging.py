@@ -88,4 +88,5 @@ def test_wheel_contains_every_configuration_and_kernel(tmp_path: Path) -> None:
     }
     kernels = ROOT / "kernels"
     ours |= {path.relative_to(kernels).as_posix() for path in kernels.rglob("*.py")}
+    ours |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "usllm").rglob("*.md")}
     assert ours - packed == set()
