@@ -57,7 +57,7 @@ $(VENV)/.tools: $(VENV)/.installed
 $(OLDEST)/.tools: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install torch==2.13.0
-	grep -Ev '^(transformers|huggingface.hub|tokenizers|hf-xet)==' constraints.txt > $(OLDEST)/constraints.txt
+	grep -Ev '^(transformers|huggingface.hub|tokenizers|hf-xet|datasets|dill|multiprocess|fsspec|evaluate)==' constraints.txt > $(OLDEST)/constraints.txt
 	echo 'transformers==4.57.1' >> $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -c $(OLDEST)/constraints.txt -e '.[test]'
 	@touch $@

@@ -37,8 +37,10 @@ def test_weights_are_exact_and_plain_fp32(tmp_path: Path) -> None:
 
 def test_tokenizer_and_configuration_come_along(spec: ModelSpec) -> None:
     tokenizer = load_tokenizer(spec)
-    assert tokenizer.decode(tokenizer("ab c").input_ids) == "ab c"
-    assert len(tokenizer("ab").input_ids) == 1
+    # transformers 4.57 puts a beginning-of-text token before the text; every report says which rule held.
+    ids = tokenizer("ab c", add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) == "ab c"
+    assert len(tokenizer("ab", add_special_tokens=False).input_ids) == 1
     assert tokenizer.name_or_path == spec.file
     assert load_config(spec).max_position_embeddings == 128
 

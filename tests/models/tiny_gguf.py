@@ -14,7 +14,7 @@ def write_tiny_gguf(path: Path, architecture: str = "llama") -> dict[str, np.nda
     """Write the file; returns its tensors, fp32 ``[out, in]``."""
     from tokenizers import pre_tokenizers
 
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<|endoftext|>"]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "ba", "<|endoftext|>"]
     writer = GGUFWriter(str(path), architecture)
     writer.add_context_length(128)
     writer.add_embedding_length(WIDTH)
@@ -29,7 +29,7 @@ def write_tiny_gguf(path: Path, architecture: str = "llama") -> dict[str, np.nda
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * (len(tokens) - 1) + [3])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "b a"])  # transformers 4.57 misreads a list of one
     writer.add_bos_token_id(len(tokens) - 1)
     writer.add_eos_token_id(len(tokens) - 1)
     random = np.random.default_rng(0)

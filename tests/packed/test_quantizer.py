@@ -144,7 +144,7 @@ def test_damaged_layer_raises_from_pretrained_and_is_named(damage: str, tmp_path
     else:
         del tensors[name]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(PackedFormatError, match=r"^model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(PackedFormatError, match=r"^(model\.)?layers\.1\.mlp\.up_proj"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
