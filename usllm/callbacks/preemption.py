@@ -138,6 +138,8 @@ class Preemption(Callback):
             self._leave(None)
 
     def _decide(self, trainer: Trainer) -> None:
+        if trainer.global_step == trainer.max_steps or trainer.should_stop:
+            return  # training ends here in any case, and its end is saved
         if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             self._leaving = True
             for callback in trainer.checkpoint_callbacks:
