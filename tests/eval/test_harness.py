@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_packed import pack, sketched_model
 
 from usllm.cli import eval as evaluation
 from usllm.cli import train
@@ -17,6 +18,7 @@ from usllm.errors import UserError
 from usllm.eval import harness
 from usllm.eval.harness import find_tasks, harness_tables, run_harness
 from usllm.models.random_model import byte_tokenizer, random_model
+from usllm.packed.export import RestStorage
 
 QUESTIONS = [
     {"question": f"the {animal} sat on the", "choices": [" mat", " river", " of"], "answer": index % 3}
@@ -40,17 +42,34 @@ metric_list:
 metadata:
   version: 1.0
 """
+READING = """\
+task: read_the_text
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: "{data}"
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list:
+  - metric: byte_perplexity
+  - metric: bits_per_byte
+metadata:
+  version: 1.0
+"""
 
 
 @pytest.fixture
 def task_folder(tmp_path: Path) -> Path:
-    """A folder with the task ``choose_a_word`` and its five questions."""
+    """A folder with the tasks ``choose_a_word`` and ``read_the_text``, both on five questions."""
     pytest.importorskip("lm_eval")
     folder = tmp_path / "tasks"
     folder.mkdir()
     data = folder / "questions.json"
     data.write_text("\n".join(json.dumps(question) for question in QUESTIONS))
     (folder / "choose_a_word.yaml").write_text(TASK.format(data=data))
+    (folder / "read_the_text.yaml").write_text(READING.format(data=data))
     return folder
 
 
@@ -189,6 +208,21 @@ def test_command_runs_tasks_on_a_sketched_checkpoint(
     assert result["harness"]["n-samples"]["choose_a_word"]["effective"] == 4
     assert set(result["harness"]["seeds"].values()) == {3}
     assert "choose_a_word" in capsys.readouterr().out
+
+
+def test_command_finds_a_packed_folder_as_good_as_the_sketched_model(
+    task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tasks = sketched_model(), ["choose_a_word", "read_the_text"]
+    expected = run_harness(model, byte_tokenizer(), tasks, include_path=task_folder)
+    folder = pack(model, tmp_path / "packed", RestStorage("float32"))
+    argv = [f"model={folder}", f"run_dir={tmp_path}/result", "evaluation.precision=fp32"]
+    argv += [f"harness.tasks=[{','.join(tasks)}]", f"harness.include_path={task_folder}"]
+    monkeypatch.setattr(sys, "argv", ["usllm-eval", *argv])
+    evaluation.main()
+    result = json.loads((tmp_path / "result" / "evaluation.json").read_text())
+    assert result["harness"]["results"] == expected["results"]
+    assert result["harness"]["results"]["read_the_text"]["byte_perplexity,none"] > 1
 
 
 @pytest.mark.parametrize(
