@@ -95,6 +95,18 @@ def test_model_takes_a_folder(
     assert "Perplexity" in capsys.readouterr().out
 
 
+def test_data_names_files_as_test_sets(
+    run_dir: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "tiny.jsonl"
+    rows.write_text(json.dumps({"text": tiny_text.read_text()}) + "\n")
+    arguments = [f"data=[{tiny_text},{rows}]", "evaluation.windows=[32]", "evaluation.validation_split=false"]
+    result = evaluate(monkeypatch, tmp_path / "result", f"ckpt={run_dir}", *arguments)
+    as_text, as_rows = result["perplexity"]
+    assert (as_text["test_set"], as_rows["test_set"]) == ("tiny", "tiny_2")
+    assert as_text["perplexity"] == as_rows["perplexity"]
+
+
 @pytest.mark.parametrize(
     ("argument", "named"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -107,6 +108,26 @@ def expand_model(arguments: list[str]) -> list[str]:
             expanded += ["model=hub", f"model.name={_quoted(value)}"]
         else:
             expanded.append(argument)
+    return expanded
+
+
+def expand_test_sets(arguments: list[str]) -> list[str]:
+    """Let ``data=[a.txt,b.jsonl.gz]`` name files to measure on; each becomes a test set called after its file."""
+    expanded: list[str] = []
+    names: list[str] = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key != "data" or not value:
+            expanded.append(argument)
+            continue
+        for path in value.removeprefix("[").removesuffix("]").split(","):
+            plain = path.strip().removesuffix(".gz").removesuffix(".xz")
+            kind = {".jsonl": "jsonl", ".parquet": "parquet"}.get(Path(plain).suffix, "text")
+            name = re.sub(r"\W", "_", Path(plain).stem)
+            names.append(name)
+            number = names.count(name)
+            prefix = f"+evaluation.test_sets.{name if number == 1 else f'{name}_{number}'}"
+            expanded += [f"{prefix}.kind={kind}", f"{prefix}.path={_quoted(path.strip())}"]
     return expanded
 
 

@@ -98,7 +98,7 @@ def check_export(cfg: DictConfig | dict[str, Any]) -> ExportConfig:
         rules.check_evaluation(config.evaluation, problems)
         if not config.evaluation.test_sets and not config.evaluation.validation_split:
             problems.append("evaluation.test_sets: none given, so measure=true has nothing to measure")
-    if Path(config.out).expanduser().exists() and not config.overwrite:
+    if config.out and Path(config.out).expanduser().exists() and not config.overwrite:
         problems.append(f"out={config.out}: exists already; pass overwrite=true to replace it, or another folder")
     if problems:
         raise user_error(problems)

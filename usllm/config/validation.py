@@ -84,7 +84,7 @@ def check_eval(cfg: DictConfig | dict[str, Any]) -> EvalConfig:
     rules.check_harness(config.harness, problems)
     if config.ckpt is None and not config.evaluation.test_sets and not config.harness.tasks:
         problems.append(
-            "evaluation.test_sets: none given; pass +evaluation.test_sets.<name>.kind=text and "
+            "evaluation.test_sets: none given; pass data=[<file>,…], or +evaluation.test_sets.<name>.kind=text and "
             "+evaluation.test_sets.<name>.path=<file>, or harness.tasks=[…]"
         )
     if problems:
