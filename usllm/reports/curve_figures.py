@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 from usllm.reports.curves import Curve
 from usllm.reports.labels import labels
 from usllm.reports.runs import Run
-from usllm.reports.style import DENSE_COLOUR, OTHER_DASHES, ROW_DASHES, allocation_colour, new_figure, spread, styled
+from usllm.reports.style import (
+    DENSE_COLOUR,
+    OTHER_DASHES,
+    ROW_DASHES,
+    allocation_colour,
+    new_figure,
+    shortened,
+    spread,
+    styled,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +78,7 @@ def _draw(axes: Axes, curves: Mapping[Run, Curve], names: Mapping[str, str], by_
         )
         line.set_gid(f"curve-{axes.get_subplotspec().colspan.start}-{number}")  # type: ignore[union-attr]
         line.set_label(f"{names[run.name]}, {run.name} ({run.status})")
-        ends.append((curve.steps[-1] * unit, curve.values[-1], names[run.name], colour))
+        ends.append((curve.steps[-1] * unit, curve.values[-1], shortened(names[run.name]), colour))
     values = [value for curve in curves.values() for value in curve.values]
     low, high = min(values), max(values)
     room = (high - low) * 0.06 or 0.1

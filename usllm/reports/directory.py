@@ -32,7 +32,8 @@ def read_folder(folder: str | Path) -> list[Run]:
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise UserError(f"runs={folder}: no such folder; give one that usllm-train wrote to, such as runs=runs/demo")
-    runs = [read_run(path, str(path.relative_to(root.parent))) for path in run_folders(root.resolve())]
+    root = root.resolve()
+    runs = [read_run(path, path.relative_to(root.parent).as_posix()) for path in run_folders(root)]
     if not runs:
         raise UserError(
             f"runs={folder}: holds no run of usllm-train (no {REPORT_FILE}, {BASELINE_FILE} or {CHECKPOINT_FOLDER}/ in "

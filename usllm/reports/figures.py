@@ -19,6 +19,7 @@ from usllm.reports.style import (
     SOFT,
     allocation_colour,
     new_figure,
+    shortened,
     spread,
     styled,
 )
@@ -96,7 +97,7 @@ def perplexity_by_bytes(
         marked.append((float(dense_bytes), dense, "dense model, bf16", DENSE_COLOUR))
         axes.plot([dense_bytes], [dense], marker="*", ms=13, color=DENSE_COLOUR, mec=PAPER, zorder=4)
     if reference is not None and reference.bytes and (value := reference.perplexity.get(text)):
-        marked.append((float(reference.bytes), value, reference.name, SOFT))
+        marked.append((float(reference.bytes), value, shortened(reference.name), SOFT))
         axes.plot([reference.bytes], [value], marker="X", ms=9, color=SOFT, mec=PAPER, zorder=4)
     _draw_front(axes, points)
     byte_axis(axes, [size for size, _ in points] + [size for size, *_ in marked])
@@ -161,7 +162,9 @@ def _draw_levels(
         best = min(alike)
         levels.append((best, f"dense, finetuned {plain_number(_three_digits(best))}", DENSE_COLOUR, (0, (4, 2))))
     if reference is not None and (value := reference.perplexity.get(text)) is not None:
-        levels.append((value, f"{reference.name} {plain_number(_three_digits(value))}", SOFT, (0, (1.2, 1.6))))
+        levels.append(
+            (value, f"{shortened(reference.name, 24)} {plain_number(_three_digits(value))}", SOFT, (0, (1.2, 1.6)))
+        )
     for value, _, colour, style in levels:
         axes.axhline(value, color=colour, linewidth=1.3, linestyle=style, zorder=1)
     return [(value, name, colour) for value, name, colour, _ in levels]
@@ -212,7 +215,7 @@ def _legend(axes: Axes, drawn: Sequence[Run]) -> None:
         blank = ["-"] * len(handles)
         legend = axes.figure.legend([handle for handle, _ in handles], blank, loc="outside lower center", ncols=6)
         for shown, (_, name) in zip(legend.get_texts(), handles, strict=True):
-            shown.set_text(name)  # as it is: a label that begins with an underscore would be dropped
+            shown.set_text(shortened(name, 24))  # as it is: a label that begins with an underscore would be dropped
 
 
 def _three_digits(value: float) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from usllm.reports.labels import labels
 from usllm.reports.runs import Layer, Run
-from usllm.reports.style import new_figure, styled
+from usllm.reports.style import new_figure, shortened, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,7 +106,7 @@ def _figure(
     figure, axes = new_figure(9.6, rows * height + 0.75, rows, columns)
     for panel, name, (projections, blocks, values) in zip(axes, names, grids, strict=False):
         image = _strip(panel, projections, blocks, values, quantity, limits)
-        panel.set_title(name, fontsize=9, fontweight="normal", pad=3)
+        panel.set_title(shortened(name, 60), fontsize=9, fontweight="normal", pad=3)
     for panel in axes[len(runs) :]:
         panel.remove()
     for panel in axes[max(0, len(runs) - columns) : len(runs)]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def read_runs(places: Sequence[str]) -> list[Run]:
 
             runs = read_project(place.removeprefix(WANDB))
         else:
-            runs = read_folder(place)
+            runs = [replace(run, name=run.place.strip("/")) for run in read_folder(place)]
         for run in runs:
             found.setdefault(run.place, run)
     return with_short_names(list(found.values()))

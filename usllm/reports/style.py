@@ -5,12 +5,14 @@ Figures are drawn with the colours for white paper. :func:`themed` replaces them
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
@@ -100,11 +102,30 @@ def allocation_colour(name: str | None) -> str:
     return OTHER_COLOURS[hashlib.sha256(str(name).encode()).digest()[0] % len(OTHER_COLOURS)]
 
 
+def shortened(name: str, length: int = 44) -> str:
+    """A name that leaves room for the figure; its middle goes first, for names of runs differ at their ends."""
+    if len(name) <= length:
+        return name
+    half = (length - 1) // 2
+    return f"{name[: length - 1 - half]}…{name[-half:]}"
+
+
+@contextlib.contextmanager
+def _saving(**settings: str) -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context({**_SETTINGS, **settings}), warnings.catch_warnings():
+        # A browser has the glyphs that matplotlib's font lacks; in a PNG boxes stand for them.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
 def settle(figure: Figure) -> None:
     """Lay the figure out once and for all; otherwise every file that it is saved to does it anew."""
     engine = figure.get_layout_engine()
     if engine is not None:
-        engine.execute(figure)
+        with _saving():
+            engine.execute(figure)
         figure.set_layout_engine("none")
 
 
@@ -128,10 +149,8 @@ def spread(places: Sequence[float], distance: float, bottom: float, top: float) 
 
 def png(figure: Figure, dpi: int = 150) -> bytes:
     """The figure on white paper."""
-    import matplotlib
-
     buffer = io.BytesIO()
-    with matplotlib.rc_context(_SETTINGS):
+    with _saving():
         figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
 
@@ -143,10 +162,8 @@ def svg(figure: Figure, name: str) -> str:
         figure: The figure.
         name: Goes before every id, so that several figures fit into one document.
     """
-    import matplotlib
-
     buffer = io.StringIO()
-    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+    with _saving(**{"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r'\bid="', f'id="{name}-', text)

@@ -1,0 +1,66 @@
+"""The table of a paper, and the columns of the page."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from synthetic import NASTY
+
+from usllm.reports.figures import Reference
+from usllm.reports.labels import labels, text_names, texts_of
+from usllm.reports.runs import Run
+from usllm.reports.table import columns, markdown, perplexity
+
+
+def rows(table: str) -> list[list[str]]:
+    return [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines() if line.startswith("|")]
+
+
+def test_table_has_a_row_for_the_dense_model_the_reference_and_each_finished_run(runs: list[Run]) -> None:
+    text = texts_of(runs)[0]
+    table = markdown(runs, {"SmolLM2-135M": Reference("Q4_1", {text: 33.0}, 98_000_000)})
+    found = [[cell.strip() for cell in row] for row in rows(table)]
+    assert found[0][:4] == ["variant", "bpw", "model bpw", "size"]
+    assert found[0][4:] == ["wikitext2 before", "wikitext2 after", "imdb before", "imdb after"]
+    assert found[2] == ["dense model", "-", "16", "269.0 MB", "-", "30.20", "-", "42.80"]
+    assert found[3] == ["Q4\\_1", "-", "-", "98.0 MB", "-", "33.00", "-", "-"]
+    assert [row[0] for row in found[4:]] == [
+        "dense, finetuned",
+        "0.5 bpw, 1 row, proportional",
+        "0.5 bpw, 3 rows, proportional",
+        "0.5 bpw, 1 row, waterfill",
+        "0.5 bpw, 3 rows, waterfill",
+        "1 bpw, 1 row, proportional",
+        "1 bpw, 1 row, waterfill",
+    ]
+    assert "2 of 9 runs have not finished" in table
+
+
+def test_all_rows_have_the_same_cells_whatever_names_are(runs: list[Run]) -> None:
+    table = markdown([replace(run, model=NASTY, allocation=f"a|b {NASTY}") for run in runs])
+    assert len({len(row) for row in rows(table)}) == 1
+    assert "<script" not in table.replace("\\<", "")
+
+
+def test_mixed_models_have_a_table_each(runs: list[Run]) -> None:
+    table = markdown([*runs, *(replace(run, model="Llama") for run in runs)])
+    assert table.count("| variant |") == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(27.114, "27.11"), (934.34, "934.34"), (4061.03, "4,061"), (8.4e6, "8.40e+06"), (float("inf"), "inf")],
+)
+def test_perplexities_are_readable(value: float, text: str) -> None:
+    assert perplexity(value) == text
+
+
+def test_a_dash_stands_for_what_is_missing(runs: list[Run]) -> None:
+    texts = text_names(texts_of(runs), short=True)
+    shown = {column.title: column for column in columns(labels(runs), texts)}
+    interrupted = next(run for run in runs if run.status == "interrupted")
+    assert shown["wikitext2 after"].shown(interrupted) == "-"
+    assert shown["bpw asked"].shown(interrupted) == "1"
+    assert shown["time"].shown(interrupted) == "-"
