@@ -88,5 +88,6 @@ def test_wheel_contains_every_configuration_and_kernel(tmp_path: Path) -> None:
     }
     kernels = ROOT / "kernels"
     ours |= {path.relative_to(kernels).as_posix() for path in kernels.rglob("*.py")}
-    ours |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "usllm").rglob("*.md")}
+    for pattern in ("*.md", "*.j2", "*.css", "*.js"):
+        ours |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "usllm").rglob(pattern)}
     assert ours - packed == set()
