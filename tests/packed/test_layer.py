@@ -213,7 +213,7 @@ def test_scales_that_are_infinite_or_overflow_together() -> None:
     packed[where.scales], packed[1] = 0, 190  # 2^63, and 2^63 for the rows
     packed[where.output_scale : where.states], packed[2] = 0, 188
     read(sealed(packed))
-    packed[2] = 190
+    packed[2] = 191  # times the code 3 it is above 2^128
     refused(sealed(packed), "weights that are not finite")
 
 
