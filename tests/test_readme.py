@@ -8,11 +8,22 @@ from pathlib import Path
 
 import pytest
 from composing import composed
+from tiny_packed import pack, sketched_model
 
-from usllm.cli.command import expand_model
+from usllm.cli.command import expand_model, expand_test_sets, folder_of_model, quote_values
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+# What each command's main() makes of its arguments before Hydra sees them.
+REWRITES = {
+    "train": expand_model,
+    "export": expand_model,
+    "eval": lambda arguments: expand_test_sets(expand_model(arguments)),
+    "generate": lambda arguments: quote_values(folder_of_model(arguments), ("prompt", "folder")),
+    "inspect": lambda arguments: quote_values(folder_of_model(arguments), ("folder",)),
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -21,16 +32,19 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[str]:
     lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    lines += re.findall(r"`(usllm-(?:train|eval) [^`]*)`", README)
+    lines += re.findall(r"`(usllm-(?:train|eval|export) [^`]*)`", README)
     return sorted({line for line in lines if line.startswith("usllm-") and "…" not in line and "<" not in line})
 
 
 @pytest.mark.parametrize("command", commands())
-def test_commands_compose(command: str) -> None:
+def test_commands_compose(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "packed").mkdir()
+    monkeypatch.chdir(tmp_path)
     program, *arguments = shlex.split(command)
     if arguments == ["--help"]:
         return
-    composed(*expand_model(arguments), command=program.removeprefix("usllm-"))
+    name = program.removeprefix("usllm-")
+    composed(*REWRITES.get(name, list)(arguments), command=name)
 
 
 def test_make_targets_exist() -> None:
@@ -41,7 +55,9 @@ def test_make_targets_exist() -> None:
 
 
 @pytest.mark.parametrize("source", blocks("python"))
-def test_python_runs(source: str) -> None:
+def test_python_runs(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack(sketched_model(), tmp_path / "packed")
+    monkeypatch.chdir(tmp_path)
     exec(compile(source, "README.md", "exec"), {})
 
 
