@@ -66,18 +66,12 @@ def refuse_launching(trainer: Mapping[str, Any]) -> None:
 
 def starts_ranks(trainer: Mapping[str, Any]) -> bool:
     """Whether Lightning itself would start the processes of several ranks, by running this command again."""
-    from lightning.fabric.plugins.environments import (
-        KubeflowEnvironment,
-        LSFEnvironment,
-        MPIEnvironment,
-        SLURMEnvironment,
-        TorchElasticEnvironment,
-    )
+    from lightning.fabric.plugins.environments import LSFEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
     from usllm.runs.trainer import devices_in
 
     strategy = str(trainer.get("strategy", "auto"))
     if devices_in(dict(trainer)) == 1 or any(word in strategy for word in ("spawn", "fork", "notebook")):
         return False
-    outer = (KubeflowEnvironment, LSFEnvironment, MPIEnvironment, SLURMEnvironment, TorchElasticEnvironment)
+    outer = (LSFEnvironment, SLURMEnvironment, TorchElasticEnvironment)  # those that Lightning recognises by itself
     return "LOCAL_RANK" not in os.environ and not any(environment.detect() for environment in outer)
