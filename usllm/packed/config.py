@@ -114,9 +114,7 @@ def _sketch(given: Any) -> SketchConfig:
         raise PackedFormatError(f"quantization_config.sketch: keys are missing or unknown: {_short(odd)}")
     for name, f in fields.items():
         default = f.default
-        fits = (
-            isinstance(given[name], (int, float)) if isinstance(default, float) else type(given[name]) is type(default)
-        )
+        fits = _is_number(given[name]) if isinstance(default, float) else type(given[name]) is type(default)
         if not fits or isinstance(given[name], bool) is not isinstance(default, bool):
             raise PackedFormatError(f"quantization_config.sketch.{name}={_short(given[name])}: has the wrong type")
     try:
@@ -145,6 +143,10 @@ def is_name(name: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 53)
 
 
 def _short(value: Any) -> str:
