@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from usllm.packed.config import PackedLayerEntry
 from usllm.packed.layer import read_plan, read_states
-from usllm.sketch import Plan, SketchConfig, query
+from usllm.sketch import Plan, SketchConfig
+from usllm_kernels import query
 
 
 class PackedLinear(nn.Module):
@@ -62,7 +63,7 @@ class PackedLinear(nn.Module):
         if self._decoded is not None and self._decoded.dtype == dtype:
             return self._decoded
         with torch.no_grad():
-            decoded = query(read_states(self.packed, self.plan), self.plan).to(dtype)
+            decoded = query(read_states(self.packed, self.plan), self.plan, dtype)
         if self.keeps_decoded:
             self._decoded = decoded
         return decoded
