@@ -14,8 +14,8 @@ from usllm.sketch.hash import HASH_VERSION
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "usllm"
-MAX_NAME = 256
-"""Characters of a tensor's or module's name."""
+MAX_NAME = 255
+"""Characters of a tensor's, module's or weight file's name."""
 _MAX_BITS_PER_WEIGHT = 64  # sketch and tables of the smallest layers stay far below
 # A layer of a few bytes could ask for any amount of decoded memory; no sketch keeps less than this.
 _MAX_WEIGHTS_PER_BYTE = 1024

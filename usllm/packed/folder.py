@@ -169,11 +169,13 @@ def _files(path: Path, limit: int) -> dict[str, set[str] | None]:
         raise PackedFormatError(f"{INDEX_FILE}: has no weight_map")
     files: dict[str, set[str] | None] = {}
     for name, file in weight_map.items():
-        plain = isinstance(file, str) and file.endswith(".safetensors") and file == Path(file).name
+        plain = is_name(file) and file.endswith(".safetensors")
         if not plain or not is_name(name):
             raise PackedFormatError(
                 f"{INDEX_FILE}: {name[:80]!a} is said to be in {str(file)[:80]!a}, which is no weight file here"
             )
+        if file not in files and not (path / file).is_file():
+            raise PackedFormatError(f"{file}: is missing from {path}")
         names = files.setdefault(file, set())
         assert names is not None
         names.add(name)
