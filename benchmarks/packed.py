@@ -145,8 +145,9 @@ def main() -> None:
     for name, run in measured.items():
         speed = run["tokens_per_second"]
         ratio = speed / reference["tokens_per_second"]
+        above = (run["peak"] - baseline) / 1e6
         print(
-            f"{name:52} peak {run['peak'] / 1e6:7.0f} MB, {(run['peak'] - baseline) / 1e6:7.0f} MB above the tiny model's"
+            f"{name:52} peak {run['peak'] / 1e6:7.0f} MB, {above:7.0f} MB above the tiny model's"
             f", {speed:6.2f} tokens/s, {ratio:.3f} of dense bf16"
         )
 
