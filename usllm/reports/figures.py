@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_FRONT = "Pareto front"
+
+
 @dataclass(frozen=True)
 class Reference:
     """Another way to make the model small, to compare with.
@@ -133,11 +136,12 @@ def _draw_runs(
             [across],
             [up],
             marker=ROW_MARKERS.get(run.rows or 1, OTHER_MARKER),
-            markersize=8.5,
+            # Points may coincide: more rows are larger and lie below.
+            markersize=7.5 + 1.5 * (min(run.rows or 1, 4) - 1),
             linestyle="none",
             color=allocation_colour(run.allocation),
             markeredgecolor=PAPER,
-            zorder=3,
+            zorder=3 - 0.1 * min(run.rows or 1, 4),
         )
         artist.set_gid(f"point-{number}")
         artist.set_label(f"{names[run.name]}: {plain_number(round(up, 2))}, {run.name}")
@@ -146,8 +150,10 @@ def _draw_runs(
 
 def _draw_front(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     front = pareto_front(points)
-    if len(front) > 1:
-        axes.step(*zip(*front, strict=True), where="post", color=SOFT, linewidth=1.1, zorder=2, alpha=0.75)
+    if len(front) > 1:  # of one point there is nothing to join
+        axes.step(
+            *zip(*front, strict=True), where="post", color=SOFT, linewidth=1.1, zorder=2, alpha=0.75, label=_FRONT
+        )
 
 
 def _draw_levels(
@@ -209,8 +215,8 @@ def _legend(axes: Axes, drawn: Sequence[Run]) -> None:
         marker = ROW_MARKERS.get(rows, OTHER_MARKER)
         handle = Line2D([], [], marker=marker, ls="none", ms=7, mfc="none", color=INK)
         handles.append((handle, f"{rows} row{'s' if rows != 1 else ''}"))
-    if len(drawn) > 1:
-        handles.append((Line2D([], [], color=SOFT, lw=1.1, alpha=0.75), "Pareto front"))
+    if any(line.get_label() == _FRONT for line in axes.lines):
+        handles.append((Line2D([], [], color=SOFT, lw=1.1, alpha=0.75), _FRONT))
     if handles:
         blank = ["-"] * len(handles)
         legend = axes.figure.legend([handle for handle, _ in handles], blank, loc="outside lower center", ncols=6)
