@@ -137,6 +137,8 @@ def test_pipe_in_the_place_of_a_file_does_not_hang(folder: Path) -> None:
         ("\ufeff{}", "cannot be read"),
         ("[" * 200_000, "cannot be read"),
         ('{"a":' * 50_000 + "1" + "}" * 50_000, "cannot be read|not that of a packed"),
+        ('{"a":' * 200 + "1" + "}" * 200, "nested deeper than 64 levels"),
+        ('{"a":' + "[" * 100 + "]" * 100 + "}", "nested deeper than 64 levels"),
         ('{"quantization_config": ' + "9" * 10_000 + "}", "cannot be read"),
         ('{"quantization_config": NaN}', "not that of a packed usllm model"),
         (" " * (1 << 21), "has 2097152 bytes, too many for a description"),

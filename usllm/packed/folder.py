@@ -20,6 +20,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DESCRIPTION_BYTES = 1 << 20  # of JSON in a folder of any size
 _DESCRIPTION_SHARE = 16  # more where the weights are more: JSON takes up to 25 times its size when it is read
+_DEPTH = 64  # of nested JSON: what walks through it recursively has a limit of its own
 # Keys of a configuration that make transformers read other files than those checked here, or fetch and run code.
 _REFUSED_KEYS = ("auto_map", "fusion_config", "transformers_weights")
 
@@ -219,4 +220,10 @@ def _json(path: Path, limit: int) -> dict[str, Any]:
         raise PackedFormatError(f"{path.name}: cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise PackedFormatError(f"{path.name}: is not an object")
+    level: list[Any] = [content]
+    for _ in range(_DEPTH):
+        level = [value for item in level for value in (item.values() if isinstance(item, dict) else item)]
+        level = [value for value in level if isinstance(value, (dict, list))]
+    if level:
+        raise PackedFormatError(f"{path.name}: cannot be read (nested deeper than {_DEPTH} levels)")
     return content
