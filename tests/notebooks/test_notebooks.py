@@ -62,13 +62,13 @@ def test_committed_outputs_are_whole_and_small(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebooks_use_the_public_interface_alone(name: str) -> None:
+def test_notebooks_use_the_public_interface_and_tell_no_paths(name: str) -> None:
     notebook = nbformat.read(FOLDER / name, as_version=4)
     source = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
     assert "._" not in source
-    assert "/tmp" not in path_free(notebook)
+    assert "/tmp" not in printed(notebook)
 
 
-def path_free(notebook: nbformat.NotebookNode) -> str:
+def printed(notebook: nbformat.NotebookNode) -> str:
     """What the notebook printed: it should not tell where it was made."""
     return "\n".join(str(output.get("text", "")) for output in outputs(notebook))

@@ -72,8 +72,8 @@ def columns(names: Mapping[str, str], texts: Mapping[TestText, str]) -> list[Col
         *found,
         number("steps", lambda run: run.steps, "{:,}".format),
         number("time", lambda run: run.seconds, human_seconds, "of training"),
-        Column("overrides", lambda run: " ".join(run.overrides), hint="what was asked for besides the defaults"),
         Column("folder", lambda run: run.name),
+        Column("overrides", lambda run: " ".join(run.overrides), hint="what was asked for besides the defaults"),
     ]
 
 
