@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -84,6 +85,33 @@ def test_python_and_numpy_allocate_no_more_than_the_files_are_worth(cases: Cases
             assert used <= 2 * cases.files.size + (8 << 20), f"number {number} took {used} bytes"
     finally:
         tracemalloc.stop()
+
+
+def test_damaged_index_is_read_or_refused(valid: Path, tmp_path: Path) -> None:
+    files, index = Files.read(valid), "model.safetensors.index.json"
+    table = {"weight_map": dict.fromkeys(tensor_places(files.weights), "model-00001-of-00001.safetensors")}
+    (tmp_path / "config.json").write_bytes(files.config)
+    (tmp_path / "model-00001-of-00001.safetensors").write_bytes(files.weights)
+    (tmp_path / index).write_text(json.dumps(table))
+    inspect_folder(tmp_path)
+    refused = 0
+    for number in range(60):
+        (tmp_path / index).write_bytes(edited_json(json.dumps(table).encode(), random.Random(number)))
+        try:
+            inspect_folder(tmp_path)
+        except PackedFormatError:
+            refused += 1
+    assert refused > 40
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "null", "[" * 100_000, '{"max_new_tokens": "x"}', '{"eos_token_id": [[-1]]}', '{"a": NaN}']
+)
+def test_damaged_generation_settings_are_read_or_refused(folder: Path, text: str) -> None:
+    (folder / "generation_config.json").write_text(text)
+    inspect_folder(folder)
+    with contextlib.suppress(PackedFormatError):
+        usllm.load(folder)
 
 
 @pytest.mark.slow
@@ -180,7 +208,7 @@ PACKED = [f"{LAYER}.packed", "model.embed_tokens.weight", "lm_head.weight", "mod
 @pytest.mark.parametrize("name", PACKED)
 def test_from_pretrained_names_a_packed_tensor_that_is_missing(folder: Path, name: str) -> None:
     rewrite(folder, name, None)
-    with pytest.raises(PackedFormatError, match=rf"^{name.removeprefix('model.')}: is missing from the weight files"):
+    with pytest.raises(PackedFormatError, match=rf"^{name}: is missing from the weight files"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -209,10 +237,13 @@ def test_from_pretrained_names_block_scales_that_are_not_finite(folder: Path, na
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_base_model_loads_alone_from_a_model_with_a_packed_head(folder: Path) -> None:
+def test_base_model_loads_alone_from_a_model_with_a_packed_head(folder: Path, tmp_path: Path) -> None:
     ids = torch.tensor([[1, 2, 3]])
+    expected = usllm.load(folder).model(ids).last_hidden_state
     alone = AutoModel.from_pretrained(folder)
-    assert torch.equal(alone(ids).last_hidden_state, usllm.load(folder).model(ids).last_hidden_state)
+    assert torch.equal(alone(ids).last_hidden_state, expected)
+    alone.save_pretrained(tmp_path / "alone")
+    assert torch.equal(AutoModel.from_pretrained(tmp_path / "alone")(ids).last_hidden_state, expected)
 
 
 def test_helpers_reach_what_they_damage(valid: Path) -> None:

@@ -6,7 +6,7 @@ whose hooks differ: arguments that only some versions pass are swallowed by ``**
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,22 +62,24 @@ class SketchQuantizer(HfQuantizer):
             for file in files:
                 with safe_open(file, framework="pt") as content:
                     stored |= set(content.keys())
-            self._refuse_missing(model, self._packed_tensors(model) - _without_prefix(model, stored))
+            found = _without_prefix(model, stored)
+            self._refuse_missing(model, lambda name: name not in found)
 
     def update_missing_keys(self, model: PreTrainedModel, missing_keys: list[str], prefix: str) -> list[str]:
         """transformers 4 asks here; later versions do not, but tell the files before."""
-        self._refuse_missing(model, self._packed_tensors(model) & _without_prefix(model, missing_keys))
+        missing = _without_prefix(model, missing_keys)
+        self._refuse_missing(model, lambda name: name in missing)
         return missing_keys
 
-    def _packed_tensors(self, model: PreTrainedModel) -> set[str]:
+    def _refuse_missing(self, model: PreTrainedModel, is_missing: Callable[[str], bool]) -> None:
+        """A packed tensor that is not in the files would be left as memory happens to be: zeros, or noise."""
         config = self.quantization_config.packed
         names = [*(f"{name}.packed" for name in config.layers), *(f"{name}.weight" for name in config.blocks)]
-        return _without_prefix(model, names)
-
-    def _refuse_missing(self, model: PreTrainedModel, missing: set[str]) -> None:
-        """A packed tensor that is not in the files would be left as memory happens to be: zeros, or noise."""
+        wanted = _without_prefix(model, model.state_dict())  # without the head, for a base model
+        short = {name: name.removeprefix(f"{model.base_model_prefix}.") for name in names}
+        missing = [name for name in names if short[name] in wanted and is_missing(short[name])]
         if missing:
-            raise PackedFormatError(f"{min(missing)}: is missing from the weight files, {len(missing)} in all")
+            raise PackedFormatError(f"{missing[0]}: is missing from the weight files, {len(missing)} in all")
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_packed(model)
