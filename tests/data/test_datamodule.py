@@ -26,9 +26,11 @@ def _module(tmp_path: Path, **options: object) -> TextDataModule:
     return TextDataModule(byte_tokenizer(), train, **{**defaults, **options})  # type: ignore[arg-type]
 
 
-def _attach(module: TextDataModule, max_steps: int = 3, accumulate: int = 2, world: int = 1, rank: int = 0) -> None:
+def _attach(
+    module: TextDataModule, max_steps: int = 3, accumulate: int = 2, world: int = 1, rank: int = 0, step: int = 0
+) -> None:
     module.trainer = SimpleNamespace(  # type: ignore[assignment]
-        max_steps=max_steps, accumulate_grad_batches=accumulate, world_size=world, global_rank=rank
+        max_steps=max_steps, accumulate_grad_batches=accumulate, world_size=world, global_rank=rank, global_step=step
     )
 
 
@@ -55,30 +57,58 @@ def test_order_depends_on_the_seed_alone(tmp_path: Path) -> None:
     assert not torch.equal(first(1), one)
 
 
-@pytest.mark.parametrize("taken", [1, 4, 5])
-def test_loader_goes_on_where_its_state_was_taken(tmp_path: Path, taken: int) -> None:
-    module = _module(tmp_path)
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader_begins_at_the_step_of_the_run_and_keeps_the_length_of_the_whole(
+    tmp_path: Path, step: int, num_workers: int
+) -> None:
+    module = _module(tmp_path, num_workers=num_workers)
     _attach(module)
     whole = [batch["input_ids"] for batch in module.train_dataloader()]
-    loader = module.train_dataloader()
-    iterator = iter(loader)
-    for _ in range(taken):
-        next(iterator)
-    state = loader.state_dict()
-    fresh = module.train_dataloader()
-    fresh.load_state_dict(state)
-    rest = [batch["input_ids"] for batch in fresh]
-    assert len(rest) == len(whole) - taken
-    assert all(torch.equal(a, b) for a, b in zip(rest, whole[taken:], strict=True))
+    _attach(module, step=step)
+    rest = [batch["input_ids"] for batch in module.train_dataloader()]
+    assert len(rest) == len(whole) - 2 * step
+    assert len(module.train_dataloader()) == len(whole)
+    assert all(torch.equal(a, b) for a, b in zip(rest, whole[2 * step :], strict=True))
 
 
-def test_ranks_share_the_sequences(tmp_path: Path) -> None:
-    seen = []
-    for rank in range(2):
+SPLITS = [(4, 1, 1), (1, 4, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)]
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize(("batch_size", "accumulate", "world"), SPLITS)
+def test_every_step_sees_the_same_sequences_however_they_are_split(
+    tmp_path: Path, batch_size: int, accumulate: int, world: int, step: int
+) -> None:
+    def rows(batch_size: int, accumulate: int, world: int, step: int) -> list[list[tuple[int, ...]]]:
+        """The sequences of each step from ``step`` on, sorted."""
+        per_rank = []
+        for rank in range(world):
+            module = _module(tmp_path, batch_size=batch_size)
+            _attach(module, 3, accumulate, world, rank, step)
+            batches = [batch["input_ids"].tolist() for batch in module.train_dataloader()]
+            starts = range(0, len(batches), accumulate)
+            per_rank.append([[row for batch in batches[i : i + accumulate] for row in batch] for i in starts])
+        return [sorted(tuple(row) for rank in parts for row in rank) for parts in zip(*per_rank, strict=True)]
+
+    assert rows(batch_size, accumulate, world, step) == rows(4, 1, 1, 0)[step:]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_validate_each_sequence_once_in_equally_many_batches(tmp_path: Path, world: int) -> None:
+    counted, batches = [], set()
+    for rank in range(world):
         module = _module(tmp_path)
-        _attach(module, max_steps=2, accumulate=1, world=2, rank=rank)
-        seen += [row.tolist() for batch in module.train_dataloader() for row in batch["input_ids"]]
-    assert len({tuple(row) for row in seen}) == 8
+        _attach(module, world=world, rank=rank)
+        loader = module.val_dataloader()
+        batches.add(len(list(loader)))
+        labels = torch.cat([batch["labels"] for batch in loader])
+        inputs = torch.cat([batch["input_ids"] for batch in loader])
+        filler = (labels == -100).all(1)
+        assert torch.equal(labels[~filler], inputs[~filler])
+        counted += labels[~filler].tolist()
+    assert len(batches) == 1
+    assert sorted(counted) == sorted(module.validation_sequences["input_ids"][:])
 
 
 def test_without_steps_there_is_no_order(tmp_path: Path) -> None:

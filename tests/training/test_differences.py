@@ -45,12 +45,10 @@ def run_with(key: str, value: Any) -> dict[str, Any]:
         ("data.train.separator", "\t", None),
         ("data.validation_fraction", 0.5, None),
         ("data.context_length", 64, 32),
-        ("data.batch_size", 4, 2),
         ("objective.name", "distill", "cross_entropy"),
         ("optimizer.lr", 1e-4, 1e-3),
         ("optimizer.betas", [0.9, 0.99], [0.9, 0.95]),
         ("trainer.max_steps", 9, 8),
-        ("trainer.accumulate_grad_batches", 2, 1),
         ("trainer.precision", "bf16-mixed", None),
         ("callbacks.sketch_reprojection.every_n_steps", 2, 1),
     ],
@@ -66,6 +64,8 @@ def test_key_that_decides_the_course_of_a_run_is_named_with_both_values(key: str
         ("resume", True),
         ("data.cache_dir", "/b"),
         ("data.num_proc", 8),
+        ("data.num_workers", 2),
+        ("trainer.strategy", "fsdp2"),
         ("trainer.log_every_n_steps", 5),
         ("trainer.accelerator", "gpu"),
         ("trainer.enable_model_summary", True),
@@ -77,6 +77,39 @@ def test_key_that_decides_the_course_of_a_run_is_named_with_both_values(key: str
 )
 def test_what_only_stores_shows_or_measures_may_change_on_resume(key: str, value: Any) -> None:
     assert run_differences(RUN, run_with(key, value)) == []
+
+
+STEP = "sequences of an optimizer step (data.batch_size x trainer.accumulate_grad_batches x ranks)"
+
+
+def split(batch_size: int, accumulate: int, devices: Any = 1, nodes: int = 1) -> dict[str, Any]:
+    """``RUN`` with its steps split in another way."""
+    changed = run_with("data.batch_size", batch_size)
+    trainer = {"accumulate_grad_batches": accumulate, "devices": devices, "num_nodes": nodes}
+    changed["trainer"].update(trainer)
+    return changed
+
+
+@pytest.mark.parametrize(
+    "other", [split(1, 2), split(1, 1, 2), split(1, 1, [0, 1]), split(1, 1, 1, 2), split(8, 8, "auto"), split(8, 8, -1)]
+)
+def test_steps_of_as_many_sequences_may_be_split_in_another_way(other: dict[str, Any]) -> None:
+    assert run_differences(RUN, other) == []
+
+
+@pytest.mark.parametrize(
+    ("other", "shown"),
+    [(split(4, 1), "4 x 1 x 1 = 4"), (split(2, 3), "2 x 3 x 1 = 6"), (split(2, 1, 2), "2 x 1 x 2 = 4")],
+)
+def test_steps_of_other_numbers_of_sequences_are_named(other: dict[str, Any], shown: str) -> None:
+    (found,) = run_differences(RUN, other)
+    assert found.startswith(f"{STEP}: 2 x 1 x 1 = 2 in the checkpoint, {shown} in this run")
+
+
+def test_number_of_ranks_as_counted_wins_over_the_configuration() -> None:
+    assert run_differences(RUN, split(1, 1, "auto"), saved_ranks=1, ranks=2) == []
+    (found,) = run_differences(RUN, split(1, 1, "auto"), saved_ranks=1, ranks=4)
+    assert "1 x 1 x 4 = 4 in this run" in found
 
 
 def test_key_under_another_group_of_the_same_beginning_does_not_count() -> None:

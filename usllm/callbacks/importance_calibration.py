@@ -11,12 +11,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import Progress
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from usllm.calibration import SecondMoments
 from usllm.callbacks.rng_state import preserved_rng
 from usllm.errors import UserError
 from usllm.models.identity import weights_digest
 from usllm.nn import allocate_, sketched_layers
+from usllm.ranks import dealt, ranks
 from usllm.runs.statistics import arithmetic, kept_tensors, tokens_digest
 from usllm.training.module import SketchFinetuner, sketch_finetuner
 
@@ -36,7 +38,8 @@ def measure_importance(
     """Stream calibration batches through ``model`` as it is; E[a²] per input channel of its sketched layers.
 
     The model is in evaluation mode meanwhile and the random number generators are left as they were found, so that a
-    run with calibration draws the same dropout masks as one that was resumed behind it.
+    run with calibration draws the same dropout masks as one that was resumed behind it. The ranks of a distributed run
+    share the batches out among them and all return the same.
 
     Args:
         batches: micro batches with ``input_ids`` ``[sequences, context]`` int64.
@@ -64,13 +67,16 @@ def measure_importance(
             SecondMoments(layers) as moments,
         ):
             task = bar.add_task("Measuring importance", total=sequences)
-            for batch in batches:
+            for number, batch, counts in dealt(batches):
                 input_ids = batch["input_ids"].to(device)
+                moments.counting = counts
                 forward(input_ids=input_ids, use_cache=False)
-                seen += len(input_ids)
-                bar.advance(task, len(input_ids))
+                seen = (number + 1) * len(input_ids)
+                bar.update(task, completed=seen)
     finally:
         model.train(training)
+    if ranks().world_size > 1:
+        moments.sum_over_ranks_(device)
     if not seen:
         raise UserError("calibration: the training split gave no sequence; take a longer text")
     try:
@@ -84,6 +90,8 @@ def _smallest_forward(model: nn.Module, layers: Iterable[nn.Module]) -> nn.Modul
 
     The head's logits are the largest tensor of a forward pass and tell nothing about the inputs of the layers below.
     """
+    if isinstance(model, FSDPModule):
+        return model  # the parts gather their weights when the whole is called
     body = getattr(model, "base_model", model)
     inside = {id(module) for module in body.modules()}
     return body if all(id(layer) in inside for layer in layers) else model
@@ -122,7 +130,7 @@ class ImportanceCalibration(Callback):
         if all(layer.plan is not None for layer in sketched_layers(module.network).values()):
             return
         measure = partial(measure_in_trainer, trainer, pl_module, self.sequences, progress=_shows_progress(trainer))
-        if self.reuse and trainer.world_size == 1:
+        if self.reuse and trainer.world_size == 1 and not isinstance(module.network, FSDPModule):
             self.moments = _kept(trainer, module, self.sequences, measure)
         else:
             self.moments = measure()

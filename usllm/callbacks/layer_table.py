@@ -82,6 +82,6 @@ def layer_rows(model: nn.Module, changes: dict[str, Reprojection]) -> list[list[
 
 @torch.no_grad()
 def _projection_error(layer: SketchedLinear) -> torch.Tensor:
-    latent = layer.weight.float()
+    latent = layer.latent_weight()
     error = (layer.decoded_weight() - latent).square().sum(0) @ layer.importance
     return error / (latent.square().sum(0) @ layer.importance).clamp_min(1e-30)

@@ -17,8 +17,8 @@ class NanGuard(Callback):
     """Raises a ``UserError`` that names the step and the first layer in which numbers stopped being finite.
 
     The loss is looked at before each backward pass and the gradients before each optimizer step, so the latent weights
-    stay as they were and no checkpoint is written with the poisoned state. Looking at the loss waits for the device
-    once per micro batch.
+    stay as they were and no checkpoint is written with the poisoned state. Looking at the loss waits for the device,
+    and for the other ranks, once per micro batch; all ranks stop together.
     """
 
     def __init__(self) -> None:
@@ -34,10 +34,12 @@ class NanGuard(Callback):
         Raises:
             UserError: names the step and the first layer with a weight, state or output that is not finite.
         """
-        if torch.isfinite(loss).all():
+        bad = not bool(torch.isfinite(loss).all())
+        if not trainer.strategy.reduce_boolean_decision(bad, all=False):
             return
         where = first_nonfinite_tensor(pl_module) or self._first_nonfinite_output(trainer, pl_module)
-        raise UserError(_message(f"loss is {loss.item()}", where or "the objective itself", trainer))
+        what = f"loss is {loss.item()}" if bad else "loss of another rank is not finite"
+        raise UserError(_message(what, where or "the objective itself", trainer))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Stop on a gradient that is not finite.

@@ -105,7 +105,8 @@ class SketchHealth(Callback):
             return
         self._seen_step = step = trainer.global_step
         module = sketch_finetuner(pl_module)
-        loss, self._window = float(self._window), 0.0
+        # All ranks must come to the same conclusions: they stop together, and gather sharded weights for the diagnosis.
+        loss, self._window = float(trainer.strategy.reduce(self._window, reduce_op="mean")), 0.0
         self._loss.update(loss, step)
         if step in self.reference:
             self._matched_loss.update(loss, step)

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from usllm.callbacks.importance_calibration import measure_in_trainer
 from usllm.errors import UserError
-from usllm.nn import Reprojection, SketchedLinear, allocate_, over_layers, reproject_, sketched_layers
+from usllm.nn import Reprojection, allocate_, recall_winners_, reproject_
 from usllm.training.module import sketch_finetuner
 
 
@@ -58,7 +58,7 @@ class SketchReprojection(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the step that training starts or continues from; its states are projected."""
-        over_layers(SketchedLinear.recall_winners, sketched_layers(sketch_finetuner(pl_module).network))
+        recall_winners_(sketch_finetuner(pl_module).network)
         self._seen_step = self._projected_step = trainer.global_step
 
     def on_train_batch_end(

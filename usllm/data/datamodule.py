@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader
 
 from usllm.data.packing import pack
-from usllm.data.sampler import UnrolledSampler
+from usllm.data.sampler import FILLER, DealtSampler, UnrolledSampler
 from usllm.data.sources import SourceSpec, read_documents
 from usllm.errors import UserError
 
@@ -25,6 +24,21 @@ Batch = dict[str, Tensor]
 
 # The split is the same for every seed, so that the validation loss of two seeds is of the same documents.
 _SPLIT_SEED = 0
+_NO_TARGET = -100
+
+
+class PositionedLoader(DataLoader[Any]):
+    """A loader whose sampler begins where the run stands, so that there is no state to save or to load.
+
+    The two methods tell Lightning that it can be resumed; states of checkpoints of older versions are ignored.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the position is a function of the optimizer step."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to do."""
 
 
 class TextDataModule(LightningDataModule):
@@ -41,8 +55,7 @@ class TextDataModule(LightningDataModule):
         context_length: tokens per sequence.
         max_sequences: train and calibrate on the first ones only; ``None`` takes all.
         batch_size: sequences per micro batch and device.
-        num_workers: processes that load batches; 0 is right unless the disk is slow. Part of what a resumed run must
-            keep.
+        num_workers: processes that load batches; 0 is right unless the disk is slow.
         num_proc: processes that tokenise.
         cache_dir: where packed sequences are kept.
         seed: of the order of training.
@@ -120,8 +133,11 @@ class TextDataModule(LightningDataModule):
         """The validation split as one token stream, int64 ``[n]``, for perplexity."""
         return torch.tensor(self.validation_sequences["input_ids"][:], dtype=torch.long).flatten()
 
-    def train_dataloader(self) -> StatefulDataLoader:
-        """The whole run's batches; its state in a checkpoint says where to go on.
+    def train_dataloader(self) -> PositionedLoader:
+        """The run's batches from the present optimizer step on.
+
+        A step takes the next ``ranks x accumulated batches x batch size`` sequences of one order, dealt out to the
+        ranks in turn, so that it does not matter how the steps before were split.
 
         Raises:
             UserError: ``trainer.max_steps`` is not set.
@@ -135,8 +151,9 @@ class TextDataModule(LightningDataModule):
             seed=self.seed,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
+            start=trainer.global_step * trainer.accumulate_grad_batches * self.batch_size,
         )
-        return StatefulDataLoader(
+        return PositionedLoader(
             self.train_sequences,
             batch_size=self.batch_size,
             sampler=sampler,
@@ -147,36 +164,34 @@ class TextDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Each validation sequence once, in order (each rank of a distributed run takes its share)."""
+        """Each validation sequence once, in order, dealt out to the ranks.
+
+        Where the last turn has none left for a rank, it gets a sequence without targets (labels of -100).
+        """
         trainer = self.trainer
-        sampler: DistributedSampler[Any] | None = None
-        if trainer is not None and trainer.world_size > 1:
-            sampler = DistributedSampler(
-                self.validation_sequences,
-                num_replicas=trainer.world_size,
-                rank=trainer.global_rank,
-                shuffle=False,
-            )
+        rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        sequences = _Filled(self.validation_sequences)
         return DataLoader(
-            self.validation_sequences,
+            sequences,
             batch_size=self.batch_size,
-            sampler=sampler,
+            sampler=DealtSampler(len(self.validation_sequences), rank, world_size),
             collate_fn=_collate,
             # A loader draws a seed for its workers even when it has none; not from the global generator, please.
             generator=torch.Generator(),
         )
 
     def calibration_batches(self, sequences: int) -> Iterator[Batch]:
-        """The first sequences that training will see, in batches of ``batch_size``; never held-out text.
+        """The first sequences that training will see, one by one; never held-out text.
+
+        One by one, so that what is measured does not depend on the batch size, nor on how many ranks share it.
 
         Args:
             sequences: how many; a smaller training split gives all it has, each once.
         """
         count = min(sequences, len(self.train_sequences))
         order = list(UnrolledSampler(len(self.train_sequences), count, self.seed))
-        for start in range(0, count, self.batch_size):
-            rows = order[start : start + self.batch_size]
-            yield _collate([self.train_sequences[row] for row in rows])
+        for row in order:
+            yield _collate([self.train_sequences[row]])
 
     def steps_for(self, passes: float, accumulate_grad_batches: int = 1, world_size: int = 1) -> int:
         """Optimizer steps that see the training split ``passes`` times, rounded up, at least one."""
@@ -210,7 +225,22 @@ class TextDataModule(LightningDataModule):
         return parts["train"], parts["test"]
 
 
+class _Filled(torch.utils.data.Dataset[Any]):
+    """Sequences, and one without targets for the filler of :class:`DealtSampler`."""
+
+    def __init__(self, sequences: Dataset) -> None:
+        self.sequences = sequences
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return {"input_ids": self.sequences[position]["input_ids"], "counts": position != FILLER}
+
+
 def _collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
     """Rows of ``input_ids`` to one batch."""
     input_ids = torch.tensor([row["input_ids"] for row in rows], dtype=torch.long)
-    return {"input_ids": input_ids, "labels": input_ids}
+    counts = torch.tensor([row.get("counts", True) for row in rows])
+    labels = input_ids if bool(counts.all()) else input_ids.where(counts[:, None], _NO_TARGET)
+    return {"input_ids": input_ids, "labels": labels}

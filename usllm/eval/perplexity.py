@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usllm.errors import UserError
+from usllm.ranks import dealt, ranks, sum_over_ranks_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,7 +70,8 @@ def perplexity(
 ) -> PerplexityResult:
     """Perplexity of a causal language model on one token stream.
 
-    Training mode of every module and the global RNG are as before afterwards.
+    Training mode of every module and the global RNG are as before afterwards. The ranks of a distributed run share the
+    windows out among them and all return the figure of one process, to the last bit where their forward passes agree.
 
     Args:
         model: returns an object with ``logits`` ``[batch, window, vocabulary]``; used in its own dtype, on its device.
@@ -95,17 +97,18 @@ def perplexity(
         windows = min(windows, max_windows)
     device = next(model.parameters()).device
     batches = token_ids[: windows * window].view(windows, window).split(batch_size)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    losses = torch.zeros(len(batches), dtype=torch.float64, device=device)
     started = time.perf_counter()
-    done = 0
     with _evaluating(model), torch.no_grad(), _autocast(device, autocast):
-        for batch in batches:
+        for number, batch, counts in dealt(batches):
             ids = batch.to(device=device, dtype=torch.long)
-            total += _summed_loss(model(input_ids=ids, use_cache=False).logits, ids)
-            done += len(batch)
+            loss = _summed_loss(model(input_ids=ids, use_cache=False).logits, ids)
+            if counts:
+                losses[number] = loss
             if progress is not None:
+                done = min((number // ranks().world_size + 1) * ranks().world_size * batch_size, windows)
                 progress(name, done, windows)
-    mean = total.item() / (windows * (window - 1))
+    mean = math.fsum(sum_over_ranks_(losses).tolist()) / (windows * (window - 1))
     return PerplexityResult(
         perplexity=math.exp(mean) if not mean > 700 else math.inf,
         window=window,

@@ -128,7 +128,7 @@ def _layer_report(layer: SketchedLinear) -> LayerReport:
     plan = layer.plan
     if plan is None:
         raise RuntimeError(f"{layer.name} has no plan yet: calibrate and allocate first")
-    latent = layer.weight.float()
+    latent = layer.latent_weight()
     error = (layer.decoded_weight() - latent).square().sum(0) @ layer.importance
     energy = latent.square().sum(0) @ layer.importance
     channels = torch.bincount(plan.channel_class.long(), minlength=len(plan.classes)).tolist()

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from usllm.nn.straight_through import straight_through
 from usllm.sketch import Plan
-from usllm_kernels import project, project_query, query
+from usllm_kernels import project, project_query, query, sketch_linear
 
 
 class Reprojection(NamedTuple):
@@ -37,6 +38,10 @@ class SketchedLinear(nn.Module):
     Args:
         linear: The dense layer; its weight becomes the fp32 latent weight [out, in], its bias is kept.
         name: Stable name, part of the hash key.
+
+    Attributes:
+        keeps_decoded: Whether the decoded weight is kept; if not, every forward pass decodes it anew. Off where the
+            latents are sharded: the decoded weights of all layers would be as large as the model.
     """
 
     importance: Tensor
@@ -51,6 +56,7 @@ class SketchedLinear(nn.Module):
         self.plan: Plan | None = None
         self.register_buffer("importance", torch.ones(linear.in_features, device=weight.device))
         self._state_names: tuple[str, ...] = ()
+        self.keeps_decoded = True
         self._decoded: Tensor | None = None
         self._winners: Tensor | None = None
         self._projected = False
@@ -74,7 +80,7 @@ class SketchedLinear(nn.Module):
             raise ValueError(f"{self.name}: the plan is for {plan.shape}, the weight is {tuple(self.weight.shape)}")
         for name in self._state_names:
             delattr(self, f"state_{name}")
-        states = plan.state_tensors(self.weight.device)
+        states = plan.state_tensors(self.importance.device)
         for name, tensor in states.items():
             self.register_buffer(f"state_{name}", tensor)
         self._state_names = tuple(states)
@@ -84,19 +90,23 @@ class SketchedLinear(nn.Module):
 
     @torch.inference_mode(False)  # the decoded weight is kept for training, see _compute_weight
     @torch.no_grad()
-    def reproject(self) -> Reprojection:
+    def reproject(self, latent: Tensor | None = None) -> Reprojection:
         """States follow the latent weight.
+
+        Args:
+            latent: The whole latent weight [out, in], where the layer holds only a shard of it.
 
         Raises:
             RuntimeError: If no plan was set.
         """
         if self.plan is None:
             raise RuntimeError(f"{self.name} has no plan yet: calibrate and allocate first")
+        latent = self.weight if latent is None else latent
         winners = self._room_for_winners(self.plan)
-        sums = torch.empty(2, self.in_features, device=self.weight.device)
+        sums = torch.empty(2, self.in_features, device=self.importance.device)
         dtype = torch.float32 if self._decoded is None else self._decoded.dtype  # what the next forward will ask for
         self._decoded = None  # makes room for the next one
-        fresh, decoded = project_query(self.weight, self.plan, self.importance, dtype=dtype, winners=winners, sums=sums)
+        fresh, decoded = project_query(latent, self.plan, self.importance, dtype=dtype, winners=winners, sums=sums)
         before, now = self._winners, winners
         if now is None:
             before, now = self.get_buffer("state_codes"), fresh["codes"]
@@ -107,32 +117,45 @@ class SketchedLinear(nn.Module):
         for name, tensor in fresh.items():
             self.get_buffer(f"state_{name}").copy_(tensor)
         self._projected = True
-        self._decoded = decoded
+        self._decoded = decoded if self.keeps_decoded and decoded.device.type == "cpu" else None
         error, energy = sums @ self.importance
         return Reprojection(change, error / energy.clamp_min(1e-30))
 
     @torch.no_grad()
-    def recall_winners(self) -> None:
+    def states_arrived(self) -> None:
+        """To be called when the states were overwritten with those of another projection of the same latent weight."""
+        self._decoded, self._projected = None, True
+
+    @torch.no_grad()
+    def recall_winners(self, latent: Tensor | None = None) -> None:
         """After a state dict was loaded, find the winners of its states again; its latents are those they came from."""
         if self.plan is not None and self._winners is None:
             winners = self._room_for_winners(self.plan)
             if winners is not None:
-                project(self.weight, self.plan, self.importance, winners=winners)
+                project(self.weight if latent is None else latent, self.plan, self.importance, winners=winners)
             self._winners = winners
 
     def _room_for_winners(self, plan: Plan) -> Tensor | None:
         if not plan.operator.keeps_member:
             return None
-        return torch.zeros(plan.num_states, dtype=torch.int16, device=self.weight.device)
+        return torch.zeros(plan.num_states, dtype=torch.int16, device=self.importance.device)
+
+    def latent_weight(self) -> Tensor:
+        """The whole latent weight, detached, fp32 [out, in]; a sharded one is gathered, which all ranks must do."""
+        weight = self.weight.detach()
+        return (weight.full_tensor() if isinstance(weight, DTensor) else weight).float()
 
     def decoded_weight(self) -> Tensor:
         """``query(states)``, fp32 [out, in]; the latent weight while there is no plan."""
-        return self.weight.detach().float() if self.plan is None else query(self.states, self.plan)
+        return self.latent_weight() if self.plan is None else query(self.states, self.plan)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
         if self.plan is None:
             return functional.linear(x, self.weight, self.bias)
+        if x.device.type != "cpu":  # nothing decoded is kept, for the backward pass neither
+            return sketch_linear(x, self.states, self.plan, self.bias, weight=self.weight)
+        # On the CPU decoding twice more a step would show; the one decoded copy serves all passes until the next.
         return functional.linear(x, straight_through(self.weight, self._compute_weight(x)), self.bias)
 
     def _compute_weight(self, x: Tensor) -> Tensor:
@@ -146,8 +169,9 @@ class SketchedLinear(nn.Module):
             if kept is None or kept.dtype != torch.float32 or kept.device != x.device:
                 assert self.plan is not None
                 kept = query(self.states, self.plan)
-            self._decoded = kept.to(dtype)
-        return self._decoded
+            decoded = kept.to(dtype)
+        self._decoded = decoded if self.keeps_decoded else None
+        return decoded
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)

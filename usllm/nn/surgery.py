@@ -15,6 +15,13 @@ from torch import Tensor, nn
 from usllm.errors import UserError
 from usllm.nn.parallel import over_layers
 from usllm.nn.report import CompressionReport, compression_report
+from usllm.nn.sharded import (
+    channel_energy,
+    channel_energy_sharded,
+    for_own_layers,
+    is_sharded,
+    reproject_sharded,
+)
 from usllm.nn.sketched_linear import Reprojection, SketchedLinear, sketched_layers
 from usllm.sketch import Plan, SketchConfig, build_plan, layer_rates
 
@@ -84,20 +91,35 @@ def allocate_(model: nn.Module, config: SketchConfig, importance: Mapping[str, T
     values = {name: (layer.importance if importance is None else importance[name]) for name, layer in layers.items()}
     means = {name: float(value.double().mean()) for name, value in values.items()}
     rates = layer_rates({name: layer.weight.numel() for name, layer in layers.items()}, means, config)
+    sharded = is_sharded(layers)
+    energies = channel_energy_sharded(layers) if sharded else {}
     for name, layer in layers.items():
-        energy = layer.weight.detach().float().square().mean(0)
+        energy = energies[name] if sharded else channel_energy(layer.weight)
         shape = (layer.out_features, layer.in_features)
         try:
             plan = build_plan(shape, values[name], config, name, weight_energy=energy, bits_per_weight=rates[name])
         except ValueError as error:
             raise UserError(str(error)) from error
         layer.set_plan(plan, values[name])
-        layer.reproject()
+        if not sharded:
+            layer.reproject()
+    if sharded:
+        reproject_sharded(layers)
 
 
 def reproject_(model: nn.Module) -> dict[str, Reprojection]:
     """Project all sketched layers; what changed, by layer name."""
-    return over_layers(SketchedLinear.reproject, sketched_layers(model))
+    layers = sketched_layers(model)
+    return reproject_sharded(layers) if is_sharded(layers) else over_layers(SketchedLinear.reproject, layers)
+
+
+def recall_winners_(model: nn.Module) -> None:
+    """After a checkpoint was loaded, find the winners of all layers' states again."""
+    layers = sketched_layers(model)
+    if is_sharded(layers):
+        for_own_layers(SketchedLinear.recall_winners, layers)
+    else:
+        over_layers(SketchedLinear.recall_winners, layers)
 
 
 def compress_(

@@ -17,8 +17,10 @@ from typing import Any, cast
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, Timer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from usllm.callbacks import Preemption, SketchHealth
@@ -93,7 +95,8 @@ def _finetune(
     """The run itself, in a directory that is its own."""
     started = time.perf_counter()
     run_dir = Path(config.run_dir)
-    console = Console(stderr=True)
+    first_rank = getattr(rank_zero_only, "rank", 0) == 0
+    console = Console(stderr=True, quiet=not first_rank)
     model_config = load_config(config.model)
     check_context_length(model_config, config.data.context_length)
     for window in config.evaluation.windows:
@@ -132,7 +135,9 @@ def _finetune(
     with noting_failure(run_dir):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
         model = cast(PreTrainedModel, module.model)
-        after = measure(model, tokenizer, streams, config.evaluation, "Finetuned model")
+        if not isinstance(model, FSDPModule):  # whose shards stay where they are
+            cast(nn.Module, model).to(trainer.strategy.root_device)  # Lightning has put it back on the CPU
+        after = measure(model, tokenizer, streams, config.evaluation, "Finetuned model", trainer.is_global_zero)
     saved = latest_checkpoint(checkpoint_folder(run_dir))
     health = next((callback.health for callback in callbacks if isinstance(callback, SketchHealth)), {})
     per_step = accumulate * trainer.world_size * config.data.batch_size * config.data.context_length

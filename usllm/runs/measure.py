@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from usllm.config import EvaluationConfig
@@ -108,6 +109,7 @@ class BaselinePerplexity(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the dense model, unless it has been, or the layers are sketched already."""
+        self.rows = trainer.strategy.broadcast(self.rows)  # the ranks measure together, or none of them does
         fresh = all(layer.plan is None for layer in sketched_layers(cast(nn.Module, pl_module.model)).values())
         if fresh:
             self._measure("dense", "Dense model", trainer, pl_module)
@@ -123,9 +125,11 @@ class BaselinePerplexity(Callback):
         model = cast(PreTrainedModel, pl_module.model)
 
         def fresh() -> list[dict[str, Any]]:
-            return measure(model, self.tokenizer, self.streams, self.config, title, self.show_progress)
+            shown = self.show_progress and trainer.is_global_zero
+            return measure(model, self.tokenizer, self.streams, self.config, title, shown)
 
-        if self.reuse and stage == "dense" and trainer.world_size == 1:
+        alone = trainer.world_size == 1 and not isinstance(model, FSDPModule)
+        if self.reuse and stage == "dense" and alone:
             self.rows[stage] = kept_rows("perplexity", self._key(model), fresh)
         else:
             self.rows[stage] = fresh()

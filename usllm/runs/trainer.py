@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from usllm.config import TrainConfig
 from usllm.errors import UserError
 from usllm.runs.machine import choose_precision
+from usllm.training import build_strategy
 
 
 def build_nodes(group: str, nodes: dict[str, Any] | None) -> dict[str, Any]:
@@ -65,6 +66,7 @@ def build_trainer(config: TrainConfig, max_steps: int, callbacks: list[Callback]
     # The sampler unrolls all passes into one Lightning epoch (resume is exact only away from an epoch's end), and it
     # shares the sequences out among ranks itself.
     arguments |= {"max_steps": max_steps, "max_epochs": 1, "use_distributed_sampler": False}
+    arguments["strategy"] = build_strategy(arguments.get("strategy", "auto"))
     try:
         return Trainer(**arguments, callbacks=callbacks, logger=loggers or False, default_root_dir=config.run_dir)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:

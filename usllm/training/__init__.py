@@ -6,11 +6,13 @@ from usllm.training.checkpoints import AtomicCheckpointIO, StepCheckpoint, lates
 from usllm.training.module import SketchFinetuner, sketch_finetuner
 from usllm.training.objectives import CrossEntropy, Distill, Objective, build_objective, next_token_loss
 from usllm.training.optimization import OptimizerConfig, build_optimizer, build_schedule
+from usllm.training.strategies import Fsdp2Strategy, build_strategy
 
 __all__ = [
     "AtomicCheckpointIO",
     "CrossEntropy",
     "Distill",
+    "Fsdp2Strategy",
     "Objective",
     "OptimizerConfig",
     "SketchFinetuner",
@@ -18,6 +20,7 @@ __all__ = [
     "build_objective",
     "build_optimizer",
     "build_schedule",
+    "build_strategy",
     "latest_checkpoint",
     "load_checkpoint",
     "next_token_loss",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from usllm.sketch import SketchConfig
 
@@ -25,22 +25,18 @@ _DECISIVE_KEYS = (
     "data.validation_fraction",
     "data.context_length",
     "data.max_sequences",
-    "data.batch_size",
-    "data.num_workers",
     "objective",
     "optimizer",
     "trainer.max_steps",
     "trainer.epochs",
-    "trainer.accumulate_grad_batches",
     "trainer.gradient_clip_val",
     "trainer.gradient_clip_algorithm",
     "trainer.precision",
-    "trainer.devices",
-    "trainer.num_nodes",
     "callbacks.sketch_reprojection",
 )
 """Parts of the run's configuration that a resumed run must keep, besides the sketch. All others only store, show or
-measure what happens, or say on which machine."""
+measure what happens, or say on which machines: of batch size, accumulation and number of ranks only the product, the
+sequences of an optimizer step, must be kept."""
 
 
 def sketch_differences(saved: Mapping[str, Any], sketch: SketchConfig, patterns: Sequence[str]) -> list[str]:
@@ -58,20 +54,61 @@ def sketch_differences(saved: Mapping[str, Any], sketch: SketchConfig, patterns:
     return differences
 
 
-def run_differences(saved: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+def run_differences(
+    saved: Mapping[str, Any],
+    config: Mapping[str, Any],
+    saved_ranks: int | None = None,
+    ranks: int | None = None,
+) -> list[str]:
     """Every key besides the sketch that decides the course of a run and differs, with both values.
 
     Args:
         saved: the configuration in the checkpoint. A key that it lacks counts as null: it was added later.
         config: this run's.
+        saved_ranks: number of processes that made the checkpoint; ``None``: as far as its configuration says.
+        ranks: the same of this run.
     """
     theirs, ours = dict(_leaves(saved)), dict(_leaves(config))
     decisive = tuple(f"{key}." for key in _DECISIVE_KEYS)
-    return [
+    differences = [
         f"{key}: {theirs.get(key)} in the checkpoint, {ours.get(key)} in this run"
         for key in sorted(theirs.keys() | ours.keys())
         if f"{key}.".startswith(decisive) and theirs.get(key) != ours.get(key)
     ]
+    before, now = _step_size(theirs, saved_ranks), _step_size(ours, ranks)
+    if before is not None and now is not None and before.sequences != now.sequences:
+        differences.append(
+            "sequences of an optimizer step (data.batch_size x trainer.accumulate_grad_batches x ranks): "
+            f"{before} in the checkpoint, {now} in this run; any split of {before.sequences} will do"
+        )
+    return differences
+
+
+class _StepSize(NamedTuple):
+    batch_size: int
+    accumulate: int
+    ranks: int
+
+    @property
+    def sequences(self) -> int:
+        return self.batch_size * self.accumulate * self.ranks
+
+    def __str__(self) -> str:
+        return f"{self.batch_size} x {self.accumulate} x {self.ranks} = {self.sequences}"
+
+
+def _step_size(leaves: Mapping[str, Any], ranks: int | None) -> _StepSize | None:
+    """What a configuration says about the sequences of a step; ``None`` where it leaves that open."""
+    batch_size, accumulate = leaves.get("data.batch_size"), leaves.get("trainer.accumulate_grad_batches", 1)
+    if ranks is None:
+        devices = leaves.get("trainer.devices", 1)
+        devices = len(devices) if isinstance(devices, list) else devices
+        if not isinstance(devices, int) or devices < 1:  # auto, -1: as many as the machine has
+            return None
+        ranks = devices * int(leaves.get("trainer.num_nodes", 1))
+    if not isinstance(batch_size, int) or not isinstance(accumulate, int):
+        return None
+    return _StepSize(batch_size, accumulate, ranks)
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,9 +17,12 @@ from usllm.nn import DEFAULT_PATTERNS, load_plans_, save_plans, swap_linears_
 from usllm.sketch import SketchConfig
 from usllm.training.differences import run_differences, sketch_differences
 from usllm.training.objectives import Batch, Objective, next_token_loss
+from usllm.training.objectives.base import NO_TARGET
 from usllm.training.optimization import OptimizerConfig, build_optimizer, build_schedule
+from usllm.training.sharding import load_on_rank_zero, shard_
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
 CHECKPOINT_KEY = "usllm"
@@ -73,14 +76,30 @@ class SketchFinetuner(LightningModule):
         """Load the dense model, give the objective its teacher, and swap the linear layers. Safe to call again."""
         if self.model is not None:
             return
-        model = self.load_model()
+        mesh = self._data_parallel_mesh()
+        model = self.load_model() if mesh is None else load_on_rank_zero(self.load_model)
         self.objective.attach(model)
         swap_linears_(model, self.patterns)
         if self.gradient_checkpointing:
             # transformers 5.23 renamed it, and warns about the old name
             old_name = model.gradient_checkpointing_enable
             getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+        if mesh is not None:
+            self._shard_(model, mesh)
         self.model = model.train()  # transformers hands models out in evaluation mode, and Lightning keeps it
+
+    def _data_parallel_mesh(self) -> DeviceMesh | None:
+        """The devices to shard the model over; ``None`` where each holds a whole one, or there is only one."""
+        return None if self._device_mesh is None else self._device_mesh["data_parallel"]
+
+    def _shard_(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        cpu_offload = bool(getattr(self.trainer.strategy, "cpu_offload", False))
+        for teacher in self.objective.networks():
+            shard_(teacher.to(dtype=self._compute_dtype()), mesh, cpu_offload)
+        shard_(model, mesh, cpu_offload)
+
+    def _compute_dtype(self) -> torch.dtype:
+        return _COMPUTE_DTYPES.get(str(self.trainer.precision).split("-")[0], torch.float32)
 
     @property
     def network(self) -> nn.Module:
@@ -102,8 +121,8 @@ class SketchFinetuner(LightningModule):
 
     def on_fit_start(self) -> None:
         """Move the teacher, if there is one, to the device and the precision of the run."""
-        precision = str(self.trainer.precision).split("-")[0]
-        self.objective.place(self.device, _COMPUTE_DTYPES.get(precision, torch.float32))
+        if self._device_mesh is None:  # else it was sharded together with the model
+            self.objective.place(self.device, self._compute_dtype())
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits ``[sequences, context, vocabulary]`` of ``input_ids`` ``[sequences, context]``."""
@@ -135,8 +154,11 @@ class SketchFinetuner(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect the cross-entropy of one validation batch."""
         input_ids = batch["input_ids"]
-        loss = next_token_loss(self(input_ids), input_ids)
-        self.validation_loss.update(loss, weight=input_ids.numel() - len(input_ids))
+        labels = batch.get("labels", input_ids)
+        places = input_ids.numel() - len(input_ids)
+        targets = int((labels[:, 1:] != NO_TARGET).sum())
+        loss = next_token_loss(self(input_ids), labels) * (places / max(targets, 1))
+        self.validation_loss.update(loss, weight=targets)
 
     def on_validation_epoch_end(self) -> None:
         """Log cross-entropy and perplexity over all predicted tokens of the validation split."""
@@ -153,6 +175,8 @@ class SketchFinetuner(LightningModule):
             "sketch": dataclasses.asdict(self.sketch),
             "patterns": list(self.patterns),
             "config": self.run_config,
+            "ranks": None if self._trainer is None else self.trainer.world_size,
+            "accumulate_grad_batches": None if self._trainer is None else self.trainer.accumulate_grad_batches,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -169,7 +193,8 @@ class SketchFinetuner(LightningModule):
                 f"the checkpoint has format {saved['format']}, this version of usllm reads {CHECKPOINT_FORMAT}"
             )
         differences = sketch_differences(saved, self.sketch, self.patterns)
-        differences += run_differences(saved["config"], self.run_config)
+        ranks = None if self._trainer is None else self.trainer.world_size
+        differences += run_differences(saved["config"], self.run_config, saved.get("ranks"), ranks)
         if differences:
             raise UserError(
                 "the checkpoint was made under another configuration: "
@@ -177,6 +202,24 @@ class SketchFinetuner(LightningModule):
                 + ". Restore these values, or start a new run under another name="
             )
         load_plans_(self.network, saved["plans"], self.sketch)
+        before = saved.get("accumulate_grad_batches")
+        if before is not None and self._trainer is not None:
+            recount_micro_batches_(checkpoint, before, self.trainer.accumulate_grad_batches)
+
+
+def recount_micro_batches_(checkpoint: dict[str, Any], before: int, now: int) -> None:
+    """Let Lightning's counters of micro batches say what they would if every step had been made of ``now`` of them.
+
+    Validation and the end of the run are counted in micro batches; checkpoints are only written at optimizer steps.
+
+    Args:
+        checkpoint: a training checkpoint, changed in place.
+        before: micro batches per optimizer step when it was written.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for count in (progress["total"], progress["current"]):
+        for moment in count:
+            count[moment] += checkpoint["global_step"] * (now - before)
 
 
 def sketch_finetuner(module: LightningModule) -> SketchFinetuner:

@@ -31,6 +31,10 @@ class Objective(ABC):
     def place(self, device: torch.device, dtype: torch.dtype) -> None:  # noqa: B027
         """Move what the objective holds to ``device`` and to the compute ``dtype`` of the run."""
 
+    def networks(self) -> list[nn.Module]:
+        """Networks that the objective holds; where the model is sharded, they are sharded with it."""
+        return []
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss (fp32 scalar with a graph) and its detached parts by name, for the log."""
@@ -89,7 +93,8 @@ def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
 
     Args:
         logits: ``[sequences, context, vocabulary]``, any floating dtype; the loss is computed in fp32.
-        input_ids: ``[sequences, context]`` int64. The first token of a sequence is not predicted.
+        input_ids: ``[sequences, context]`` int64. The first token of a sequence is not predicted, and ``NO_TARGET`` is
+            not counted in the sum, which is divided by the number of all places behind the first.
 
     Returns:
         fp32 scalar.

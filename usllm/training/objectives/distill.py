@@ -71,6 +71,10 @@ class Distill(Objective):
             raise RuntimeError("Distill.attach has not been called: there is no teacher")
         self.teacher.to(device=device, dtype=dtype)
 
+    def networks(self) -> list[nn.Module]:
+        """The teacher."""
+        return [] if self.teacher is None else [self.teacher]
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if self.teacher is None:
             raise RuntimeError("Distill.attach has not been called: there is no teacher")

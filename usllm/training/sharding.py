@@ -1,0 +1,95 @@
+"""Spreading a model over ranks: loaded by one of them, handed out and sharded layer by layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from usllm.nn import sketched_layers
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def load_on_rank_zero(load: Callable[[], M]) -> M:
+    """The model that ``load`` gives on rank 0; on all others the same without weights (parameters on ``meta``)."""
+    box: list[M | None] = [None]
+    model: M | None = None
+    if dist.get_rank() == 0:
+        model = load()
+        box[0] = _skeleton(model)
+    dist.broadcast_object_list(box, src=0)
+    model = box[0] if model is None else model
+    assert model is not None
+    return model
+
+
+def shard_(model: nn.Module, mesh: DeviceMesh, cpu_offload: bool = False) -> None:
+    """Shard ``model`` by FSDP2 in place, its decoder layers one by one and then the rest.
+
+    A layer's weights go from rank 0 to the others when its turn comes, so that no rank but 0, which has the model in
+    the memory of its host, ever holds more than its shards and one layer.
+
+    Args:
+        model: from :func:`load_on_rank_zero`; sketched layers no longer keep decoded weights.
+        mesh: one dimension.
+        cpu_offload: keep the shards in the memory of the host.
+    """
+    for layer in sketched_layers(model).values():
+        layer.keeps_decoded = False
+    policy = CPUOffloadPolicy() if cpu_offload and mesh.device_type != "cpu" else OffloadPolicy()
+    device = torch.device("cpu") if mesh.device_type == "cpu" else torch.device(mesh.device_type, _current(mesh))
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+    for part in [*_decoder_layers(model), model]:
+        _receive_(part, device, known)
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+
+
+def _skeleton(model: M) -> M:
+    """A copy with the parameters on ``meta``; buffers, which files of weights do not hold, are copied."""
+    empty = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, memo=dict(empty))
+
+
+def _decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The parts that transformers calls indivisible; the model is sharded as one piece where it names none."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def _receive_(part: nn.Module, device: torch.device, known: dict[int, tuple[Tensor, Tensor]]) -> None:
+    """Put the parameters and buffers of ``part`` on ``device``, with the values of rank 0; in place.
+
+    Args:
+        known: what was received before, by the old tensor's id, with the old tensor itself, so that its id stays its
+            own: tied tensors are received once and stay tied.
+    """
+    for module in part.modules():
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for holder in holders:
+            for name, tensor in holder.items():
+                if tensor is None or isinstance(tensor, DTensor):
+                    continue
+                if id(tensor) not in known:
+                    values = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+                    values = values.contiguous()
+                    dist.broadcast(values, src=0)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    received = nn.Parameter(values, tensor.requires_grad) if is_parameter else values
+                    known[id(tensor)] = (tensor, received)
+                    known[id(received)] = (received, received)
+                holder[name] = known[id(tensor)][1]
+
+
+def _current(mesh: DeviceMesh) -> int:
+    return torch.get_device_module(mesh.device_type).current_device()
