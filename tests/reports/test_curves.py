@@ -65,3 +65,12 @@ def test_smoothing_is_the_mean_of_the_last_values(values: list[float], steps: in
 
 def test_finite_drops_what_cannot_be_drawn() -> None:
     assert Curve((1, 2, 3), (1.0, math.nan, math.inf)).finite() == Curve((1,), (1.0,))
+
+
+@given(st.integers(1, 2000), st.integers(1, 50))
+def test_thinned_curves_keep_their_end_and_their_limit(length: int, points: int) -> None:
+    curve = Curve(tuple(range(1, length + 1)), tuple(float(n) for n in range(length)))
+    thin = curve.thinned(points)
+    assert len(thin.steps) == len(thin.values) <= points
+    assert thin.steps[-1] == length
+    assert set(thin.steps) <= set(curve.steps)

@@ -131,6 +131,15 @@ def test_the_configuration_of_a_variant_is_the_logger_s_copy(tmp_path: Path) -> 
     assert run.overrides == ("sketch.rows=2", "allocation.name=waterfill")
 
 
+def test_references_that_are_not_resolved_are_no_numbers(tmp_path: Path) -> None:
+    settings = config(0.5, 1, "waterfill")
+    settings["sketch"] |= {"rows": "${oc.env:ROWS}", "bits_per_weight": "${oc.env:RATE}"}
+    folder = write_run(tmp_path / "run", config(0.5, 1, "waterfill"), steps=5)
+    (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    run = read_run(folder, "run")
+    assert (run.rows, run.bits_asked) == (None, None)
+
+
 def test_checkpoints_alone_make_a_run(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "step=00000001.ckpt").write_bytes(b"")

@@ -112,6 +112,34 @@ def test_curves_are_over_tokens_where_all_are_known(runs: list[Run]) -> None:
     assert figure.axes[0].get_xlabel() == "steps"
 
 
+def test_many_curves_have_a_legend_in_place_of_names(runs: list[Run]) -> None:
+    many = [replace(run, name=f"{run.name}-{copy}") for copy in range(2) for run in runs]
+    figure = training_curves(many)
+    assert figure is not None
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "proportional",
+        "waterfill",
+        "dense",
+        "1 row",
+        "3 rows",
+    ]
+    few = training_curves(runs)
+    assert few is not None
+    assert not few.legends
+
+
+def test_a_legend_of_many_entries_has_one_line_for_each_kind(runs: list[Run]) -> None:
+    text = texts_of(runs)[0]
+    rules = ("proportional", "waterfill", "uniform", "mine")
+    drawn = [run for run in runs if run.layers]
+    many = [replace(run, allocation=rules[n % 4], rows=n % 3 + 1) for n, run in enumerate(drawn)]
+    figure = perplexity_by_rate(many, text)
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(names) == 8
+    assert set(names[::2]) == set(rules)
+    assert names[1::2] == ["1 row", "2 rows", "3 rows", "Pareto front"]
+
+
 def test_runs_without_curves_have_no_figure(runs: list[Run]) -> None:
     assert training_curves([replace(run, curves={}) for run in runs]) is None
 

@@ -122,3 +122,9 @@ def test_what_cannot_be_read_is_a_clear_error(found: Any, named: str) -> None:
 def test_an_address_has_at_most_two_parts(address: str) -> None:
     with pytest.raises(UserError, match="wandb:<entity>/<project>"):
         read_project(address, Api([]))
+
+
+def test_a_run_without_bits_is_dense_only_where_it_calibrates_nothing() -> None:
+    dense = {**config(0.5, 1, "waterfill"), "callbacks": {"importance_calibration": None}}
+    runs = [ApiRun("a", "1", "finished", config(0.5, 1, "waterfill")), ApiRun("b", "2", "finished", dense)]
+    assert [run.dense for run in read_project("me/usllm", Api(runs))] == [False, True]

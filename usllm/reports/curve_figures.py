@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from usllm.reports.curves import Curve
 from usllm.reports.labels import labels
+from usllm.reports.legend import line_legend
 from usllm.reports.runs import Run
 from usllm.reports.style import (
     DENSE_COLOUR,
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 TRAINING, VALIDATION = "train/loss", "val/loss"
 NAMED = 14
 """Curves in one panel that are named at their ends; of more, the names would cover each other."""
+POINTS = 500
+"""Points of one curve; more than a screen shows would only make the page large."""
 _WINDOW = 0.05  # of the steps: the running mean that is drawn
 
 
@@ -57,6 +60,8 @@ def training_curves(runs: Sequence[Run]) -> Figure | None:
         panel.set_xlabel("tokens" if by_tokens else "steps")
         panel.set_ylabel("loss" if title.startswith("Training") and "entropy" not in title else "nats per token")
         panel.grid(True)
+    if any(len(curves) > NAMED for _, curves in shown):
+        line_legend(figure, [run for run in runs if any(run.name in curves for _, curves in shown)])
     return figure
 
 
@@ -123,7 +128,7 @@ def _name_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], bottom
 
 def _training(run: Run) -> Curve:
     curve = _curve(run, TRAINING)
-    return curve.smoothed(max(1, round(len(curve.steps) * _WINDOW)))
+    return curve.smoothed(max(1, round(len(curve.steps) * _WINDOW))).thinned(POINTS)
 
 
 def _curve(run: Run, metric: str) -> Curve:

@@ -35,6 +35,12 @@ class Curve:
             means.append((totals[-1] - totals[-1 - count]) / count)
         return Curve(self.steps, tuple(means))
 
+    def thinned(self, points: int) -> Curve:
+        """At most ``points`` of the points, evenly spread, the last one among them."""
+        every = -(-len(self.steps) // points)
+        first = (len(self.steps) - 1) % every if every else 0
+        return Curve(self.steps[first::every], self.values[first::every]) if every > 1 else self
+
     def finite(self) -> Curve:
         """The points that can be drawn."""
         kept = [(step, value) for step, value in zip(self.steps, self.values, strict=True) if math.isfinite(value)]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from usllm.reports.axes import across, byte_axis, perplexity_axis, plain_number, rate_axis
 from usllm.reports.labels import dense_perplexity, labels
+from usllm.reports.legend import FRONT, point_legend
 from usllm.reports.runs import Run, TestText
 from usllm.reports.style import (
     DENSE_COLOUR,
-    INK,
     OTHER_MARKER,
     PAPER,
     ROW_MARKERS,
@@ -27,9 +27,6 @@ from usllm.reports.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-_FRONT = "Pareto front"
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def perplexity_by_rate(
     levels = _draw_levels(axes, runs, text, reference)
     rate_axis(axes, [rate for rate, _ in points])
     perplexity_axis(axes, [value for _, value in points] + [value for value, *_ in levels])
-    _finish(axes, runs, text, title, "bits per compressed weight, achieved")
+    _finish(figure, runs, text, title, "bits per compressed weight, achieved")
     _name_levels(axes, levels)
     return figure
 
@@ -105,7 +102,7 @@ def perplexity_by_bytes(
     _draw_front(axes, points)
     byte_axis(axes, [size for size, _ in points] + [size for size, *_ in marked])
     perplexity_axis(axes, [value for _, value in points] + [value for _, value, *_ in marked])
-    _finish(axes, runs, text, title, "size of the model, with what is not compressed")
+    _finish(figure, runs, text, title, "size of the model, with what is not compressed")
     for size, value, name, colour in marked:
         # Towards the middle of the panel, where there is room.
         right = across(axes, size) > 0.5
@@ -151,9 +148,7 @@ def _draw_runs(
 def _draw_front(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     front = pareto_front(points)
     if len(front) > 1:  # of one point there is nothing to join
-        axes.step(
-            *zip(*front, strict=True), where="post", color=SOFT, linewidth=1.1, zorder=2, alpha=0.75, label=_FRONT
-        )
+        axes.step(*zip(*front, strict=True), where="post", color=SOFT, linewidth=1.1, zorder=2, alpha=0.75, label=FRONT)
 
 
 def _draw_levels(
@@ -196,32 +191,14 @@ def _name_levels(axes: Axes, levels: Sequence[tuple[float, str, str]]) -> None:
         )
 
 
-def _finish(axes: Axes, runs: Sequence[Run], text: TestText, title: str | None, label: str) -> None:
+def _finish(figure: Figure, runs: Sequence[Run], text: TestText, title: str | None, label: str) -> None:
+    (axes,) = figure.axes
     axes.set_title(title or str(text))
     axes.set_xlabel(label)
     axes.set_ylabel("perplexity after finetuning")
     axes.grid(True)
-    _legend(axes, [run for run in runs if run.after(text) is not None and not run.dense])
-
-
-def _legend(axes: Axes, drawn: Sequence[Run]) -> None:
-    """Colours, then markers, then the front; named only as far as they tell something apart."""
-    from matplotlib.lines import Line2D
-
-    handles = []
-    for name in dict.fromkeys(run.allocation for run in drawn):
-        handles.append((Line2D([], [], marker="o", ls="none", ms=7, color=allocation_colour(name)), str(name)))
-    for rows in sorted({run.rows or 1 for run in drawn}):
-        marker = ROW_MARKERS.get(rows, OTHER_MARKER)
-        handle = Line2D([], [], marker=marker, ls="none", ms=7, mfc="none", color=INK)
-        handles.append((handle, f"{rows} row{'s' if rows != 1 else ''}"))
-    if any(line.get_label() == _FRONT for line in axes.lines):
-        handles.append((Line2D([], [], color=SOFT, lw=1.1, alpha=0.75), _FRONT))
-    if handles:
-        blank = ["-"] * len(handles)
-        legend = axes.figure.legend([handle for handle, _ in handles], blank, loc="outside lower center", ncols=6)
-        for shown, (_, name) in zip(legend.get_texts(), handles, strict=True):
-            shown.set_text(shortened(name, 24))  # as it is: a label that begins with an underscore would be dropped
+    drawn = [run for run in runs if run.after(text) is not None and not run.dense]
+    point_legend(figure, drawn, any(line.get_label() == FRONT for line in axes.lines))
 
 
 def _three_digits(value: float) -> float:

@@ -192,7 +192,7 @@ def record(
         model_bits=_number(bits.get("model")),
         bytes=size.get("sketched"),
         dense_bytes=size.get("dense_bf16"),
-        rows=None if dense else asked.get("rows"),
+        rows=None if dense else _whole(asked.get("rows")),
         allocation=None if dense else _mapping(config.get("allocation")).get("name"),
         objective=_mapping(config.get("objective")).get("name"),
         perplexity=perplexities(_mappings(report.get("perplexity"))),
@@ -213,7 +213,8 @@ def perplexities(rows: Iterable[Mapping[str, Any]]) -> dict[TestText, Perplexiti
     """Perplexities by test text, from the rows of a report."""
     found = {}
     for row in rows:
-        text = TestText(str(row.get("test_set")), *(int(row.get(key) or 0) for key in ("window", "windows", "tokens")))
+        numbers = (_whole(row.get(key)) or 0 for key in ("window", "windows", "tokens"))
+        text = TestText(str(row.get("test_set")), *numbers)
         found[text] = Perplexities(*(_number(row.get(stage)) for stage in ("dense", "before", "after")))
     return found
 
@@ -276,6 +277,11 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _mappings(value: Any) -> list[Mapping[str, Any]]:
     return [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number; in a configuration that is not resolved a reference may stand in its place."""
+    return value if isinstance(value, int) else None
 
 
 def _number(value: Any) -> float | None:

@@ -111,10 +111,10 @@ def shortened(name: str, length: int = 44) -> str:
 
 
 @contextlib.contextmanager
-def _saving(**settings: str) -> Iterator[None]:
+def _saving(settings: Any = None) -> Iterator[None]:
     import matplotlib
 
-    with matplotlib.rc_context({**_SETTINGS, **settings}), warnings.catch_warnings():
+    with matplotlib.rc_context({**_SETTINGS, **(settings or {})}), warnings.catch_warnings():
         # A browser has the glyphs that matplotlib's font lacks; in a PNG boxes stand for them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
@@ -163,7 +163,7 @@ def svg(figure: Figure, name: str) -> str:
         name: Goes before every id, so that several figures fit into one document.
     """
     buffer = io.StringIO()
-    with _saving(**{"svg.hashsalt": name}):
+    with _saving({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r'\bid="', f'id="{name}-', text)

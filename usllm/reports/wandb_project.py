@@ -51,10 +51,12 @@ def _is_ours(run: Any) -> bool:
 def _run(run: Any) -> Run:
     config, summary = dict(run.config), dict(run.summary)
     status = _STATES.get(run.state, INTERRUPTED)
+    bits = _bits(summary, config)
     report = {
-        "finished": status == FINISHED,
+        # Without bits the run was dense, or logged by a version that did not send them: the configuration tells.
+        "finished": status == FINISHED and bits is not None,
         "perplexity": _perplexity(summary),
-        "bits_per_weight": _bits(summary, config),
+        "bits_per_weight": bits,
         "bytes": {"sketched": summary.get("sketch/model_bytes")},
         "seconds": {"training": summary.get("_runtime")},
     }
