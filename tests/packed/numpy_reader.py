@@ -89,7 +89,7 @@ def decode(data: bytes, shape: tuple[int, int], sketch: dict[str, Any], name: st
             first += rows * k * bits
             if (number, n) not in spread:
                 spread[number, n] = np.array([buckets(key, row, n, k, sketch["hash"]) for row in range(rows)])
-            turn = mix(key ^ 0x10000 * 0x9E3779B9 & MASK) % n + g * channels + c
+            turn = mix(key ^ 0x10000 * 0x9E3779B9 & MASK) % n + (sketch["hash"] != "shared") * (g * channels + c)
             place = spread[number, n][:, (np.arange(n) - turn) % n]
             joined = join(np.take_along_axis(codes, place, 1), sketch["operator"], sketch["query"])
             weight[start : start + n, c] = joined.astype(np.float32) * unit

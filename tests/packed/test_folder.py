@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_packed import pack, sketched_model
+from transformers import AutoModelForCausalLM
 
 import usllm
 from usllm.packed.export import RestStorage
@@ -330,11 +331,15 @@ def test_adapter_beside_the_model_is_refused(folder: Path) -> None:
     refused(folder, r"^adapter_config\.json: ")
 
 
-def test_code_and_pickles_in_the_folder_are_left_alone(folder: Path, tmp_path: Path) -> None:
+def test_code_beside_the_model_is_left_alone_or_refused(folder: Path, tmp_path: Path) -> None:
     trap = f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
-    (folder / "custom_generate").mkdir()
-    for name in ("custom_generate/generate.py", "modeling_llama.py", "configuration_llama.py", "__init__.py"):
+    for name in ("modeling_llama.py", "configuration_llama.py", "__init__.py"):
         (folder / name).write_text(trap)
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     usllm.load(folder)(torch.arange(4).view(1, 4))
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(trap)
+    refused(folder, r"^custom_generate: holds code")
+    with pytest.raises(PackedFormatError, match=r"^custom_generate: holds code"):
+        AutoModelForCausalLM.from_pretrained(folder)
     assert not (tmp_path / "ran").exists()

@@ -23,7 +23,7 @@ from usllm.packed.layer import WIDTHS, pack_layer
 from usllm.packed.linear import packed_layers
 from usllm.sketch import Plan, SketchConfig, project, query
 from usllm.sketch.allocation import ChannelClass
-from usllm.sketch.hash import HASH_VERSION
+from usllm.sketch.hash import HASH_VERSION, HASHES
 
 
 def same_bits(found: np.ndarray, expected: torch.Tensor) -> bool:
@@ -64,7 +64,7 @@ def test_reader_knows_the_signed_query(layer: tuple[torch.Tensor, Plan, torch.Te
 
 
 @pytest.mark.parametrize("operator", ["absmaxmin", "countmin", "mean"])
-@pytest.mark.parametrize("hash_name", ["balanced", "uniform"])
+@pytest.mark.parametrize("hash_name", sorted(HASHES))
 def test_reader_knows_every_width_in_one_layer(operator: str, hash_name: str) -> None:
     """Classes of all widths beside each other, few of which begin on a byte, groups of two sizes, an empty class."""
     config = SketchConfig(operator=operator, hash=hash_name, group_size=20, output_scale=True, seed=3)

@@ -23,6 +23,10 @@ _DESCRIPTION_SHARE = 16  # more where the weights are more: JSON takes up to 25 
 _DEPTH = 64  # of nested JSON: what walks through it recursively has a limit of its own
 # Keys of a configuration that make transformers read other files than those checked here, or fetch and run code.
 _REFUSED_KEYS = ("auto_map", "fusion_config", "transformers_weights")
+_REFUSED_FILES = {
+    "adapter_config.json": "adds weights from elsewhere to the model",
+    "custom_generate": "holds code, which transformers 4 runs when it loads the model",
+}
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,7 @@ def open_folder(path: str | Path) -> PackedFolder:
     model_config = _json(path / CONFIG_FILE, limit)
     packed = PackedConfig.from_dict(model_config.get("quantization_config") or {})
     _check_keys(model_config)
-    if (path / "adapter_config.json").exists():
-        raise PackedFormatError("adapter_config.json: would add weights from elsewhere to a packed model; delete it")
+    refuse_files(path)
     tensors: dict[str, StoredTensor] = {}
     header_bytes = {}
     for file, names in _files(path, limit).items():
@@ -116,6 +119,17 @@ def open_folder(path: str | Path) -> PackedFolder:
     folder = PackedFolder(path, model_config, packed, tensors, header_bytes)
     _check_tensors(folder)
     return folder
+
+
+def refuse_files(path: Path) -> None:
+    """Refuse a folder with files that make transformers run code or load more than the model.
+
+    Raises:
+        PackedFormatError: There is one; it is named.
+    """
+    for name, why in _REFUSED_FILES.items():
+        if (path / name).exists():
+            raise PackedFormatError(f"{name}: {why}; it is refused: delete it")
 
 
 def _description_limit(path: Path) -> int:

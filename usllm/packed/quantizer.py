@@ -6,7 +6,9 @@ whose hooks differ: arguments that only some versions pass are swallowed by ``**
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from usllm.packed.block_layers import BlockEmbedding, BlockLinear
 from usllm.packed.blocks import check_blocks
 from usllm.packed.config import QUANT_METHOD, BlockEntry, PackedConfig
+from usllm.packed.folder import refuse_files
 from usllm.packed.layer import PackedFormatError
 from usllm.packed.linear import PackedLinear, packed_layers
 
@@ -56,6 +59,7 @@ class SketchQuantizer(HfQuantizer):
         """Nothing but torch is needed."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        refuse_files(Path(model.config.name_or_path))
         swap_packed_(model, self.quantization_config.packed)
         if files := kwargs.get("checkpoint_files"):  # from transformers 5 on
             stored: set[str] = set()
@@ -83,6 +87,8 @@ class SketchQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_packed(model)
+        for cast in ("half", "float"):  # transformers forbids them for quantised models; bytes they leave alone
+            setattr(model, cast, MethodType(getattr(nn.Module, cast), model))
         return model
 
     def is_serializable(self, safe_serialization: bool | None = None, **kwargs: Any) -> bool:
@@ -114,11 +120,12 @@ def swap_packed_(model: PreTrainedModel, config: PackedConfig) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and bool(model.config.get_text_config().tie_word_embeddings)
     prefix = f"{model.base_model_prefix}."
-    alone = not hasattr(model, model.base_model_prefix)  # the base model has no head
     for name, block in config.blocks.items():
-        if alone and not name.startswith(prefix) and head is None:
-            continue
+        if head is None and not name.startswith(prefix):
+            continue  # the head of a causal model, read without one
         path, module = _find(model, name, block.shape, (nn.Linear, nn.Embedding))
+        if not can_be_blocks(module):
+            raise PackedFormatError(f"{name}: is a {type(module).__name__}, which cannot be stored in blocks")
         packed = _block_module(module, block, dtype)
         model.set_submodule(path, packed)
         if tied and module is embedding:  # transformers ties what is called `weight`, whatever its type
@@ -136,6 +143,9 @@ def check_packed(model: nn.Module) -> None:
     for layer in packed_layers(model).values():
         if layer.packed.device.type != "meta":  # offloaded ones are checked at their first use
             _ = layer.plan
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.device.type != "meta" and not _is_finite(parameter):
+            raise PackedFormatError(f"{name}: holds numbers that are not finite")
     for name, module in model.named_modules():
         if isinstance(module, (BlockLinear, BlockEmbedding)) and module.weight.device.type != "meta":
             try:
@@ -144,18 +154,22 @@ def check_packed(model: nn.Module) -> None:
                 raise PackedFormatError(str(error)) from error
 
 
-def make_quantizer(config: PackedConfig) -> SketchQuantizer:
-    """The quantizer of a model that was packed in this process, so that ``save_pretrained`` knows what it is."""
-    return SketchQuantizer(SketchQuantizationConfig(**_without_method(config.to_dict())), pre_quantized=True)
+@torch.no_grad()
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers are finite; some rows at a time, to make no large mask."""
+    rows = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
+    step = max(1, (1 << 22) // max(rows.shape[1], 1))
+    return all(bool(part.isfinite().all()) for part in rows.split(step))
+
+
+def can_be_blocks(module: nn.Module | None) -> bool:
+    """Whether blocks can stand in for a module: not for subclasses, which may scale or normalise what they look up."""
+    return type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None)
 
 
 def _without_prefix(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
     """Names as the base model has them: files may be read by it or by a model around it."""
     return {name.removeprefix(f"{model.base_model_prefix}.") for name in names}
-
-
-def _without_method(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in content.items() if key != "quant_method"}
 
 
 def _find(
