@@ -59,7 +59,8 @@ class SketchQuantizer(HfQuantizer):
         """Nothing but torch is needed."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        refuse_files(Path(model.config.name_or_path))
+        if model.config.name_or_path:
+            refuse_files(Path(model.config.name_or_path))
         swap_packed_(model, self.quantization_config.packed)
         if files := kwargs.get("checkpoint_files"):  # from transformers 5 on
             stored: set[str] = set()
