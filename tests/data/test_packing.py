@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -67,6 +70,32 @@ def test_second_call_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
     first = _packed(["some text"], 4, tmp_path)
     monkeypatch.setattr(packing, "_tokenise", lambda *a: pytest.fail("tokenised again"))
     assert _packed(["some text"], 4, tmp_path) == first
+
+
+def test_of_two_processes_that_want_the_same_text_one_tokenises(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    workers = [context.Process(target=_pack_together, args=(tmp_path, barrier)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert len(list((tmp_path / "calls").iterdir())) == 1
+    assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] == ["sequences.arrow"]
+
+
+def _pack_together(folder: Path, barrier: Any) -> None:
+    ordinary = packing._tokenise
+
+    def tokenise(*arguments: Any) -> Any:
+        (folder / "calls").mkdir(exist_ok=True)
+        (folder / "calls" / str(os.getpid())).touch()
+        return ordinary(*arguments)
+
+    packing._tokenise = tokenise
+    barrier.wait(30)
+    assert _packed(["some text"] * 50, 4, folder / "cache")
 
 
 def test_cache_holds_sequences_only(tmp_path: Path) -> None:

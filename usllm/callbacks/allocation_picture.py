@@ -64,29 +64,29 @@ def allocation_grid(plans: Mapping[str, Plan], max_columns: int = MAX_COLUMNS) -
 
 
 def allocation_figure(plans: Mapping[str, Plan]) -> Figure:
-    """The grid as a picture: bits per weight by colour, channels without states black, no channel white."""
+    """The grid as a picture, one panel for the layers of each width: bits per weight by colour, no states black."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure  # not pyplot: a Figure of its own draws with Agg and keeps no global state
 
-    grid = allocation_grid(plans)
-    held = grid[grid > 0]
+    widths = sorted({plan.shape[1] for plan in plans.values()})
+    groups = [{name: plan for name, plan in plans.items() if plan.shape[1] == width} for width in widths]
+    grids = [allocation_grid(group) for group in groups]
+    held = np.concatenate([grid[grid > 0] for grid in grids])
     low, high = (held.min(), held.max()) if held.size else (0.1, 1.0)
-    colours = colormaps["viridis"].with_extremes(bad="white", under="black")
-    figure = Figure(figsize=(11, 1.6 + min(0.16 * len(plans), 14)), layout="constrained")
-    axes = figure.subplots()
     # Equal rates make one colour; a logarithm of one value needs room around it.
-    norm = LogNorm(low * 0.999, high * 1.001, clip=False)
-    image = axes.imshow(
-        np.where(grid == 0, low * 1e-3, grid), aspect="auto", interpolation="nearest", cmap=colours, norm=norm
-    )
-    step = -(-len(plans) // MAX_LABELS)
-    names = list(plans)
-    axes.set_yticks(range(0, len(names), step), [_short(name) for name in names[::step]], fontsize=6)
-    widest = max(plan.shape[1] for plan in plans.values())
-    per_column = -(-widest // grid.shape[1])
-    axes.set_xlabel("input channel" if per_column == 1 else f"input channel / {per_column}")
-    bar = figure.colorbar(image, label="bits per weight of the channel", extend="min", format="{x:g}")
+    norm = LogNorm(low * 0.999, high * 1.001)
+    colours = colormaps["viridis"].with_extremes(under="black")
+    figure = Figure(figsize=(12, 1.4 + min(0.1 * max(map(len, groups)) + 0.8, 9)), layout="constrained")
+    panels = figure.subplots(1, len(groups), squeeze=False, width_ratios=[grid.shape[1] ** 0.5 for grid in grids])[0]
+    for axes, group, grid, width in zip(panels, groups, grids, widths, strict=True):
+        shown = np.where(grid == 0, low * 1e-3, grid)
+        image = axes.imshow(shown, aspect="auto", interpolation="nearest", cmap=colours, norm=norm)
+        step = -(-len(group) // MAX_LABELS)
+        axes.set_yticks(range(0, len(group), step), [_short(name) for name in list(group)[::step]], fontsize=6)
+        per_column = -(-width // grid.shape[1])
+        axes.set_xlabel("input channel" if per_column == 1 else f"input channel / {per_column}")
+    bar = figure.colorbar(image, ax=panels, label="bits per weight of the channel", extend="min", format="{x:g}")
     bar.ax.yaxis.set_minor_formatter("{x:g}")
     return figure
 
