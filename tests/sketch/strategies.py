@@ -22,7 +22,7 @@ def configs(draw: st.DrawFn, **fixed: Any) -> SketchConfig:
         "rows": draw(st.integers(1, 4)),
         "group_size": draw(st.sampled_from([1, 5, 16, 33, 512])),
         "operator": draw(st.sampled_from(["absmaxmin", "countmin", "mean"])),
-        "hash": draw(st.sampled_from(["balanced", "uniform"])),
+        "hash": draw(st.sampled_from(["balanced", "uniform", "shared"])),
         "state_bits": draw(st.sampled_from([1, 2, 3, 4, 8, 16])),
         "rounding": draw(st.sampled_from(["toward_zero", "nearest"])),
         "output_scale": draw(st.booleans()),

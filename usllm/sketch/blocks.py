@@ -34,13 +34,14 @@ def chunks(plan: Plan) -> Iterator[tuple[Span, int]]:
             yield part, plan.rotation(part)
 
 
-def rotate(weight: Tensor, span: Span, rotation: int) -> Tensor:
+def rotate(weight: Tensor, span: Span, rotation: int, turns: int) -> Tensor:
     """Weights of a span by rotated position.
 
     Args:
         weight: [out, in].
         span: Groups to take.
         rotation: Rotation of the first channel of the span's first group.
+        turns: How much further each channel is rotated, 0 or 1.
 
     Returns:
         [groups * in, n], row ``g * in + c`` holding channel c of group g from its rotation on.
@@ -50,6 +51,9 @@ def rotate(weight: Tensor, span: Span, rotation: int) -> Tensor:
     for group in range(span.groups):
         start = span.start + group * n
         columns = weight[start : start + n].t().contiguous()
+        if not turns:
+            rotated[group] = columns.roll(-rotation, 1)
+            continue
         twice = torch.cat([columns, columns], 1)
         for first, last, turn in _runs(channels, n, rotation + group * channels):
             skewed = (last - first, n), (2 * n + 1, 1), first * 2 * n + turn
@@ -57,19 +61,19 @@ def rotate(weight: Tensor, span: Span, rotation: int) -> Tensor:
     return rotated.flatten(0, 1)
 
 
-def unrotate_(rotated: Tensor, out: Tensor, span: Span, rotation: int) -> None:
+def unrotate_(rotated: Tensor, out: Tensor, span: Span, rotation: int, turns: int) -> None:
     """Inverse of :func:`rotate`, into the span's rows of ``out``.
 
     Args:
         rotated: [groups * in, n].
         out: [out, in], written.
         span: Groups to write.
-        rotation: As in :func:`rotate`.
+        rotation, turns: As in :func:`rotate`.
     """
     groups, n, channels = span.groups, span.size, out.shape[1]
-    twice = torch.cat([rotated, rotated], 1)
-    straight = torch.empty_like(rotated)
-    for first, last, turn in _runs(groups * channels, n, rotation):
+    straight = torch.empty_like(rotated) if turns else rotated.roll(rotation, 1)
+    twice = torch.cat([rotated, rotated], 1) if turns else rotated
+    for first, last, turn in _runs(groups * channels if turns else 0, n, rotation):
         straight[first:last] = twice.as_strided((last - first, n), (2 * n - 1, 1), first * 2 * n + n - turn)
     rows = out[span.start : span.start + groups * n].view(groups, n, channels)
     rows.copy_(straight.view(groups, channels, n).transpose(1, 2))

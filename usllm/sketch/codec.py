@@ -80,7 +80,7 @@ def _bucket_values(weight: Tensor, plan: Plan, winners: Tensor | None) -> Tensor
     operator, device = plan.operator, weight.device
     flat = torch.empty(0, device=device)
     for span, rotation in chunks(plan):
-        encoded = operator.encode(rotate(weight, span, rotation)).index_select(0, _rows(plan, span, device))
+        encoded = operator.encode(rotate(weight, span, rotation, plan.turns)).index_select(0, _rows(plan, span, device))
         if not len(flat):
             flat = encoded.new_empty(plan.num_states)
         members = encoded.new_empty(span.size + 1, len(encoded))
@@ -129,7 +129,7 @@ def _query_unscaled(states: States, plan: Plan) -> Tensor:
         source = torch.full((span.groups * plan.shape[1],), len(columns) - 1, device=device)
         rows_held = _rows(plan, span, device)
         source[rows_held] = torch.arange(len(rows_held), device=device)
-        unrotate_(columns.index_select(0, source), decoded, span, rotation)
+        unrotate_(columns.index_select(0, source), decoded, span, rotation, plan.turns)
     return decoded.mul_(channel_scales(states, plan))
 
 

@@ -6,10 +6,14 @@ The hash of weight ``i`` of a group of ``n`` weights, in input channel ``c`` and
     bucket = table_r[q] mod K          (balanced)           # table_r is a permutation of 0 … n-1
     bucket = (table_r[q] * K) >> 16    (uniform)            # table_r holds independent 16-bit numbers
 
+    bucket = table_r[q] mod K          (shared)             # rotation(c, g) is the same for all c and g
+
 so one small table per row serves a whole layer, and no hash is evaluated and no index stored per weight
 (`method.md` §3). The rotation changes from channel to channel and group to group by one, which visits all n
-rotations before one repeats: two weights that share a state in one channel part in the next. Tables and the
-first rotation depend on (seed, layer name) alone, by 32-bit multiply, shift and xor.
+rotations before one repeats: two weights that share a state in one channel part in the next. ``shared`` does without:
+outputs that share a bucket then do so in every channel, which lets products of a linear operator be folded
+(`peers.md` §3) and costs what a rotation is for. Tables and the first rotation depend on (seed, layer name) alone, by
+32-bit multiply, shift and xor.
 
 Everything here is a format constant (``HASH_VERSION``): changing it changes what stored states mean.
 """
@@ -62,7 +66,13 @@ def first_rotation(key: int, n: int) -> int:
 
 
 class Hash(Protocol):
-    """One way to spread n positions over K buckets; both halves must agree."""
+    """One way to spread n positions over K buckets; both halves must agree.
+
+    Attributes:
+        turns: Whether the rotation changes from channel to channel and group to group.
+    """
+
+    turns: bool
 
     def table(self, key: int, row: int, n: int) -> Tensor:
         """The row's table, int64 [n]."""
@@ -89,6 +99,8 @@ class Hash(Protocol):
 class Balanced:
     """A permutation taken modulo K: loads differ by at most one, no state is unoccupied."""
 
+    turns: bool = True
+
     def table(self, key: int, row: int, n: int) -> Tensor:
         order = torch.argsort(_row_hashes(key, row, n), stable=True)
         return torch.empty_like(order).scatter_(0, order, torch.arange(n))
@@ -104,6 +116,8 @@ class Balanced:
 
 class Uniform:
     """Independent 16-bit numbers scaled to K by multiply and shift: the paper's random buckets."""
+
+    turns: bool = True
 
     def table(self, key: int, row: int, n: int) -> Tensor:
         return _row_hashes(key, row, n) >> 16
@@ -121,4 +135,10 @@ class Uniform:
         return slots
 
 
-HASHES: dict[str, Hash] = {"balanced": Balanced(), "uniform": Uniform()}
+class Shared(Balanced):
+    """The balanced hash without a rotation of its own for each channel: one hash for the whole layer."""
+
+    turns: bool = False
+
+
+HASHES: dict[str, Hash] = {"balanced": Balanced(), "uniform": Uniform(), "shared": Shared()}

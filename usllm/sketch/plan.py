@@ -124,8 +124,13 @@ class Plan:
         return states
 
     def rotation(self, span: Span) -> int:
-        """Rotation of channel 0 in the first group of a span; the next channel, or group, turns one further."""
-        return (first_rotation(self.key, span.size) + span.first_group * self.shape[1]) % span.size
+        """Rotation of channel 0 in the first group of a span; the next channel turns :attr:`turns` further."""
+        return (first_rotation(self.key, span.size) + self.turns * span.first_group * self.shape[1]) % span.size
+
+    @property
+    def turns(self) -> int:
+        """How much further the next channel is rotated, and after the last one the first of the next group: 0 or 1."""
+        return int(HASHES[self.config.hash].turns)
 
     @cached_property
     def channel_order(self) -> Tensor:

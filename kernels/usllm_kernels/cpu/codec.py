@@ -18,9 +18,10 @@ from usllm.sketch.plan import Plan
 from usllm.sketch.quantize import BEST_SCALE, DROPPED_BITS, EXPONENTIAL_RATIO, HEAVY_SLOPE, LEAST_EXPONENT, NORMAL_RATIO
 from usllm.sketch.scale import CHANNEL_MANTISSA, OUTPUT_MANTISSA, decode_scale
 from usllm_kernels.cpu.layout import layout
+from usllm_kernels.cpu.parallel import side_by_side
 from usllm_kernels.cpu.project import MEAN, MINIMUM, SUM, project_span
 from usllm_kernels.cpu.query import MAGNITUDE_MAX, MAGNITUDE_MIN, SIGNED_MAX, TOTAL, query_span
-from usllm_kernels.cpu.states import channel_sums, choose_scales, quantize_states
+from usllm_kernels.cpu.states import channel_sums, choose_scales, quantize_states, unpack_states
 
 _REDUCTIONS = {"absmaxmin": MINIMUM, "countmin": SUM, "mean": MEAN}
 _COMBINATIONS = {"absmaxmin": MAGNITUDE_MAX, "countmin": MAGNITUDE_MIN, "mean": TOTAL}
@@ -118,33 +119,78 @@ def decode(
     if dtype not in (torch.float32, torch.bfloat16):
         return decode(states, plan, torch.float32, weight, sums).to(dtype)
     decoded = torch.empty(plan.shape, dtype=dtype)
-    codes, scales, tables = states["codes"], channel_scales(states, plan), layout(plan)
-    name = plan.config.operator
-    combination = SIGNED_MAX if plan.config.query == "signed_max" else _COMBINATIONS[name]
-    joined = torch.empty(0, dtype=_WIDER[codes.dtype] if combination == TOTAL else codes.dtype)
-    stored = decoded if dtype == torch.float32 else decoded.view(torch.int16)
-    latent, pitch = _flat(weight) if weight is not None else (torch.empty(0), 0)
-    compared = sums if sums is not None else torch.empty(2, 0)
-    for span, shape, buckets in zip(plan.spans, tables.shapes, tables.buckets, strict=True):
-        query_span(
-            codes.numpy(),
-            scales.numpy(),
-            span.start,
-            span.size,
-            span.groups,
-            plan.rotation(span),
-            combination,
-            tables.lane_channels,
-            tables.lane_block,
-            shape,
-            buckets,
-            joined.numpy(),
-            latent.numpy(),
-            pitch,
-            compared.numpy(),
-            stored.numpy(),
-        )
+    codes, scales = unpacked(states, plan), channel_scales(states, plan)
+    tasks = [(number, group, 1) for number, span in enumerate(plan.spans) for group in range(span.groups)]
+    if torch.get_num_threads() == 1 or sums is not None:  # what is summed up keeps its order
+        tasks = [(number, 0, span.groups) for number, span in enumerate(plan.spans)]
+
+    def work(task: tuple[int, int, int]) -> None:
+        number, first, groups = task
+        span = plan.spans[number]
+        decode_groups(codes, scales, plan, number, first, groups, decoded, span.start + first * span.size, weight, sums)
+
+    side_by_side(work, tasks)
     return decoded
+
+
+def decode_groups(
+    codes: Tensor,
+    scales: Tensor,
+    plan: Plan,
+    number: int,
+    first_group: int,
+    groups: int,
+    decoded: Tensor,
+    row: int,
+    weight: Tensor | None = None,
+    sums: Tensor | None = None,
+) -> None:
+    """Decode some groups of one span into the rows of ``decoded``, float32 or bfloat16 [rows, in], from ``row`` on.
+
+    Args:
+        codes: int8 or int16 [states].
+        scales: fp32 [in].
+        plan: A plan with states.
+        number: Of the span.
+        first_group, groups: Which of its groups.
+        decoded: Written.
+        row: Where the first group goes, and where it lies in ``weight``.
+        weight, sums: As for :func:`decode`.
+    """
+    tables, span = layout(plan), plan.spans[number]
+    combination = SIGNED_MAX if plan.config.query == "signed_max" else _COMBINATIONS[plan.config.operator]
+    joined = torch.empty(0, dtype=_WIDER[codes.dtype] if combination == TOTAL else codes.dtype)
+    latent, pitch = _flat(weight) if weight is not None else (torch.empty(0), 0)
+    query_span(
+        codes.numpy(),
+        scales.numpy(),
+        row,
+        span.size,
+        first_group,
+        groups,
+        plan.rotation(span),
+        plan.turns,
+        combination,
+        tables.lane_channels,
+        tables.lane_block,
+        tables.shapes[number],
+        tables.buckets[number],
+        joined.numpy(),
+        latent.numpy(),
+        pitch,
+        (torch.empty(2, 0) if sums is None else sums).numpy(),
+        (decoded.view(torch.int16) if decoded.dtype == torch.bfloat16 else decoded).numpy(),
+    )
+
+
+def unpacked(states: States, plan: Plan) -> Tensor:
+    """Codes, int8 or int16 [states], whether packed or not."""
+    codes = states["codes"]
+    if codes.dtype != torch.uint8:
+        return codes
+    found = torch.empty(plan.num_states, dtype=plan.code_dtype)
+    unpack_states(codes.numpy(), layout(plan).channel_block, found.numpy())
+    return found
 
 
 def _values(weight: Tensor, plan: Plan, keys: bool, winners: Tensor | None) -> Tensor:
@@ -164,6 +210,7 @@ def _values(weight: Tensor, plan: Plan, keys: bool, winners: Tensor | None) -> T
             span.size,
             span.groups,
             plan.rotation(span),
+            plan.turns,
             _REDUCTIONS[plan.config.operator],
             tables.lane_channels,
             tables.lane_block,

@@ -8,6 +8,7 @@ import torch
 
 from usllm.sketch.plan import Plan
 from usllm_kernels.cpu.lanes import LANES
+from usllm_kernels.tables import class_tables
 
 
 class Layout(NamedTuple):
@@ -47,32 +48,13 @@ def _layout(plan: Plan) -> Layout:
             channels.append(torch.cat([of_part, of_part[:1].expand(LANES - len(of_part))]))
             blocks.append((number, len(of_part), first, block.states_per_channel))
     per_class = [(len(b.channels), b.first_state, b.states_per_channel, b.choice.bits) for b in plan.blocks]
-    spans = [_span(plan, number) for number in range(len(plan.spans))]
+    spans = [class_tables(plan, number) for number in range(len(plan.spans))]
     return Layout(
         torch.stack(channels).numpy(),
         torch.tensor(blocks).numpy(),
         torch.tensor(per_class).numpy(),
-        *(list(column) for column in zip(*spans, strict=True)),
-    )
-
-
-def _span(plan: Plan, number: int) -> tuple[Any, Any, Any]:
-    span = plan.spans[number]
-    shape, slots, buckets = [], [], []
-    slot_offset = bucket_offset = 0
-    for block in plan.blocks:
-        choice = block.choice
-        before = sum(s.groups * choice.rows * min(choice.states, s.size) for s in plan.spans[:number])
-        placement = plan.placement(choice, span.size)
-        rows, depth, states = placement.slots.shape
-        shape.append((rows, depth, states, slot_offset, bucket_offset, before))
-        slots.append(placement.slots.flatten())
-        buckets.append((placement.buckets.int() + states * torch.arange(rows)[:, None]).flatten())
-        slot_offset += slots[-1].numel()
-        bucket_offset += buckets[-1].numel()
-    # Unsigned: an index that could be below zero would be checked for it at every use.
-    return (
-        torch.tensor(shape).numpy(),
-        torch.cat(slots).numpy().view("uint16"),
-        torch.cat(buckets).numpy().astype("uint16"),
+        [shape.long().numpy() for shape, _, _ in spans],
+        # Unsigned: an index that could be below zero would be checked for it at every use.
+        [slots.numpy().view("uint16") for _, slots, _ in spans],
+        [buckets.numpy().view("uint16") for _, _, buckets in spans],
     )

@@ -28,6 +28,7 @@ def project_span(
     n: int,
     groups: int,
     rotation: int,  # of channel 0 in the span's first group
+    turns: int,  # how much further the next channel is rotated, 0 or 1
     reduction: int,  # MINIMUM, SUM or MEAN
     lane_channels: Any,  # int64 [lane blocks, 8]
     lane_block: Any,  # int64 [lane blocks, 4]: class, channels in use, first state, states per channel
@@ -48,11 +49,11 @@ def project_span(
     places = np.empty(LANES, np.int64)
     for group in range(groups):
         _turn(weight, pitch, width, start + group * n, n, columns)
-        turn = rotation + group * width
+        turn = rotation + turns * group * width
         for number in range(lane_block.shape[0]):
             block, lanes, first = lane_block[number, 0], lane_block[number, 1], lane_block[number, 2]
             rows, depth, states = shape[block, 0], shape[block, 1], shape[block, 2]
-            interleave(columns, lane_channels[number], turn, n, places, members)
+            interleave(columns, lane_channels[number], turn, turns, n, places, members)
             store(members, n * LANES, fill(members, pad))
             table = slots[shape[block, 3] : shape[block, 3] + rows * depth * states]
             if winners.size:
@@ -90,10 +91,10 @@ def _turn(weight: Any, pitch: int, width: int, start: int, n: int, columns: Any)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def interleave(columns: Any, channels: Any, turn: int, n: int, places: Any, members: Any) -> None:
+def interleave(columns: Any, channels: Any, turn: int, turns: int, n: int, places: Any, members: Any) -> None:
     """Eight channels side by side in hash order: row q of ``members`` holds position q + rotation of each."""
     for lane in range(LANES):
-        places[lane] = (turn + channels[lane]) % n
+        places[lane] = (turn + turns * channels[lane]) % n
     for q in range(0, n, LANES):
         for lane in range(LANES):
             places[lane] += channels[lane] * (n + LANES)

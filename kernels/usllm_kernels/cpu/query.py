@@ -27,10 +27,12 @@ MAGNITUDE_MAX, SIGNED_MAX, MAGNITUDE_MIN, TOTAL = 0, 1, 2, 3
 def query_span(
     codes: Any,  # int8 or int16 [states]
     scales: Any,  # float32 [in], 0 for channels without states
-    start: int,  # first output row
+    start: int,  # output row of the first of these groups, in ``latent`` and ``decoded``
     n: int,
+    first_group: int,  # of those to decode, within the span
     groups: int,
     rotation: int,  # of channel 0 in the span's first group
+    turns: int,  # how much further the next channel is rotated, 0 or 1
     combination: int,  # one of the four above
     lane_channels: Any,  # int64 [lane blocks, 8]
     lane_block: Any,  # int64 [lane blocks, 4]: class, channels in use, first state, states per channel
@@ -51,8 +53,8 @@ def query_span(
     candidates = np.zeros((largest + LANES, LANES), joined.dtype)
     best = np.empty((n + LANES, LANES), joined.dtype)
     places = np.empty(LANES, np.int64)
-    for group in range(groups):
-        turn = rotation + group * width
+    for group in range(first_group, first_group + groups):
+        turn = rotation + turns * group * width
         for number in range(lane_block.shape[0]):
             block, lanes, first = lane_block[number, 0], lane_block[number, 1], lane_block[number, 2]
             rows, states = shape[block, 0], shape[block, 2]
@@ -64,8 +66,8 @@ def query_span(
             _combine(candidates, buckets[shape[block, 4] : shape[block, 4] + rows * n], rows, n, combination, best)
             for i in range(LANES):  # a tile that reaches over the end writes what belongs at the beginning
                 best[n + i] = best[i]
-            _straighten(best, lane_channels[number], turn, n, places, panel)
-        _write(panel, scales, start + group * n, n, latent, pitch, sums, decoded)
+            _straighten(best, lane_channels[number], turn, turns, n, places, panel)
+        _write(panel, scales, start + (group - first_group) * n, n, latent, pitch, sums, decoded)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -114,11 +116,11 @@ def _combine(candidates: Any, table: Any, rows: int, n: int, combination: int, b
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _straighten(best: Any, channels: Any, turn: int, n: int, places: Any, panel: Any) -> None:
+def _straighten(best: Any, channels: Any, turn: int, turns: int, n: int, places: Any, panel: Any) -> None:
     """Positions in hash order back into output order, channel by channel."""
     step = n + LANES
     for lane in range(LANES):
-        places[lane] = (turn + channels[lane]) % n
+        places[lane] = (turn + turns * channels[lane]) % n
     for q in range(0, n, LANES):
         crossing = False
         for lane in range(LANES):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from usllm import sketch
 from usllm.sketch import Plan
 from usllm.sketch.codec import States, check_shape
 from usllm_kernels.dispatch import choose
+from usllm_kernels.plans import empty, fake_states, flatten, list_states, name_states, unflatten
+from usllm_kernels.project import reference
 
 
 def project(
@@ -31,8 +33,48 @@ def project(
         ValueError: The weight's shape is not the plan's, or the backend cannot run.
     """
     check_shape(weight, plan)
-    if choose(weight.device, backend) == "numba":
+    *states, kept = project_op(weight.detach(), moment, *flatten(plan), winners is not None, backend or "")
+    if winners is not None:
+        winners.copy_(kept)
+    return name_states(states)
+
+
+@torch.library.custom_op("usllm::project", mutates_args=())
+def project_op(
+    weight: Tensor,
+    moment: Tensor | None,
+    classes: Tensor,
+    channel_class: Tensor,
+    numbers: list[int],
+    winners: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Codes, scales, their base, output scales, their base, winners; see :mod:`usllm_kernels.plans`."""
+    plan, device = unflatten(classes, channel_class, numbers), weight.device
+    chosen = choose(device, backend)
+    kept = torch.zeros(plan.num_states, dtype=torch.int16, device=device) if winners else None
+    if chosen == "numba":
         from usllm_kernels.cpu import codec
 
-        return codec.project(weight.detach().float(), plan, moment, winners)
-    return sketch.project(weight, plan, moment, winners=winners)
+        states = codec.project(weight.float(), plan, moment, kept)
+    elif chosen == "triton":
+        from usllm_kernels.project import triton
+
+        states = triton.project(weight, plan, moment, kept)
+    else:
+        states = reference.project(weight, plan, moment, winners=kept)
+    return *list_states(states), empty(torch.int16, device) if kept is None else kept
+
+
+@project_op.register_fake
+def _(
+    weight: Tensor,
+    moment: Tensor | None,
+    classes: Tensor,
+    channel_class: Tensor,
+    numbers: list[int],
+    winners: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kept = torch.empty(numbers[2] if winners else 0, dtype=torch.int16, device=weight.device)
+    return *fake_states(numbers, weight.device), kept

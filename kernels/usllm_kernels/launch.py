@@ -1,0 +1,72 @@
+"""From a plan and its states to the arguments of a Triton kernel. Launch parameters follow from formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from usllm.sketch import Plan
+from usllm.sketch.codec import States
+from usllm_kernels.dispatch import interpreted
+from usllm_kernels.tables import SpanTables, Tables, tables
+
+_COMBINATIONS = {"absmaxmin": 0, "countmin": 2, "mean": 3}
+
+
+def decoding(states: States, plan: Plan) -> tuple[Tables, dict[str, Any]]:
+    """Tables of a plan with states, and what :func:`usllm_kernels.tile.decoded_tile` takes besides a span's part."""
+    codes = states["codes"]
+    known = tables(plan, codes.device)
+    output = plan.config.output_scale
+    return known, {
+        "codes": codes,
+        "scales": states["scales"],
+        "scale_base": states["scale_base"],
+        "output_scales": states["output_scales"] if output else codes,
+        "output_scale_base": states["output_scale_base"] if output else codes,
+        "position": known.position,
+        "block": known.block,
+        "first_state": known.first_state,
+        "first_bit": known.first_bit,
+        "bits": known.bits,
+        "width": plan.shape[1],
+        "STEP": plan.turns,
+        "ROWS": known.rows,
+        "COMBINATION": combination(plan),
+        "PACKED": codes.dtype == torch.uint8,
+        "OUTPUT_SCALE": output,
+    }
+
+
+def of_span(span: SpanTables) -> dict[str, Any]:
+    """What :func:`usllm_kernels.tile.decoded_tile` takes of a span."""
+    return {
+        "shape": span.shape,
+        "buckets": span.buckets,
+        "start": span.start,
+        "n": span.size,
+        "rotation": span.rotation,
+    }
+
+
+def combination(plan: Plan) -> int:
+    """Number of the way in which the candidates of several rows are joined."""
+    return 1 if plan.config.query == "signed_max" else _COMBINATIONS[plan.config.operator]
+
+
+def target(out: Tensor) -> dict[str, Any]:
+    """A tensor that a kernel writes through :func:`usllm_kernels.tile.as_stored`."""
+    is_bfloat16 = out.dtype == torch.bfloat16
+    return {"out": out.view(torch.int16) if is_bfloat16 else out, "BFLOAT16": is_bfloat16}
+
+
+def power_of_two(number: int, least: int = 1, most: int = 1 << 20) -> int:
+    """Smallest power of two that is not below ``number``, within bounds that are powers of two."""
+    return min(max(1 << (max(number, 1) - 1).bit_length(), least), most)
+
+
+def dot_in_float32() -> bool:
+    """Whether products of tiles must be of float32: the interpreter gets those of bfloat16 wrong."""
+    return interpreted()

@@ -1,0 +1,144 @@
+"""A plan as an operator of torch takes it: two tensors and a list of whole numbers, no Python object.
+
+The tensors are those that are stored with a model (:meth:`usllm.sketch.Plan.to_tensors`), the numbers its format
+constants and a digest. What the kernels read is derived from them once and kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from usllm.sketch import Plan, SketchConfig
+from usllm.sketch.allocation import ChannelClass
+from usllm.sketch.codec import States
+from usllm.sketch.hash import HASHES
+from usllm.sketch.operators import OPERATORS
+
+_OPERATORS, _HASHES = tuple(OPERATORS), tuple(HASHES)
+_QUERIES, _ROUNDINGS = ("magnitude_max", "signed_max"), ("toward_zero", "nearest")
+
+_known: WeakValueDictionary[tuple[int, ...], Plan] = WeakValueDictionary()
+_rebuilt: dict[tuple[int, ...], Plan] = {}
+
+
+class FlatPlan(NamedTuple):
+    """What an operator takes for a plan.
+
+    Attributes:
+        classes: int32 [classes, 3]: rows, states per group, width.
+        channel_class: uint8 [in].
+        numbers: Output rows, input channels, states, channels with states, bits of unpacked codes, operator, query,
+            hash, rounding, group size, output scale, key, digest.
+    """
+
+    classes: Tensor
+    channel_class: Tensor
+    numbers: list[int]
+
+
+def flatten(plan: Plan) -> FlatPlan:
+    """A plan for an operator call; made once a plan."""
+    kept: FlatPlan | None = plan.__dict__.get("_flat")
+    if kept is None:
+        kept = plan.__dict__["_flat"] = _flatten(plan)
+        _known[tuple(kept.numbers)] = plan
+    return kept
+
+
+def _flatten(plan: Plan) -> FlatPlan:
+    tensors, config = plan.to_tensors(), plan.config
+    content = b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
+    numbers = [
+        *plan.shape,
+        plan.num_states,
+        plan.num_scales,
+        16 if plan.code_dtype == torch.int16 else 8,
+        _OPERATORS.index(config.operator),
+        _QUERIES.index(config.query),
+        _HASHES.index(config.hash),
+        _ROUNDINGS.index(config.rounding),
+        config.group_size,
+        int(config.output_scale),
+        plan.key,
+        int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "little"),
+    ]
+    return FlatPlan(tensors["classes"], tensors["channel_class"], numbers)
+
+
+def unflatten(classes: Tensor, channel_class: Tensor, numbers: list[int]) -> Plan:
+    """The plan of an operator call: the one that was flattened, or, in another process, one made anew."""
+    key = tuple(numbers)
+    found = _known.get(key)
+    if found is None:
+        found = _rebuilt.get(key)
+    if found is None:
+        out, width, _, _, _, operator, query, spread, rounding, group, output, hash_key, _ = numbers
+        config = SketchConfig(
+            operator=_OPERATORS[operator],
+            query=_QUERIES[query],
+            hash=_HASHES[spread],
+            rounding=_ROUNDINGS[rounding],
+            group_size=group,
+            output_scale=bool(output),
+        )
+        choices = tuple(ChannelClass(*row) for row in classes.tolist())
+        found = Plan("", (out, width), config, choices, channel_class.cpu())
+        found.__dict__["key"] = hash_key  # the name is unknown here, and serves for nothing else
+        _rebuilt[key] = found
+    return found
+
+
+def fake_states(numbers: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tensors of the shapes that :func:`list_states` gives for a plan, with nothing in them."""
+    out, _, states, channels, bits, _, _, _, _, _, output, _, _ = numbers
+    sizes = (channels, 1, out if output else 0, 1 if output else 0)
+    codes = torch.empty(states, dtype=torch.int16 if bits == 16 else torch.int8, device=device)
+    scales, base, output_scales, output_base = (torch.empty(size, dtype=torch.uint8, device=device) for size in sizes)
+    return codes, scales, base, output_scales, output_base
+
+
+def list_states(states: States) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """States as an operator takes and returns them; what is not there is empty."""
+    codes = states["codes"]
+    return (
+        codes,
+        states["scales"],
+        states["scale_base"],
+        states.get("output_scales", empty(torch.uint8, codes.device)),
+        states.get("output_scale_base", empty(torch.uint8, codes.device)),
+    )
+
+
+def name_states(tensors: Sequence[Tensor]) -> States:
+    """Inverse of :func:`list_states`."""
+    names = ("codes", "scales", "scale_base", "output_scales", "output_scale_base")
+    held = names if tensors[4].numel() else names[:3]
+    return dict(zip(held, tensors, strict=False))
+
+
+def packed_states(packed: Tensor, plan: Plan) -> States:
+    """States of a packed layer without unpacking them: ``codes`` is the stream itself, uint8.
+
+    Args:
+        packed: uint8 [``plan.total_bits / 8``], header first (`usllm/packed/FORMAT.md`).
+        plan: The layer's plan.
+    """
+    size = {name: bits // 8 for name, bits in plan.bit_breakdown().items()}
+    scales = size["header"] + size["classes"] + size["channel_classes"]
+    output = scales + size["scales"]
+    codes = output + size["output_scale"]
+    states = {"codes": packed[codes:], "scales": packed[scales:output], "scale_base": packed[1:2]}
+    if plan.config.output_scale:
+        states |= {"output_scales": packed[output:codes], "output_scale_base": packed[2:3]}
+    return states
+
+
+def empty(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What stands for a tensor that is not there: operators return no ``None``."""
+    return torch.empty(0, dtype=dtype, device=device)

@@ -1,0 +1,28 @@
+"""Projection and query in one on CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from usllm.sketch import Plan
+from usllm.sketch.codec import States
+from usllm_kernels.project.triton import project
+from usllm_kernels.project_query.reference import add_up_
+from usllm_kernels.query.triton import query
+
+
+def project_query(
+    weight: Tensor,
+    plan: Plan,
+    moment: Tensor | None,
+    dtype: torch.dtype,
+    winners: Tensor | None,
+    sums: Tensor | None,
+) -> tuple[States, Tensor]:
+    """States, and the decoded weight [out, in]. The sums, which are only logged, take a query in fp32 of their own."""
+    states = project(weight, plan, moment, winners)
+    decoded = query(states, plan, dtype)
+    if sums is not None:
+        add_up_(sums, weight, decoded if dtype == torch.float32 else query(states, plan))
+    return states, decoded

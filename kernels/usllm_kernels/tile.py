@@ -1,0 +1,130 @@
+"""What every Triton kernel here is made of: a tile of decoded weights, straight from the states.
+
+A tile is [channels, outputs of one group]. For one channel the outputs read one row of a table (contiguous, but for one
+wrap) and states within a few dozen bytes, so with the outputs along the lanes of a warp nothing is read apart. The
+integers are those of :mod:`usllm.sketch.codec`; offsets that may pass 2^31 are 64 bits wide. Nothing is computed in
+bfloat16: the interpreter would do so wrongly, and silently.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+MAGNITUDE_MAX = tl.constexpr(0)
+SIGNED_MAX = tl.constexpr(1)
+MAGNITUDE_MIN = tl.constexpr(2)
+TOTAL = tl.constexpr(3)
+
+_SHAPE = tl.constexpr(6)  # columns of the table of classes (usllm_kernels.tables)
+
+
+@triton.jit
+def load_codes(codes, state, bit, bits, mask, PACKED: tl.constexpr):
+    """State codes as int32: by number from unpacked ones, by bit position from the packed stream."""
+    if PACKED:
+        byte = bit >> 3
+        last = (bit + bits - 1) >> 3
+        value = tl.load(codes + byte, mask=mask, other=0).to(tl.int32)
+        value |= tl.load(codes + byte + 1, mask=mask & (last > byte), other=0).to(tl.int32) << 8
+        value |= tl.load(codes + byte + 2, mask=mask & (last > byte + 1), other=0).to(tl.int32) << 16
+        value = (value >> (bit & 7).to(tl.int32)) & ((1 << bits) - 1)
+        signed = value - ((value >> (bits - 1)) << bits)
+        return tl.where(bits == 1, 1 - 2 * value, signed)
+    return tl.load(codes + state, mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def stored_scale(code, base, MANTISSA: tl.constexpr):
+    """usllm.sketch.scale.decode_scale."""
+    top = code.to(tl.int32) + (base.to(tl.int32) << MANTISSA)
+    return (top << (23 - MANTISSA)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def as_stored(value, BFLOAT16: tl.constexpr, dtype: tl.constexpr):
+    """float32 in the type of the target; the bits of bfloat16, rounded to nearest even, where that is the target's."""
+    if BFLOAT16:  # by hand: the interpreter rounds toward zero
+        bits = value.to(tl.int32, bitcast=True)
+        return ((bits + ((bits >> 16) & 1) + 0x7FFF) >> 16).to(tl.int16)
+    return value.to(dtype)
+
+
+@triton.jit
+def rotated(i, channel, group, n, rotation, width, STEP: tl.constexpr):
+    """Position in hash order of output ``i`` of a group, [channels, outputs]."""
+    turn = (rotation + STEP * (group * width + channel)) % n
+    q = i[None, :] - turn[:, None]
+    return tl.where(q < 0, q + n, q)
+
+
+@triton.jit
+def decoded_tile(
+    codes,  # int8 or int16 [states], or uint8, the packed stream
+    scales,  # uint8 [channels with states]
+    scale_base,  # uint8 [1]
+    output_scales,  # uint8 [out]
+    output_scale_base,  # uint8 [1]
+    position,  # from here on: usllm_kernels.tables
+    block,
+    first_state,
+    first_bit,
+    bits,
+    shape,
+    buckets,
+    channel,  # [channels], which
+    i,  # [outputs], which of the group
+    group,
+    start,
+    n,
+    rotation,
+    width,
+    STEP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COMBINATION: tl.constexpr,
+    PACKED: tl.constexpr,
+    OUTPUT_SCALE: tl.constexpr,
+):
+    """Decoded weights, float32 [channels, outputs]; 0 outside of the layer and in channels without states."""
+    number = tl.load(position + channel, mask=channel < width, other=-1)
+    held = number >= 0
+    row_of = tl.load(block + number, mask=held, other=0) * _SHAPE
+    rows = tl.load(shape + row_of, mask=held, other=0)
+    states = tl.load(shape + row_of + 2, mask=held, other=0)
+    table = tl.load(shape + row_of + 4, mask=held, other=0)
+    place = tl.load(shape + row_of + 5, mask=held, other=0) + group * rows * states
+    state = tl.load(first_state + number, mask=held, other=0) + place
+    width_in_bits = tl.load(bits + number, mask=held, other=1)
+    bit = tl.load(first_bit + number, mask=held, other=0) + place.to(tl.int64) * width_in_bits
+    q = rotated(i, channel, group, n, rotation, width, STEP)
+    mask = held[:, None] & (i < n)[None, :]
+    joined = tl.zeros(q.shape, tl.int32)
+    for row in range(ROWS):
+        live = mask & (row < rows)[:, None]
+        bucket = tl.load(buckets + table[:, None] + row * n + q, mask=live, other=0).to(tl.int32) & 0xFFFF
+        code = load_codes(
+            codes,
+            state[:, None] + bucket,
+            bit[:, None] + bucket.to(tl.int64) * width_in_bits[:, None],
+            width_in_bits[:, None],
+            live,
+            PACKED,
+        )
+        if COMBINATION == MAGNITUDE_MAX:  # keys order by magnitude, then sign
+            joined = tl.where(live, tl.maximum(joined, 2 * tl.abs(code) + (code < 0).to(tl.int32)), joined)
+        elif COMBINATION == SIGNED_MAX:
+            joined = tl.where(live & ((code > joined) | (row == 0)), code, joined)
+        elif COMBINATION == MAGNITUDE_MIN:
+            joined = tl.where(live & ((tl.abs(code) < tl.abs(joined)) | (row == 0)), code, joined)
+        else:
+            joined += tl.where(live, code, 0)
+    if COMBINATION == MAGNITUDE_MAX:
+        joined = tl.where((joined & 1) == 1, -(joined >> 1), joined >> 1)
+    scale = stored_scale(tl.load(scales + number, mask=held, other=0), tl.load(scale_base), 3)
+    if COMBINATION == TOTAL:
+        scale = tl.div_rn(scale, tl.maximum(rows, 1).to(tl.float32))
+    weight = joined.to(tl.float32) * scale[:, None]
+    if OUTPUT_SCALE:
+        code = tl.load(output_scales + start + group * n + i, mask=i < n, other=0)
+        weight *= stored_scale(code, tl.load(output_scale_base), 5)[None, :]
+    return weight

@@ -1,0 +1,69 @@
+"""Layers that the contract is tested on: small, odd, and one for every choice that a kernel sees."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from usllm.sketch import Plan, SketchConfig, States, build_plan, project
+from usllm.sketch.allocation.problem import EMPTY
+from usllm.sketch.bitstream import pack
+
+FIELDS: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
+    "plain": ((37, 13), {"bits_per_weight": 3.0}),
+    "two-group-sizes": ((47, 11), {"bits_per_weight": 3.0, "group_size": 16, "rows": 2}),
+    "one-row": ((40, 19), {"bits_per_weight": 2.0, "rows": 1}),
+    "one-channel": ((64, 1), {"bits_per_weight": 12.0}),
+    "one-output": ((1, 21), {"bits_per_weight": 60.0}),
+    "one-state": ((40, 16), {"bits_per_weight": 1.6, "rows": 1, "allocation": "uniform"}),
+    "state-for-every-weight": ((20, 9), {"bits_per_weight": 300.0}),
+    "groups-of-one": ((3, 9), {"bits_per_weight": 60.0, "group_size": 1}),
+    "signed-max": ((37, 13), {"bits_per_weight": 3.0, "query": "signed_max"}),
+    "countmin": ((37, 13), {"bits_per_weight": 3.0, "operator": "countmin"}),
+    "mean": ((37, 13), {"bits_per_weight": 3.0, "operator": "mean", "rows": 2}),
+    "mixed-widths": ((80, 24), {"bits_per_weight": 3.0, "allocation": "waterfill", "output_scale": True}),
+    "random-buckets": ((37, 13), {"bits_per_weight": 3.0, "hash": "uniform", "rounding": "nearest"}),
+    "shared-mean": ((47, 12), {"bits_per_weight": 3.0, "operator": "mean", "hash": "shared", "group_size": 16}),
+    "1-bit": ((37, 13), {"bits_per_weight": 3.0, "state_bits": 1}),
+    "3-bit": ((37, 13), {"bits_per_weight": 3.0, "state_bits": 3, "rounding": "nearest"}),
+    "16-bit": ((37, 13), {"bits_per_weight": 6.0, "state_bits": 16}),
+    "no-states": ((12, 6), {}),
+}
+
+
+class Case(NamedTuple):
+    """A layer with its plan and its states, all on one device."""
+
+    weight: Tensor
+    plan: Plan
+    moment: Tensor
+    states: States
+    packed: States
+
+
+def case(name: str, device: torch.device | str = "cpu") -> Case:
+    """One of :data:`FIELDS`, made of random weights."""
+    shape, fields = FIELDS[name]
+    generator = torch.Generator().manual_seed(len(name))
+    moment = torch.rand(shape[1], generator=generator) ** 4 + 1e-3
+    weight = torch.randn(shape, generator=generator).to(device)
+    if fields:
+        plan = build_plan(shape, moment, SketchConfig(**fields), name)
+    else:
+        plan = Plan(name, shape, SketchConfig(), (EMPTY,), torch.zeros(shape[1], dtype=torch.uint8))
+    states = project(weight, plan, moment.to(device))
+    return Case(weight, plan, moment.to(device), states, {**states, "codes": stream(states, plan)})
+
+
+def stream(states: States, plan: Plan) -> Tensor:
+    """Codes packed as in a file, uint8."""
+    codes = states["codes"].cpu()
+    runs = [(codes[b.first_state : b.first_state + b.num_states], b.choice.bits) for b in plan.blocks]
+    packed = pack([((run < 0).to(torch.uint8) if bits == 1 else run, bits) for run, bits in runs])
+    return packed.to(states["codes"].device)
+
+
+every_case = pytest.mark.parametrize("name", FIELDS)

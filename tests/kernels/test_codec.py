@@ -1,0 +1,124 @@
+"""project, query and project_query of every backend against the reference, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import case, every_case
+
+from usllm import sketch
+from usllm.sketch import SketchConfig, build_plan
+from usllm_kernels import matrix_query, packed_states, project, project_query, query
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@every_case
+def test_states_and_winners(name: str, backend: str, device: torch.device) -> None:
+    layer = case(name, device)
+    keeps = layer.plan.operator.keeps_member
+    winners = [layer.weight.new_zeros(layer.plan.num_states, dtype=torch.int16) if keeps else None for _ in range(2)]
+    expected = sketch.project(layer.weight, layer.plan, layer.moment, winners=winners[0])
+    states = project(layer.weight, layer.plan, layer.moment, winners=winners[1], backend=backend)
+    assert set(states) == set(expected)
+    assert all(torch.equal(states[key], expected[key]) for key in expected)
+    assert not keeps or torch.equal(*winners)
+
+
+@every_case
+def test_decoded_weight_from_states_and_from_their_packed_form(name: str, backend: str, device: torch.device) -> None:
+    layer = case(name, device)
+    expected = sketch.query(layer.states, layer.plan)
+    for dtype in DTYPES:
+        for states in (layer.states, layer.packed):
+            decoded = query(states, layer.plan, dtype, backend=backend)
+            assert decoded.dtype == dtype
+            assert torch.equal(decoded, expected.to(dtype))
+
+
+@every_case
+def test_both_in_one(name: str, backend: str, device: torch.device) -> None:
+    layer = case(name, device)
+    expected = sketch.query(layer.states, layer.plan)
+    sums = torch.empty(2, layer.plan.shape[1], device=device)
+    states, decoded = project_query(
+        layer.weight, layer.plan, layer.moment, dtype=torch.bfloat16, sums=sums, backend=backend
+    )
+    assert all(torch.equal(states[key], layer.states[key]) for key in layer.states)
+    assert torch.equal(decoded, expected.bfloat16())
+    torch.testing.assert_close(sums[0], (expected - layer.weight).square().sum(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sums[1], layer.weight.square().sum(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("view", ["transposed", "strided", "columns", "bf16"])
+def test_weights_that_are_not_contiguous_float32(view: str, backend: str, device: torch.device) -> None:
+    source = torch.randn(80, 80, generator=torch.Generator().manual_seed(0)).to(device)
+    weight = {
+        "transposed": source.t()[:30, :14],
+        "strided": source[::3, :14],
+        "columns": source[:30, ::6],
+        "bf16": source[:30, :14].bfloat16(),
+    }[view]
+    plan = build_plan((weight.shape[0], weight.shape[1]), None, SketchConfig(bits_per_weight=3.0), "layer")
+    expected, states = sketch.project(weight, plan), project(weight, plan, backend=backend)
+    assert all(torch.equal(states[key], expected[key]) for key in expected)
+
+
+def test_gradient_of_the_decoded_weight_goes_straight_to_the_latent_one(backend: str, device: torch.device) -> None:
+    layer = case("plain", device)
+    weight = layer.weight.clone().requires_grad_()
+    _, decoded = project_query(weight, layer.plan, dtype=torch.bfloat16, backend=backend)
+    gradient = torch.randn_like(layer.weight).bfloat16()
+    decoded.backward(gradient)
+    assert weight.grad is not None and torch.equal(weight.grad, gradient.float())
+
+
+@every_case
+def test_matrix_form_decodes_alike(name: str) -> None:
+    layer = case(name)
+    if not layer.plan.config.output_scale:
+        assert torch.equal(matrix_query(layer.states, layer.plan), sketch.query(layer.states, layer.plan))
+
+
+@every_case
+def test_packed_layer_is_read_where_it_lies(name: str) -> None:
+    from usllm.packed.layer import pack_layer
+
+    layer = case(name)
+    packed = pack_layer(layer.plan, layer.states)
+    found = packed_states(packed, layer.plan)
+    assert all(torch.equal(found[key], layer.packed[key]) for key in layer.packed)
+    inside = range(packed.data_ptr(), packed.data_ptr() + len(packed) + 1)
+    assert all(value.data_ptr() in inside for value in found.values() if value.numel())
+
+
+def test_a_weight_of_another_shape_is_refused(backend: str, device: torch.device) -> None:
+    layer = case("plain", device)
+    with pytest.raises(ValueError, match=r"\(36, 13\).*\(37, 13\)"):
+        project(layer.weight[1:], layer.plan, backend=backend)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_weights(backend: str, device: torch.device) -> None:
+    if backend == "torch" or (backend == "triton" and device.type == "cpu"):
+        pytest.skip("takes too long")
+    shape = (1 << 15, (1 << 16) + 8)
+    importance = torch.zeros(shape[1])
+    importance[:8] = importance[-8:] = 1.0
+    plan = build_plan(shape, importance, SketchConfig(bits_per_weight=0.001, rows=1), "layer")
+    assert plan.num_states
+    states = plan.state_tensors(device)
+    states["codes"].random_(-7, 8)
+    states["scales"].fill_(200)
+    states["scale_base"].fill_(100)
+    decoded = query(states, plan, torch.bfloat16, backend=backend)
+    small = plan.placement(plan.blocks[0].choice, 512).buckets[0].long()
+    block, span = plan.blocks[0], plan.spans[0]
+    channel, group = int(block.channels[-1]), span.groups - 1
+    turn = plan.rotation(span) + group * shape[1] + channel
+    bucket = small[(torch.arange(span.size) - turn) % span.size]
+    first = block.first_state + block.num_states - min(block.choice.states, span.size)
+    expected = states["codes"][first:].cpu()[bucket] * sketch.channel_scales(states, plan)[channel].cpu()
+    assert torch.equal(decoded[-span.size :, channel].float().cpu(), expected.bfloat16().float())
+    assert not decoded[-1, 8:-8].any()

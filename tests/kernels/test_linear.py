@@ -1,0 +1,193 @@
+"""Products with the decoded weight: values, gradients, what is kept for them, and how torch takes the operators."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cases import case, every_case
+from torch import Tensor
+from torch.nn import functional
+
+from usllm import sketch
+from usllm_kernels import folded_linear, folds, project, project_query, query, sketch_linear
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+def random(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
+
+
+def assert_product(found: Tensor, a: Tensor, b: Tensor) -> None:
+    """``found`` is ``a @ b`` up to the rounding of its dtype, relative to what is added up."""
+    assert found.dtype == a.dtype
+    expected, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    assert bool(((found.double() - expected).abs() <= TOLERANCE[a.dtype] * size + 1e-12).all())
+
+
+@pytest.mark.usefixtures("poisoned")
+@every_case
+@pytest.mark.parametrize("tokens", [1, 5, 20, 130])
+def test_product_from_states_and_from_their_packed_form(
+    name: str, tokens: int, backend: str, device: torch.device
+) -> None:
+    layer = case(name, device)
+    for dtype in (torch.float32, torch.bfloat16):
+        decoded = sketch.query(layer.states, layer.plan).to(dtype)
+        x = random(tokens, layer.plan.shape[1], device=device, dtype=dtype)
+        for states in (layer.states, layer.packed):
+            assert_product(sketch_linear(x, states, layer.plan, backend=backend), x, decoded.t())
+
+
+@pytest.mark.usefixtures("poisoned")
+@every_case
+@pytest.mark.parametrize("tokens", [3, 130])
+def test_gradients_are_those_of_the_dense_product(name: str, tokens: int, backend: str, device: torch.device) -> None:
+    layer = case(name, device)
+    x = random(tokens, layer.plan.shape[1], device=device).requires_grad_()
+    weight, bias = layer.weight.clone().requires_grad_(), random(layer.plan.shape[0], device=device).requires_grad_()
+    y = sketch_linear(x, layer.states, layer.plan, bias, weight=weight, backend=backend)
+    gradient = random(tokens, layer.plan.shape[0], device=device)
+    y.backward(gradient)
+    assert x.grad is not None and weight.grad is not None and bias.grad is not None
+    assert_product(x.grad, gradient, sketch.query(layer.states, layer.plan))
+    assert_product(weight.grad, gradient.t(), x.detach())
+    torch.testing.assert_close(bias.grad, gradient.sum(0))
+
+
+def test_shapes_of_the_input(backend: str, device: torch.device) -> None:
+    layer = case("plain", device)
+    decoded = sketch.query(layer.states, layer.plan)
+    wide = random(4, 6, 2 * layer.plan.shape[1], device=device)
+    for x in (
+        wide[..., ::2],
+        wide[:, :, : layer.plan.shape[1]].transpose(0, 1),
+        wide[0, 0, ::2],
+        wide[:0, :, ::2],
+        wide[:, :0, ::2],
+    ):
+        y = sketch_linear(x, layer.states, layer.plan, backend=backend)
+        torch.testing.assert_close(y, functional.linear(x, decoded), rtol=1e-4, atol=1e-4)
+        x = x.clone().requires_grad_()
+        sketch_linear(x, layer.states, layer.plan, backend=backend).sum().backward()
+        assert x.grad is not None and x.grad.shape == x.shape
+    with pytest.raises(ValueError, match="12 channels, the plan 13"):
+        sketch_linear(wide[..., :12], layer.states, layer.plan, backend=backend)
+
+
+def test_no_decoded_weight_is_kept_for_the_backward_pass(backend: str, device: torch.device) -> None:
+    layer = case("mixed-widths", device)
+    x = random(3, layer.plan.shape[1], device=device).requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
+        sketch_linear(x, layer.packed, layer.plan, weight=layer.weight.clone().requires_grad_(), backend=backend)
+    assert kept
+    assert max(value.numel() * value.element_size() for value in kept) < layer.weight.numel()
+
+
+def test_states_that_changed_before_the_backward_pass_are_noticed(backend: str, device: torch.device) -> None:
+    layer = case("plain", device)
+    x = random(3, layer.plan.shape[1], device=device).requires_grad_()
+    y = sketch_linear(x, layer.states, layer.plan, backend=backend)
+    layer.states["codes"].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_latents(
+    backend: str, device: torch.device
+) -> None:
+    layer = case("plain", device)
+    x = random(5, layer.plan.shape[1], device=device).requires_grad_()
+    weight, bias = layer.weight.clone().requires_grad_(), torch.ones(layer.plan.shape[0], device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = sketch_linear(x, layer.states, layer.plan, bias, weight=weight, backend=backend)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32
+    assert weight.grad is not None and weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["plain", "mixed-widths"])
+def test_operators_pass_opcheck(name: str, backend: str, device: torch.device) -> None:
+    from usllm_kernels.plans import flatten, list_states
+
+    layer = case(name, device)
+    plan, states = flatten(layer.plan), list_states(layer.states)
+    weight, x = layer.weight.clone().requires_grad_(), random(3, layer.plan.shape[1], device=device).requires_grad_()
+    ops = torch.ops.usllm
+    for op, arguments in (
+        (ops.project, (layer.weight, layer.moment, *plan, True, backend)),
+        (ops.project_query, (weight, None, *plan, torch.float32, False, True, backend)),
+        (ops.query, (*states, *plan, torch.bfloat16, backend)),
+        (ops.sketch_linear, (x, weight, *states, *plan, backend)),
+        (ops.sketch_linear_input_gradient, (random(3, plan.numbers[0], device=device), *states, *plan, backend)),
+    ):
+        torch.library.opcheck(op.default, arguments)
+
+
+def test_compile_takes_them_whole(backend: str, device: torch.device) -> None:
+    layer = case("plain", device)
+
+    def step(x: Tensor, weight: Tensor) -> Tensor:
+        states, decoded = project_query(weight, layer.plan, backend=backend)
+        again = project(weight, layer.plan, backend=backend)
+        y = sketch_linear(x, states, layer.plan, weight=weight, backend=backend)
+        return (y.square().sum() + (decoded - query(again, layer.plan, backend=backend)).abs().sum()).sqrt()
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        x = random(3, layer.plan.shape[1], device=device).requires_grad_()
+        weight = layer.weight.clone().requires_grad_()
+        value = function(x, weight)
+        value.backward()
+        results.append((value, x.grad, weight.grad))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(eager, compiled)
+
+
+def test_a_copied_plan_computes_the_same(backend: str, device: torch.device) -> None:
+    layer = case("mixed-widths", device)
+    decoded = query(layer.states, layer.plan, backend=backend)
+    assert torch.equal(query(layer.states, copy.deepcopy(layer.plan), backend=backend), decoded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_folded_product_and_its_gradient(dtype: torch.dtype) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layer = case("shared-mean", device)
+    decoded = sketch.query(layer.states, layer.plan)
+    assert folds(layer.plan)
+    for states in (layer.states, layer.packed):
+        x = random(5, layer.plan.shape[1], device=device, dtype=dtype).requires_grad_()
+        y = folded_linear(x, states, layer.plan)
+        assert_product(y.detach(), x.detach(), decoded.t().to(dtype))
+        gradient = random(5, layer.plan.shape[0], device=device, dtype=dtype)
+        y.backward(gradient)
+        assert x.grad is not None
+        torch.testing.assert_close(
+            x.grad.float(),
+            (gradient.double() @ decoded.double()).float(),
+            rtol=3e-2,
+            atol=0.1 if dtype == torch.bfloat16 else 1e-4,
+        )
+    torch.library.opcheck(
+        torch.ops.usllm.folded_linear.default,
+        (random(2, layer.plan.shape[1], device=device).requires_grad_(), *_arguments(layer.states, layer.plan)),
+    )
+
+
+def _arguments(states: sketch.States, plan: sketch.Plan) -> tuple[object, ...]:
+    from usllm_kernels.plans import flatten, list_states
+
+    return (*list_states(states), *flatten(plan))
+
+
+@pytest.mark.parametrize("name", ["plain", "mean"])
+def test_what_does_not_fold_is_refused(name: str) -> None:
+    layer = case(name)
+    assert not folds(layer.plan)
+    with pytest.raises(ValueError, match="use sketch_linear"):
+        folded_linear(torch.zeros(1, layer.plan.shape[1]), layer.states, layer.plan)
