@@ -141,3 +141,9 @@ def test_summary_names_the_best_finished_run(runs: list[Run]) -> None:
 def test_a_machine_is_named_once(runs: list[Run]) -> None:
     assert len(machines(runs)) == 1
     assert machines([replace(run, machine={}) for run in runs]) == []
+
+
+def test_a_front_is_explained_where_one_is_drawn(page: str, runs: list[Run], tmp_path: Path) -> None:
+    assert page.count("(Pareto front)") == 1
+    one = [run for run in runs if run.layers][:1]
+    assert "Pareto" not in ReportWriter(tmp_path).write(one, title=None, command="x").read_text(encoding="utf-8")

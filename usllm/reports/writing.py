@@ -14,6 +14,7 @@ from usllm.reports.curve_figures import NAMED, training_curves
 from usllm.reports.figures import Reference, perplexity_by_bytes, perplexity_by_rate
 from usllm.reports.heat_maps import Quantity, heat_maps, quantities
 from usllm.reports.labels import by_model, text_names, texts_of
+from usllm.reports.legend import FRONT
 from usllm.reports.page import Drawing, Section, render
 from usllm.reports.runs import Run
 from usllm.reports.style import png, settle, svg, themed, with_titles
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 PAGE, TABLE = "report.html", "table.md"
 _HINTS = {
-    "rate": "Each point is a run; lower and further left is better. The grey line joins the runs that no other run "
-    "beats in both (Pareto front).",
+    "rate": "Each point is a run; lower and further left is better.",
+    "front": "The grey line joins the runs that no other run beats in both (Pareto front).",
     "bytes": "The same runs by the size of the whole model, embeddings and norms at 16 bits included.",
     "curves": "Training losses are running means over a twentieth of the steps; dashes tell the rows of the sketch.",
 }
@@ -81,11 +82,10 @@ class ReportWriter:
             for kind, draw in (("rate", perplexity_by_rate), ("bytes", perplexity_by_bytes)):
                 figure = draw(runs, text, reference, name)
                 file = f"{prefix}perplexity_by_{kind}_{_slug(name)}"
-                front.append(
-                    self._drawing(
-                        figure, file, f"Perplexity on {name} by {kind}", "" if len(front) > 1 else _HINTS[kind]
-                    )
-                )
+                hint = "" if len(front) > 1 else _HINTS[kind]  # once is enough
+                if hint and kind == "rate" and any(line.get_label() == FRONT for line in figure.axes[0].lines):
+                    hint = f"{hint} {_HINTS['front']}"
+                front.append(self._drawing(figure, file, f"Perplexity on {name} by {kind}", hint))
         curves = training_curves(runs)
         training = []
         if curves is not None:
