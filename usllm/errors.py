@@ -9,3 +9,9 @@ class UserError(Exception):
     The message names the key or file, the value, and the way out. Command-line programs print it as it is, without a
     traceback, and exit with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error of some library, to be put into one message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import example, given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from usllm.cli.command import expand_model, report_errors
+from usllm.cli.command import expand_model, quote_values, report_errors
 from usllm.errors import UserError
 
 
@@ -43,3 +47,15 @@ def test_a_bug_keeps_its_traceback() -> None:
 
     with pytest.raises(ZeroDivisionError):
         report_errors("usllm-train", task)
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=30))
+@example("it's \\alpha\\'")
+@example("a\\")
+@example("${oc.env:HOME}")
+@example("\\${x}")
+@example("null")
+def test_prompt_reaches_the_program_as_it_was_typed(prompt: str) -> None:
+    (argument,) = quote_values([f"prompt={prompt}"], ("prompt",))
+    (override,) = OverridesParser.create().parse_overrides([argument])
+    assert OmegaConf.create({"prompt": override.value()}).prompt == prompt

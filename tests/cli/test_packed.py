@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,41 @@ def test_inspect_balances_to_the_byte(
     assert re.search(rf"on disk\s+{on_disk:,} bytes", printed)
 
 
+def test_inspect_can_be_read_in_a_narrow_window(
+    packed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    run(monkeypatch, inspect, f"model={packed}")
+    printed = capsys.readouterr().out
+    assert "model.layers.1.self_attn.q_proj" in printed
+    assert "…" not in printed
+
+
+def test_checkpoint_file_and_odd_folder_names_are_taken_as_they_are(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = max((run_dir / "checkpoints").glob("step=*.ckpt"))
+    out = tmp_path / "my dir, a=b"
+    run(monkeypatch, export, f"ckpt={checkpoint}", f"out={out}")
+    run(monkeypatch, inspect, f"model={out}")
+
+
+def test_tokenizer_of_a_stranger_runs_no_code(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trap = tmp_path / "trap"
+    shutil.copytree(packed, trap)
+    settings = json.loads((trap / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": [None, "mine.Mine"]}, "tokenizer_class": "Mine"}
+    (trap / "tokenizer_config.json").write_text(json.dumps(settings))
+    (trap / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Mine: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, generate, f"model={trap}", "prompt=x", "max_new_tokens=1")
+    assert "tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
 def test_generate_goes_on_from_the_prompt(
     packed: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,7 +141,7 @@ def test_card_holds_figures_commands_and_the_line_to_import(run_dir: Path, packe
     report = json.loads((run_dir / "report.json").read_text())
     assert "import usllm" in card
     assert report["command"] in card
-    assert f"usllm-export ckpt={run_dir}" in card or f"ckpt={run_dir}" in card
+    assert f"usllm-export ckpt={run_dir} out={packed} rest.dtype=float32" in card
     assert f"{report['perplexity'][0]['after']:.2f}" in card
     assert f"{report['bits_per_weight']['achieved']:.4f}" in card
     assert f"{(packed / 'model.safetensors').stat().st_size:,}" in card
@@ -136,7 +172,11 @@ def test_dense_model_is_packed_without_training_and_measured(
         (inspect, ["model=/no/such"], "no such folder"),
         (inspect, ["model={run}"], "config.json: is missing"),
         (generate, ["prompt=x"], "give exactly one"),
-        (generate, ["model={packed}", "prompt="], "prompt"),
+        (generate, ["model={packed}", "prompt="], "prompt: is empty"),
+        (generate, ["ckpt={run}", "prompt=x", "keep_decoded=1MB"], "keep_decoded=1MB: has a meaning for packed models"),
+        (export, ["ckpt={run}", "out=x", "sketch.rows=1"], "sketch.rows=1: ckpt="),
+        (export, ["ckpt={run}", "out=x", "max_shard_size=0"], "max_shard_size=0"),
+        (export, ["ckpt={run}", "out={run}", "overwrite=true"], "not a packed model"),
         (generate, ["model={packed}", "prompt=x", "chat=true"], "chat template"),
         (generate, ["model={packed}", "prompt=x", "max_new_tokens=9999"], "max_new_tokens=9999"),
         (train, ["experiment=tiny", "data.train.path={text}", "model={packed}", "run_dir={tmp}"], "is a packed model"),

@@ -77,7 +77,7 @@ def test_revision_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(AutoConfig, "from_pretrained", record)
     load_config(ModelSpec(kind="hub", name="a/b", revision="v2"))
-    assert seen == {"name": "a/b", "revision": "v2"}
+    assert seen == {"name": "a/b", "revision": "v2", "trust_remote_code": False}
 
 
 def test_wrong_specification_is_refused_by_every_loader() -> None:

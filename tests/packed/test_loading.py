@@ -47,6 +47,10 @@ def test_dtype_is_the_stored_one_unless_asked(tmp_path: Path) -> None:
         ({"model.norm.weight": None}, r"^model\.norm\.weight: is missing"),
         ({"extra.weight": torch.zeros(2)}, r"^extra\.weight: is in the weight files, but not in the model"),
         ({"model.norm.weight": torch.zeros(65)}, r"^model\.norm\.weight: is \[65\], the model's is \[64\]"),
+        (
+            {"model.norm.weight": torch.full((64,), float("nan"))},
+            r"^model\.norm\.weight: holds numbers that are not fin",
+        ),
         ({"model.layers.0.mlp.up_proj.packed": None}, r"^model\.layers\.0\.mlp\.up_proj\.packed: is missing"),
     ],
 )
@@ -87,6 +91,12 @@ def test_folder_that_is_not_there_or_not_packed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(PackedFormatError, match="not that of a packed usllm model"):
         usllm.load(tmp_path)
+
+
+def test_callers_mistake_is_not_blamed_on_the_folder(folder: Path) -> None:
+    with pytest.raises(Exception, match="devicemap") as raised:
+        usllm.load(folder, devicemap="auto")
+    assert not isinstance(raised.value, PackedFormatError)
 
 
 def test_kept_decoded_weights_stay_inside_the_budget_and_change_nothing(folder: Path) -> None:

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_packed import IDS, logits, pack, sketched_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from usllm.models import ModelSpec
+from usllm.models.loading import load_dense
 from usllm.packed.block_layers import BlockLinear
 from usllm.packed.export import RestStorage
 from usllm.packed.layer import PackedFormatError
@@ -68,12 +70,16 @@ def test_saving_a_loaded_model_writes_the_same_tensors(rest: RestStorage, tied: 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("cast", ["at load", "after load"])
+@pytest.mark.parametrize("cast", ["at load", "to", "by name"])
 def test_casts_leave_the_decoded_weights_alone(dtype: torch.dtype, cast: str, tmp_path: Path) -> None:
     folder = pack(sketched_model(output_scale=True), tmp_path / "packed", RestStorage(embeddings=8, linears=8))
     exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     at_load = dtype if cast == "at load" else torch.float32
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=at_load).to(dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=at_load)
+    if cast == "to":
+        loaded = loaded.to(dtype)
+    elif cast == "by name":
+        loaded = loaded.half().float().half() if dtype == torch.float16 else loaded.float().bfloat16()
     for name, layer in packed_layers(loaded).items():
         assert torch.equal(layer.decoded_weight(), packed_layers(exact)[name].decoded_weight())
     blocks = [module for module in loaded.modules() if isinstance(module, BlockLinear)]
@@ -120,18 +126,11 @@ def test_tied_embeddings_are_stored_and_held_once(tmp_path: Path) -> None:
 
 
 def test_compressing_while_loading_is_refused(tmp_path: Path) -> None:
-    from usllm.packed.folder import open_folder
-    from usllm.packed.quantizer import make_quantizer
-
-    packed = open_folder(pack(sketched_model(), tmp_path / "packed")).packed
-    config = make_quantizer(packed).quantization_config
+    config = AutoModelForCausalLM.from_pretrained(pack(sketched_model(), tmp_path / "packed")).hf_quantizer
     dense = tmp_path / "dense"
-    from usllm.models import ModelSpec
-    from usllm.models.loading import load_dense
-
     load_dense(ModelSpec(kind="random", name="llama")).save_pretrained(dense)
     with pytest.raises(ValueError, match="pre-quantized"):
-        AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+        AutoModelForCausalLM.from_pretrained(dense, quantization_config=config.quantization_config)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing"])

@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+PLAIN_TEXT = ("prompt",)
+"""Keys whose value ``null`` is the word."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Third-party notices that say nothing about a run of usllm and would bury its report.
@@ -35,7 +37,7 @@ _QUIET_WARNINGS = (
 _QUIET_LOGGERS = ("lightning.pytorch", "lightning.fabric", "transformers", "datasets", "httpx", "fsspec", "lm_eval")
 
 
-def report_errors(program: str, task: Callable[[], T], in_sweep: bool = False) -> T:
+def report_errors(program: str, task: Callable[[], T], in_sweep: bool = False, resumes: bool = False) -> T:
     """Run ``task``; a :class:`UserError` becomes one message on stderr and exit status 2, without a traceback.
 
     So does a disk that has run full. With ``HYDRA_FULL_ERROR=1`` in the environment the error passes through with its
@@ -44,6 +46,7 @@ def report_errors(program: str, task: Callable[[], T], in_sweep: bool = False) -
     Args:
         in_sweep: the task is one job of a multirun: the error is raised, and Hydra goes on with the other jobs and
             reports it at the end, with exit status 1.
+        resumes: the program can continue what was interrupted, and says how.
     """
     try:
         return task()
@@ -53,7 +56,7 @@ def report_errors(program: str, task: Callable[[], T], in_sweep: bool = False) -
         if isinstance(error, OSError):
             if error.errno not in _NO_SPACE:
                 raise
-            error = UserError(f"{error}: free space, then resume")
+            error = UserError(f"{error}: free space, then {'resume' if resumes else 'try again'}")
         print(f"{program}: error: {error}", file=sys.stderr)
         if in_sweep:
             from hydra.errors import CompactHydraException
@@ -65,7 +68,7 @@ def report_errors(program: str, task: Callable[[], T], in_sweep: bool = False) -
             print(f"{program}: {leaving.reason}", file=sys.stderr)
         raise
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; the same command with resume=true continues", file=sys.stderr)
+        print(f"{program}: interrupted{'; the same command with resume=true continues' * resumes}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
 
 
@@ -142,15 +145,22 @@ def without_wandb_argument(arguments: list[str]) -> list[str]:
 
 
 def quote_values(arguments: list[str], keys: tuple[str, ...]) -> list[str]:
-    """Make the values of ``keys`` plain text for Hydra, whatever signs they hold."""
+    """Make the values of ``keys`` plain text for Hydra, whatever signs they hold; in ``PLAIN_TEXT`` also ``null``."""
     split = [argument.partition("=") for argument in arguments]
     return [
-        f"{key}={_quoted(value)}" if key in keys and equals and value != "null" else key + equals + value
+        f"{key}={_quoted(value)}"
+        if key in keys and equals and (value != "null" or key in PLAIN_TEXT)
+        else key + equals + value
         for key, equals, value in split
     ]
 
 
 def _quoted(value: str) -> str:
-    """``value`` as a string of Hydra's override grammar, in which spaces and colons have meanings."""
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    """``value`` as a string of Hydra's override grammar, in which spaces and colons have meanings.
+
+    In it a backslash is one, but before a quote or at the end; ``${`` would be replaced by what it names.
+    """
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", escaped)
     return f"'{escaped}'"

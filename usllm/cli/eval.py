@@ -11,7 +11,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from usllm.cli.command import expand_model, expand_test_sets, quiet_environment, quiet_libraries, report_errors
+from usllm.cli.command import (
+    expand_model,
+    expand_test_sets,
+    quiet_environment,
+    quiet_libraries,
+    quote_values,
+    report_errors,
+)
 from usllm.runs.directory import register_resolvers
 
 PROGRAM = "usllm-eval"
@@ -37,7 +44,7 @@ def _eval(cfg: DictConfig) -> None:
 def main() -> None:
     """Entry point of ``usllm-eval`` and ``python -m usllm.cli.eval``."""
     register_resolvers()
-    sys.argv[1:] = expand_test_sets(expand_model(sys.argv[1:]))
+    sys.argv[1:] = quote_values(expand_test_sets(expand_model(sys.argv[1:])), ("ckpt",))
     _eval()
 
 

@@ -5,14 +5,18 @@ Only Hydra is imported at the top, so that ``--help`` and shell completion answe
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from usllm.cli.command import expand_model, quiet_environment, quiet_libraries, report_errors
+from usllm.cli.command import expand_model, quiet_environment, quiet_libraries, quote_values, report_errors
 
 PROGRAM = "usllm-export"
+_typed: list[str] = []
+"""The arguments as the user gave them, for the model card."""
 
 
 @hydra.main(version_base="1.3", config_path="pkg://usllm.conf", config_name="export")
@@ -21,18 +25,20 @@ def _export(cfg: DictConfig) -> None:
         quiet_environment()
         from usllm.config.packed import check_export
 
-        config = check_export(cfg)
+        given = [override.lstrip("+~") for override in HydraConfig.get().overrides.task]
+        config = check_export(cfg, given)
         from usllm.runs.export import export_model
 
         quiet_libraries()
-        export_model(config, " ".join([PROGRAM, *sys.argv[1:]]))
+        export_model(config, shlex.join([PROGRAM, *_typed]))
 
     report_errors(PROGRAM, task)
 
 
 def main() -> None:
     """Entry point of ``usllm-export`` and ``python -m usllm.cli.export``."""
-    sys.argv[1:] = expand_model(sys.argv[1:])
+    _typed[:] = sys.argv[1:]
+    sys.argv[1:] = quote_values(expand_model(_typed), ("ckpt", "out"))
     _export()
 
 

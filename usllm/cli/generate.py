@@ -32,7 +32,7 @@ def _generate(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Entry point of ``usllm-generate`` and ``python -m usllm.cli.generate``."""
-    sys.argv[1:] = quote_values(folder_of_model(sys.argv[1:]), ("prompt", "folder"))
+    sys.argv[1:] = quote_values(folder_of_model(sys.argv[1:]), ("prompt", "folder", "ckpt"))
     _generate()
 
 

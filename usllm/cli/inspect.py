@@ -32,7 +32,7 @@ def _inspect(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Entry point of ``usllm-inspect`` and ``python -m usllm.cli.inspect``."""
-    sys.argv[1:] = quote_values(folder_of_model(sys.argv[1:]), ("folder",))
+    sys.argv[1:] = quote_values(folder_of_model(sys.argv[1:]), ("folder", "json"))
     _inspect()
 
 

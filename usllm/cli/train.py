@@ -31,7 +31,7 @@ register_resolvers()
 @hydra.main(version_base="1.3", config_path="pkg://usllm.conf", config_name="train")
 def _train(cfg: DictConfig) -> Metric:
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    return report_errors(PROGRAM, lambda: _run(cfg, in_sweep), in_sweep)
+    return report_errors(PROGRAM, lambda: _run(cfg, in_sweep), in_sweep, resumes=True)
 
 
 def _run(cfg: DictConfig, in_sweep: bool) -> Metric:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from omegaconf import DictConfig
 from usllm.config import rules
 from usllm.config.rules import Problems
 from usllm.config.schema import AllocationConfig, DataConfig, EvaluationConfig
-from usllm.config.structure import merge_typed
+from usllm.config.structure import built, merge_typed
 from usllm.config.validation import check_sketch, plain_config, user_error
 from usllm.models import ModelSpec
+from usllm.packed.new_folder import check_out
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_SIZE = re.compile(r"^\d+(\.\d+)?\s*([KMGT]i?B)?$", re.IGNORECASE)
+WITHOUT_CKPT = ("model", "data", "sketch", "allocation", "calibration_sequences")
+"""Keys of ``usllm-export`` that say what to pack where there is no checkpoint."""
+_SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?$", re.IGNORECASE)
 
 
 @dataclass
@@ -73,8 +77,12 @@ class InspectConfig:
     json: str | None = None
 
 
-def check_export(cfg: DictConfig | dict[str, Any]) -> ExportConfig:
+def check_export(cfg: DictConfig | dict[str, Any], given: Sequence[str] = ()) -> ExportConfig:
     """Typed configuration of ``usllm-export``.
+
+    Args:
+        cfg: Composed configuration.
+        given: Overrides that the user typed: those that a checkpoint decides are refused beside one.
 
     Raises:
         UserError: With all problems in one message, each with key, value and way out.
@@ -87,9 +95,12 @@ def check_export(cfg: DictConfig | dict[str, Any]) -> ExportConfig:
     for key in ("embeddings", "linears"):
         bits = getattr(config.rest, key)
         problems.require(bits in (16, 8, 4), f"rest.{key}", bits, "must be 16 (as rest.dtype), 8 or 4")
-    _check_size("max_shard_size", config.max_shard_size, problems)
+    _check_size("max_shard_size", config.max_shard_size, 1, problems)
     problems.number("calibration_sequences", config.calibration_sequences, least=1)
     problems.number("seed", config.seed, least=0, below=2**32)
+    if config.ckpt is not None:
+        idle = [override for override in given if re.split(r"[.=@]", override)[0] in WITHOUT_CKPT]
+        problems.extend(f"{override}: ckpt={config.ckpt} decides that; leave it out" for override in idle)
     if config.ckpt is None:
         check_sketch(config.sketch, config.allocation, problems)
         rules.check_model(config.model, problems)
@@ -98,8 +109,8 @@ def check_export(cfg: DictConfig | dict[str, Any]) -> ExportConfig:
         rules.check_evaluation(config.evaluation, problems)
         if not config.evaluation.test_sets and not config.evaluation.validation_split:
             problems.append("evaluation.test_sets: none given, so measure=true has nothing to measure")
-    if config.out and Path(config.out).expanduser().exists() and not config.overwrite:
-        problems.append(f"out={config.out}: exists already; pass overwrite=true to replace it, or another folder")
+    if config.out:
+        built(lambda: check_out(Path(config.out).expanduser(), config.overwrite), problems)
     if problems:
         raise user_error(problems)
     return config
@@ -123,7 +134,9 @@ def check_generate(cfg: DictConfig | dict[str, Any]) -> GenerateConfig:
     problems.require(config.top_p <= 1, "top_p", config.top_p, "must be at most 1")
     problems.choice("device", config.device, ("auto", "cpu", "cuda"))
     problems.choice("dtype", config.dtype, DTYPES)
-    _check_size("keep_decoded", config.keep_decoded, problems)
+    _check_size("keep_decoded", config.keep_decoded, 0, problems)
+    if config.ckpt is not None and config.keep_decoded != "0":
+        problems.append(f"keep_decoded={config.keep_decoded}: has a meaning for packed models only; leave it at 0")
     if problems:
         raise user_error(problems)
     return config
@@ -144,11 +157,12 @@ def check_inspect(cfg: DictConfig | dict[str, Any]) -> InspectConfig:
 
 def size_in_bytes(text: str) -> int:
     """Bytes of a size such as ``200MB``, ``1.5GiB`` or ``1000``."""
-    match = re.match(r"^([\d.]+)\s*([KMGT]?)(i?)B?$", text.strip(), re.IGNORECASE)
+    match = _SIZE.match(text.strip())
     assert match is not None, "checked before"
     power = " KMGT".index(match[2].upper() or " ")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
-def _check_size(key: str, value: str, problems: Problems) -> None:
-    problems.require(bool(_SIZE.match(value.strip())), key, value, "must be a size such as 200MB or 4GB")
+def _check_size(key: str, value: str, least: int, problems: Problems) -> None:
+    fits = bool(_SIZE.match(value.strip())) and size_in_bytes(value) >= least
+    problems.require(fits, key, value, "must be a size such as 200MB or 4GB")

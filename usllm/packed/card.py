@@ -21,7 +21,7 @@ _TEMPLATE = """---
 # {{ title }}
 
 {{ base }} with {{ totals.sketched_weights|thousands }} of its {{ totals.parameters|thousands }} weights in a packed
-data sketch (UltraSketchLLM, arXiv 2506.17255), written by [usllm](https://pypi.org/project/usllm) {{ versions.usllm }}.
+data sketch (UltraSketchLLM, arXiv 2506.17255), written by usllm {{ versions.usllm }}.
 
 ## Load it
 
@@ -43,7 +43,9 @@ tokenizer = AutoTokenizer.from_pretrained("{{ title }}")
 | bits per sketched weight, everything counted | {{ "%.4f"|format(totals.bits_per_weight) }} |
 | bits per parameter of the whole model | {{ "%.4f"|format(totals.model_bits_per_weight) }} |
 | bytes of the sketched layers | {{ totals.sketched_bytes|thousands }} |
-| bytes of everything else ({{ rest }}) | {{ totals.rest_bytes|thousands }} |
+{% for kind, size in rest.items() %}
+| bytes of everything else stored as {{ kind }} | {{ size|thousands }} |
+{% endfor %}
 | bytes of the weight files | {{ totals.weight_bytes|thousands }} |
 
 Sketch: `{{ sketch }}`.
@@ -85,7 +87,6 @@ class CardFacts:
         commands: What made it, first to last.
         machine: One line about the machine.
         versions: Library versions by name.
-        rest: How the unsketched tensors are stored, in words.
         sketch: The sketch configuration, in words.
         rows: Perplexities, one row per test set and window (``usllm.runs.measure.merge_stages``).
         measured_as: Window, precision and tokenizer rule of the figures, in one sentence.
@@ -96,7 +97,6 @@ class CardFacts:
     commands: Sequence[str]
     machine: str
     versions: Mapping[str, str]
-    rest: str
     sketch: str
     rows: Sequence[Mapping[str, Any]] = field(default_factory=list)
     measured_as: str = ""
@@ -120,7 +120,16 @@ def model_card(facts: CardFacts, inspection: Inspection) -> str:
     return environment.from_string(_TEMPLATE).render(
         card_data=data.to_yaml(),
         totals=inspection.totals(),
+        rest=_by_storage(inspection),
         stages=stages,
         names=_STAGES,
         **{name: getattr(facts, name) for name in facts.__dataclass_fields__},
     )
+
+
+def _by_storage(inspection: Inspection) -> dict[str, int]:
+    """Bytes of the unsketched tensors by how they are stored: what was written, which is not always what was asked."""
+    sizes: dict[str, int] = {}
+    for tensor in inspection.rest:
+        sizes[tensor.stored_as] = sizes.get(tensor.stored_as, 0) + tensor.bytes
+    return sizes

@@ -11,18 +11,20 @@ from typing import Any
 
 import torch
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from usllm.errors import UserError
 from usllm.packed.blocks import fits, pack_blocks
 from usllm.packed.config import BlockEntry, PackedConfig, PackedLayerEntry
+from usllm.packed.description import ModelFiles, write_description
 from usllm.packed.folder import INDEX_FILE
 from usllm.packed.inspection import Inspection, inspect_folder
 from usllm.packed.layer import pack_layer
 from usllm.packed.new_folder import new_folder
-from usllm.packed.quantizer import swap_packed_
+from usllm.packed.quantizer import can_be_blocks, swap_packed_
 from usllm.packed.source import PackingSource
 
 REST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -53,22 +55,13 @@ class RestStorage:
                 raise ValueError(f"rest.{key}={getattr(self, key)!r} must be 16 (as rest.dtype), 8 or 4")
 
 
-@dataclass(frozen=True)
-class ModelFiles:
-    """What goes beside the tensors: configuration, tokenizer, generation settings."""
-
-    config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase | None = None
-    generation: GenerationConfig | None = None
-
-
 def export(
     source: PackingSource,
     files: ModelFiles,
     out: str | Path,
     *,
     rest: RestStorage | None = None,
-    max_shard_size: int | str = "4GB",
+    max_shard_size: int = 4_000_000_000,
     overwrite: bool = False,
     card: Callable[[Path, Inspection], str] | None = None,
 ) -> Inspection:
@@ -81,7 +74,7 @@ def export(
         files: Configuration and tokenizer of the dense model.
         out: Folder to make.
         rest: How unsketched tensors are stored.
-        max_shard_size: Ceiling for one weight file, such as ``4GB``, or in bytes.
+        max_shard_size: Ceiling for one weight file, in bytes; a larger tensor has a file of its own.
         overwrite: Replace ``out`` if it exists.
         card: Makes the model card (``README.md``) from the folder under construction and what is in it.
 
@@ -89,14 +82,18 @@ def export(
         What was written, read back from disk.
 
     Raises:
-        UserError: ``out`` exists, or the model does not fit its configuration.
+        UserError: ``out`` exists or cannot be written, the model does not fit its configuration, or a number is not
+            finite in the type that it is stored in.
     """
     out = Path(out)
     rest = rest or RestStorage()
     skeleton, stored = packed_skeleton(source, files.config, rest)
     with new_folder(out, overwrite) as folder:
-        _write_tensors(source, skeleton, stored, rest, folder, max_shard_size)
-        _write_description(files, skeleton, stored, rest, folder)
+        try:
+            write_description(files, type(skeleton).__name__, stored, REST_DTYPES[rest.dtype], folder)
+            _write_tensors(source, skeleton, stored, rest, folder, max_shard_size)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"out={out} cannot be written ({error}): free space, or choose another folder") from error
         inspection = inspect_folder(folder)
         if card is not None:
             (folder / "README.md").write_text(card(folder, inspection), encoding="utf-8")
@@ -136,7 +133,7 @@ def _blocks(model: Any, layers: Mapping[str, Any], rest: RestStorage) -> dict[st
     found: dict[str, BlockEntry] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, nn.Embedding)) or name in layers or id(module.weight) in seen:
+        if not can_be_blocks(module) or name in layers or id(module.weight) in seen:
             continue
         seen.add(id(module.weight))
         bits = rest.embeddings if id(module) in ends or isinstance(module, nn.Embedding) else rest.linears
@@ -152,7 +149,7 @@ def _write_tensors(
     stored: PackedConfig,
     rest: RestStorage,
     folder: Path,
-    max_shard_size: int | str,
+    max_shard_size: int,
 ) -> None:
     expected = _stored_tensors(skeleton)
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in expected.items()}
@@ -198,17 +195,13 @@ def _stored(name: str, source: PackingSource, stored: PackedConfig, rest: RestSt
         raise UserError(f"{name}: is in the model's configuration, but not in the checkpoint")
     tensor = tensor.detach().cpu()
     if kind == "weight" and module in stored.blocks:
-        return pack_blocks(tensor, stored.blocks[module].bits)
-    return (tensor.to(REST_DTYPES[rest.dtype]) if tensor.is_floating_point() else tensor).contiguous().clone()
-
-
-def _write_description(files: ModelFiles, skeleton: Any, stored: PackedConfig, rest: RestStorage, folder: Path) -> None:
-    config = copy.deepcopy(files.config)
-    config.quantization_config = stored.to_dict()
-    config.architectures = [type(skeleton).__name__]
-    config.dtype = REST_DTYPES[rest.dtype]
-    config.save_pretrained(folder)
-    generation = files.generation or GenerationConfig.from_model_config(files.config)
-    generation.save_pretrained(folder)
-    if files.tokenizer is not None:
-        files.tokenizer.save_pretrained(folder)
+        try:
+            return pack_blocks(tensor, stored.blocks[module].bits, name)
+        except ValueError as error:
+            raise UserError(f"{error}; store it with rest.embeddings=16 and rest.linears=16") from error
+    if not tensor.is_floating_point():
+        return tensor.contiguous().clone()
+    rounded = tensor.to(REST_DTYPES[rest.dtype]).contiguous()
+    if not bool(rounded.isfinite().all()):
+        raise UserError(f"{name}: holds values that are not finite as {rest.dtype}; store it with rest.dtype=float32")
+    return rounded.clone() if rounded.data_ptr() == tensor.data_ptr() else rounded

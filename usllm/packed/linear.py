@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from usllm.packed.config import PackedLayerEntry
-from usllm.packed.layer import read_plan, read_states
+from usllm.packed.layer import read_plan
 from usllm.sketch import Plan, SketchConfig
-from usllm_kernels import query
+from usllm_kernels import packed_states, query, sketch_linear
 
 
 class PackedLinear(nn.Module):
@@ -63,7 +63,7 @@ class PackedLinear(nn.Module):
         if self._decoded is not None and self._decoded.dtype == dtype:
             return self._decoded
         with torch.no_grad():
-            decoded = query(read_states(self.packed, self.plan), self.plan, dtype)
+            decoded = query(packed_states(self.packed, self.plan), self.plan, dtype)
         if self.keeps_decoded:
             self._decoded = decoded
         return decoded
@@ -76,6 +76,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out] in the dtype of ``x``, or of autocast."""
         device = x.device.type
+        if (
+            device != "cpu" and not self.keeps_decoded
+        ):  # fused; on the CPU decoding first is as fast, and the bits agree
+            return sketch_linear(x, packed_states(self.packed, self.plan), self.plan, self.bias)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         return functional.linear(x, self.decoded_weight(dtype), self.bias)
 

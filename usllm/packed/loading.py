@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from usllm.errors import UserError
+from usllm.errors import UserError, first_line
 from usllm.packed.folder import CONFIG_FILE, PackedFolder, open_folder
 from usllm.packed.layer import PackedFormatError
 from usllm.packed.linear import keep_decoded_
@@ -37,7 +37,8 @@ def load(
         model: Folder written by ``usllm-export``, or the name of one on the Hugging Face hub.
         dtype: That the model computes with; ``auto`` is that of the stored embeddings and norms.
         device_map: As in transformers.
-        decoded_bytes: Memory for decoded weights that are kept between calls (:func:`usllm.packed.keep_decoded_`).
+        decoded_bytes: Memory for decoded weights that are kept between calls
+            (:func:`usllm.packed.linear.keep_decoded_`).
         revision: Branch, tag or commit on the hub.
         options: Passed on to ``from_pretrained``.
 
@@ -47,6 +48,7 @@ def load(
     Raises:
         PackedFormatError: A file is missing or damaged; the message begins with the tensor's or file's name.
         UserError: There is no such folder or hub model.
+        Exception: Whatever transformers raises for ``device_map``, a ``dtype`` by name or ``options``.
     """
     path = _local(model, revision)
     folder = open_folder(path)
@@ -55,15 +57,18 @@ def load(
 
     from usllm.packed import quantizer  # noqa: F401 (registers itself)
 
+    asked = bool(options) or device_map is not None or (isinstance(dtype, str) and dtype != "auto")
     options = {"trust_remote_code": False, **options, "use_safetensors": True, "output_loading_info": True}
     try:
         loaded: Any
         info: dict[str, Any]
         loaded, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map, **options)  # type: ignore[misc]
-    except PackedFormatError:
+    except (PackedFormatError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, safetensors and accelerate errors have no common base class
-        raise PackedFormatError(f"{path.name}: cannot be loaded ({_first_line(error)})") from error
+        if asked:  # the caller's own options may be at fault: the folder was checked before
+            raise
+        raise PackedFormatError(f"{path.name}: cannot be loaded ({first_line(error)})") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if odd := info.get(kind):
             first = next(iter(odd))
@@ -96,7 +101,7 @@ def check_against_model(folder: PackedFolder) -> None:
     except PackedFormatError:
         raise
     except Exception as error:  # whatever an impossible configuration runs into
-        raise PackedFormatError(f"{CONFIG_FILE}: describes no model ({_first_line(error)})") from error
+        raise PackedFormatError(f"{CONFIG_FILE}: describes no model ({first_line(error)})") from error
     expected = skeleton.state_dict(keep_vars=True)
     computed = sum(buffer.nbytes for name, buffer in skeleton.named_buffers() if name not in expected)
     if computed > _COMPUTED_BYTES:
@@ -144,10 +149,5 @@ def _local(model: str | Path, revision: str | None) -> Path:
         return Path(snapshot_download(str(model), revision=revision, allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # HTTP, offline and repository errors have no common base class
         raise UserError(
-            f"model={model}: is no folder here, and the Hugging Face hub did not give it ({_first_line(error)})"
+            f"model={model}: is no folder here, and the Hugging Face hub did not give it ({first_line(error)})"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

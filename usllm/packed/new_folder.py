@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from usllm.errors import UserError
+from usllm.packed.folder import is_packed
 
-_PARTIAL = ".partial"
+_PARTIAL, _OLD = ".partial", ".old"
+_numbers = itertools.count()
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Refuse a place that may not become a packed folder, before any work.
+
+    Only an empty folder or a packed model is ever replaced: ``overwrite`` is no way to lose a run or a home directory.
+
+    Raises:
+        UserError: It exists and may not be replaced, or its parent cannot be written to.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UserError(f"out={out} is a file or a link, not a folder: choose another name")
+    if out.is_dir() and any(out.iterdir()):
+        if not is_packed(out):
+            raise UserError(f"out={out} exists and is not a packed model: it is never replaced, choose another folder")
+        if not overwrite:
+            raise UserError(f"out={out} exists already: pass overwrite=true to replace it, or another folder")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
+        raise UserError(f"out={out}: {parent} cannot be written to; choose another folder")
 
 
 @contextmanager
@@ -18,15 +42,14 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to fill that gets the name ``out`` when all went well; a killed process leaves nothing of that name.
 
     Raises:
-        UserError: ``out`` exists and is not to be overwritten, or cannot be written.
+        UserError: See :func:`check_out`; also when ``out`` came into being meanwhile and is not to be overwritten.
     """
     out = out.expanduser().absolute()
-    if out.exists() and not overwrite:
-        raise UserError(f"out={out} exists already: pass overwrite=true to replace it, or another folder")
-    partial = out.parent / f".{out.name}.{os.getpid()}{_PARTIAL}"
+    _clean_up(out)
+    check_out(out, overwrite)
+    partial = out.parent / f"{_prefix(out)}{os.getpid()}-{next(_numbers)}{_PARTIAL}"
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
         partial.mkdir()
         yield partial
         for file in partial.rglob("*"):
@@ -34,20 +57,48 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
                 file.chmod(partial.stat().st_mode & 0o666)  # safetensors makes its files private
-        old = partial.with_suffix(".old")
-        if out.exists():
-            os.rename(out, old)
-        os.rename(partial, out)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"out={out} cannot be written ({error}): free space, or choose another folder") from error
+        check_out(out, overwrite)
+        _replace(out, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _remove_abandoned(out: Path) -> None:
-    """Delete what killed exports of the same name left behind."""
-    for leftover in out.parent.glob(f".{out.name}.*{_PARTIAL}"):
-        process = leftover.name.split(".")[-2]
-        if process.isdigit() and not Path(f"/proc/{process}").exists():
+def _replace(out: Path, partial: Path) -> None:
+    old = partial.with_suffix(_OLD)
+    if not out.exists():
+        os.rename(partial, out)
+        return
+    os.rename(out, old)
+    try:
+        os.rename(partial, out)
+    except OSError:
+        os.rename(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _prefix(out: Path) -> str:
+    """Of the hidden neighbours of ``out`` that this host makes: process numbers mean nothing on another one."""
+    return f".{out.name}.{socket.gethostname().replace('.', '-')}."
+
+
+def _clean_up(out: Path) -> None:
+    """After killed exports of the same name: give back what was about to be replaced, delete what was half written."""
+    for leftover in sorted(out.parent.glob(f"{_prefix(out)}*")):
+        process = leftover.name.split(".")[-2].partition("-")[0]
+        if not process.isdigit() or _is_alive(int(process)):
+            continue
+        if leftover.suffix == _OLD and not out.exists():
+            os.rename(leftover, out)
+        elif leftover.suffix in (_OLD, _PARTIAL):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

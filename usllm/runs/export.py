@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from usllm.config import DataConfig, section_of, sketch_config_of
-from usllm.config.packed import ExportConfig
+from usllm.config import DataConfig, EvaluationConfig, section_of, sketch_config_of
+from usllm.config.packed import ExportConfig, size_in_bytes
 from usllm.errors import UserError
 from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.models import ModelSpec
@@ -42,6 +42,7 @@ class _Origin:
         spec: The dense model.
         data: The text that it was trained or calibrated on.
         seed: Of the text's split.
+        evaluation: What the run was measured on; ``None`` without a run.
         report: Of the finished run; empty without one.
     """
 
@@ -49,6 +50,7 @@ class _Origin:
     spec: ModelSpec
     data: DataConfig
     seed: int
+    evaluation: EvaluationConfig | None
     report: Mapping[str, Any]
 
 
@@ -73,16 +75,15 @@ def export_model(config: ExportConfig, command: str) -> Inspection:
         info = machine()
         facts = CardFacts(
             title=Path(config.out).expanduser().absolute().name,
-            base=tokenizer_name(tokenizer),
+            base=str(origin.spec.file or origin.spec.name),
             commands=[*([origin.report["command"]] if origin.report else []), command],
             machine=machine_line(info),
             versions={str(name): str(number) for name, number in dict(info["versions"]).items()},  # type: ignore[call-overload]
-            rest=f"{config.rest.dtype}, embeddings {config.rest.embeddings}, linear layers {config.rest.linears} bits",
             sketch=_in_words(origin.source),
             rows=rows,
             measured_as=(
                 "Non-overlapping windows, each token predicted from those before it in its window; tokenizer "
-                f"{tokenizer_name(tokenizer)}, beginning-of-text token: {bos_rule(tokenizer)}."
+                f"{tokenizer_name(tokenizer)}, beginning-of-text token: {bos_rule(tokenizer)}. " + _measured_on(config)
             ),
         )
         return model_card(facts, inspection)
@@ -92,7 +93,7 @@ def export_model(config: ExportConfig, command: str) -> Inspection:
         files,
         config.out,
         rest=RestStorage(config.rest.dtype, config.rest.embeddings, config.rest.linears),
-        max_shard_size=config.max_shard_size,
+        max_shard_size=size_in_bytes(config.max_shard_size),
         overwrite=config.overwrite,
         card=card,
     )
@@ -114,6 +115,7 @@ def _from_run(ckpt: str) -> _Origin:
         spec=section_of(ModelSpec, run["model"], "model"),
         data=section_of(DataConfig, run["data"], "data"),
         seed=run["seed"],
+        evaluation=section_of(EvaluationConfig, run["evaluation"], "evaluation"),
         # The figures are those of the newest checkpoint, not of an earlier one beside it.
         report=report if Path(str(report.get("checkpoint"))).name == checkpoint.name else {},
     )
@@ -137,15 +139,25 @@ def _from_dense(config: ExportConfig) -> _Origin:
         progress=True,
     )
     allocate_(model, sketch, importance)
-    return _Origin(from_model(model), config.model, config.data, config.seed, {})
+    return _Origin(from_model(model), config.model, config.data, config.seed, None, {})
 
 
 def _measured(config: ExportConfig, origin: _Origin, folder: Path) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(origin.spec)
-    data = build_data(origin.data, tokenizer, origin.seed) if config.evaluation.validation_split else None
-    streams = token_streams(config.evaluation, tokenizer, data)
+    evaluation = origin.evaluation or config.evaluation
+    data = build_data(origin.data, tokenizer, origin.seed) if evaluation.validation_split else None
+    streams = token_streams(evaluation, tokenizer, data)
     model = load(folder, dtype=torch.float32)
-    return measure(model, tokenizer, streams, config.evaluation, "Packed model")
+    return measure(model, tokenizer, streams, evaluation, "Packed model")
+
+
+def _measured_on(config: ExportConfig) -> str:
+    if config.measure:
+        return "The last column is this folder's own figure."
+    return (
+        "Measured before packing: the sketched layers are the same bit for bit, what is not sketched was rounded to "
+        "the types above."
+    )
 
 
 def _stages(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

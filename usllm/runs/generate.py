@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from usllm.config import section_of
 from usllm.config.packed import GenerateConfig, size_in_bytes
-from usllm.errors import UserError
+from usllm.errors import UserError, first_line
 from usllm.models import ModelSpec
 from usllm.models.loading import load_dense, load_tokenizer
 from usllm.packed.layer import PackedFormatError
@@ -32,12 +32,12 @@ def generate(config: GenerateConfig) -> str:
         UserError: The model cannot be loaded, or the prompt is empty or longer than its context.
     """
     text = sys.stdin.read() if config.prompt == "-" else config.prompt
+    if not text:
+        raise UserError("prompt: is empty; give a text to go on from")
     device = choose_device(config.device)
     model, tokenizer = _packed(config, device) if config.folder is not None else _checkpoint(config, device)
     ids = _tokenised(text, tokenizer, config.chat).to(device)
     limit = getattr(model.config, "max_position_embeddings", None)
-    if ids.shape[1] == 0:
-        raise UserError("prompt: is empty; give a text to go on from")
     if limit is not None and ids.shape[1] + config.max_new_tokens > limit:
         raise UserError(
             f"max_new_tokens={config.max_new_tokens}: with {ids.shape[1]} tokens of prompt that is more than the "
@@ -46,7 +46,7 @@ def generate(config: GenerateConfig) -> str:
     set_seed(config.seed)
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if config.temperature > 0:
-        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p}
+        sampling |= {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     output = model.generate(  # type: ignore[operator]
         ids,
@@ -75,13 +75,17 @@ def _packed(config: GenerateConfig, device: torch.device) -> tuple[PreTrainedMod
     try:
         model = load(
             place,
-            dtype=config.dtype,
+            dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
             device_map=None if device.type == "cpu" else {"": str(device)},
             decoded_bytes=size_in_bytes(config.keep_decoded),
         )
     except PackedFormatError as error:
         raise UserError(f"model={place}: {error}") from error
-    tokenizer = AutoTokenizer.from_pretrained(Path(place).expanduser() if Path(place).expanduser().is_dir() else place)
+    source = Path(place).expanduser() if Path(place).expanduser().is_dir() else place
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a folder without a tokenizer fails in many ways
+        raise UserError(f"model={place}: has no tokenizer that can be read ({first_line(error)})") from error
     return model, tokenizer
 
 

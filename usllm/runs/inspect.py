@@ -10,10 +10,15 @@ from rich.table import Table
 
 from usllm.config.packed import InspectConfig
 from usllm.errors import UserError
+from usllm.packed.folder import open_folder
 from usllm.packed.inspection import InspectedLayer, Inspection, inspect_folder
 from usllm.packed.layer import PackedFormatError
+from usllm.packed.loading import check_against_model
 from usllm.runs.directory import write_json
 from usllm.runs.report import print_facts
+
+TABLE_WIDTH = 132
+"""Columns that the widest table takes."""
 
 
 def inspect_model(config: InspectConfig) -> Inspection:
@@ -27,6 +32,7 @@ def inspect_model(config: InspectConfig) -> Inspection:
         raise UserError(f"model={config.folder}: no such folder; give one written by usllm-export")
     try:
         inspection = inspect_folder(path)
+        check_against_model(open_folder(path))
     except PackedFormatError as error:
         raise UserError(f"model={config.folder}: {error}") from error
     print_inspection(inspection)
@@ -42,11 +48,11 @@ def inspect_model(config: InspectConfig) -> Inspection:
 
 def print_inspection(inspection: Inspection, console: Console | None = None) -> None:
     """Tables of layers, of everything else, and the sums."""
-    console = console or Console()
+    console = console or _wide_console()
     console.print(_layer_table(inspection))
     rest = Table(title="Everything else", title_justify="left", title_style="bold")
     for heading in ("tensor", "shape", "stored as", "bytes"):
-        rest.add_column(heading, justify="right" if heading == "bytes" else "left")
+        rest.add_column(heading, justify="right" if heading == "bytes" else "left", no_wrap=True)
     for tensor in inspection.rest:
         rest.add_row(tensor.name, "x".join(map(str, tensor.shape)), tensor.stored_as, f"{tensor.bytes:,}")
     console.print(rest)
@@ -65,6 +71,12 @@ def print_inspection(inspection: Inspection, console: Console | None = None) -> 
         ("bits per parameter", f"{inspection.model_bits_per_weight:>15.4f}   (weight files over all parameters)"),
     ]
     print_facts(facts, console)
+
+
+def _wide_console() -> Console:
+    """Wide enough for every figure, also where the output is a file or a narrow window, which then wraps lines."""
+    console = Console()
+    return console if console.width >= TABLE_WIDTH else Console(width=TABLE_WIDTH)
 
 
 def account(inspection: Inspection) -> dict[str, Any]:
@@ -99,10 +111,11 @@ def _layer_table(inspection: Inspection) -> Table:
     table = Table(title=f"Sketched layers, {inspection.operator}", title_justify="left", title_style="bold")
     table.add_column("layer", no_wrap=True)
     for heading in ("shape", "rows", "states", "bits", "scales", "load", "bpw", "bytes"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for layer in inspection.layers:
         rows, bits = _range(layer, 0), _range(layer, 2)
-        load = f"{layer.load[0]} to {layer.load[2]}" if layer.load[0] != layer.load[2] else str(layer.load[0])
+        least, mean, most = layer.load
+        load = f"{least} to {most}, {mean:.1f} mean" if least != most else str(least)
         shape = f"{layer.shape[0]}x{layer.shape[1]}"
         figures = (f"{layer.states:,}", bits, f"{sum(layer.scales):,}", load, f"{layer.bits_per_weight:.4f}")
         table.add_row(layer.name, shape, rows, *figures, f"{layer.bytes:,}")
