@@ -97,3 +97,21 @@ def test_channels_without_states_decode_to_zero() -> None:
     assert bool((decoded[:, 3] != 0).any())
     assert not decoded[:, torch.arange(40) != 3].any()
     assert not decoded.signbit()[:, torch.arange(40) != 3].any()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_every_thread_count_gives_the_same_bits(threads: int) -> None:
+    weight = torch.randn(530, 40, generator=torch.Generator().manual_seed(0))
+    config = SketchConfig(bits_per_weight=2.0, group_size=100)
+    plan = build_plan((530, 40), torch.rand(40, generator=torch.Generator().manual_seed(1)) + 0.1, config, "layer")
+    sums, expected = torch.empty(2, 40), torch.empty(2, 40)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        project_query(weight, plan, sums=expected, backend="numba")
+        torch.set_num_threads(threads)
+        assert_equal(weight, plan)
+        project_query(weight, plan, sums=sums, backend="numba")
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(sums, expected)

@@ -120,16 +120,17 @@ def decode(
         return decode(states, plan, torch.float32, weight, sums).to(dtype)
     decoded = torch.empty(plan.shape, dtype=dtype)
     codes, scales = unpacked(states, plan), channel_scales(states, plan)
-    tasks = [(number, group, 1) for number, span in enumerate(plan.spans) for group in range(span.groups)]
-    if torch.get_num_threads() == 1 or sums is not None:  # what is summed up keeps its order
-        tasks = [(number, 0, span.groups) for number, span in enumerate(plan.spans)]
 
     def work(task: tuple[int, int, int]) -> None:
         number, first, groups = task
         span = plan.spans[number]
         decode_groups(codes, scales, plan, number, first, groups, decoded, span.start + first * span.size, weight, sums)
 
-    side_by_side(work, tasks)
+    if sums is None:
+        side_by_side(work, _tasks(plan, torch.get_num_threads() > 1))
+    else:  # what is summed up keeps its order
+        for task in _tasks(plan, False):
+            work(task)
     return decoded
 
 
@@ -200,29 +201,41 @@ def _values(weight: Tensor, plan: Plan, keys: bool, winners: Tensor | None) -> T
     values = torch.empty(plan.num_states, dtype=torch.int32 if keys else torch.float32)
     members = torch.empty(0, dtype=torch.int16) if winners is None else winners
     source = (flat.view(torch.int32) if keys else flat).numpy()
-    pad = plan.operator.pad
-    for span, shape, slots in zip(plan.spans, tables.shapes, tables.slots, strict=True):
+
+    def work(task: tuple[int, int, int]) -> None:
+        number, first, groups = task
+        span = plan.spans[number]
         project_span(
             source,
             pitch,
             width,
-            span.start,
+            span.start + first * span.size,
             span.size,
-            span.groups,
+            first,
+            groups,
             plan.rotation(span),
             plan.turns,
             _REDUCTIONS[plan.config.operator],
             tables.lane_channels,
             tables.lane_block,
-            shape,
-            slots,
-            pad,
+            tables.shapes[number],
+            tables.slots[number],
+            plan.operator.pad,
             values.numpy(),
             members.numpy(),
         )
+
+    side_by_side(work, _tasks(plan, torch.get_num_threads() > 1))
     if not keys:
         return values.view(torch.int32)
     return values.masked_fill_(values == _EMPTY_KEY, 0) if plan.config.hash == "uniform" else values
+
+
+def _tasks(plan: Plan, apart: bool) -> list[tuple[int, int, int]]:
+    """Number of the span, first group and number of groups of each piece of work: all groups of a span, or one each."""
+    if apart:
+        return [(number, group, 1) for number, span in enumerate(plan.spans) for group in range(span.groups)]
+    return [(number, 0, span.groups) for number, span in enumerate(plan.spans)]
 
 
 def _flat(weight: Tensor) -> tuple[Tensor, int]:

@@ -24,8 +24,9 @@ def project_span(
     weight: Any,  # int32 (bit patterns, for MINIMUM) or float32, flat
     pitch: int,  # elements from one output row to the next
     width: int,  # input channels
-    start: int,  # first output row
+    start: int,  # output row of the first of these groups
     n: int,
+    first_group: int,  # of those to project, within the span
     groups: int,
     rotation: int,  # of channel 0 in the span's first group
     turns: int,  # how much further the next channel is rotated, 0 or 1
@@ -47,8 +48,8 @@ def project_span(
     reduced = np.empty((largest, LANES), weight.dtype)
     kept = np.empty((largest, LANES), np.int32)
     places = np.empty(LANES, np.int64)
-    for group in range(groups):
-        _turn(weight, pitch, width, start + group * n, n, columns)
+    for group in range(first_group, first_group + groups):
+        _turn(weight, pitch, width, start + (group - first_group) * n, n, columns)
         turn = rotation + turns * group * width
         for number in range(lane_block.shape[0]):
             block, lanes, first = lane_block[number, 0], lane_block[number, 1], lane_block[number, 2]

@@ -1,0 +1,221 @@
+"""The sketch's operations against what they replace, on Llama shapes; on a card or on the CPU, whatever is there.
+
+    python benchmarks/kernels.py [codec] [linear] [folded] [model] [--rows 1 3] [--shapes 1b 8b 70b] [--bits 0.5]
+
+Every figure is a ratio of medians within this run, with the floor beside it: the bytes that must move, at the copy
+bandwidth measured here, and the operations. ``model`` trains one step of a Llama of random weights, 1B-shaped unless
+--layers or --width say otherwise, and generates with it. Nothing here is tuned at run time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).parent))  # run as a script, the folder is there already
+from kernels_model import model_step
+
+from usllm.runs.machine import machine, machine_line
+from usllm.sketch import Plan, SketchConfig, States, build_plan, channel_scales
+from usllm_kernels import (
+    choose,
+    folded_linear,
+    matrix_query,
+    packed_states,
+    project,
+    project_query,
+    query,
+    sketch_linear,
+)
+
+# Output rows and input channels of q, k, gate and down (o is not compressed; v and up are k and gate again).
+SHAPES = {
+    "1b": [(2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)],
+    "8b": [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)],
+    "70b": [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)],
+}
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
+
+
+def median(work: Callable[[], object], device: torch.device, repeat: int) -> float:
+    """Seconds of one call."""
+    for _ in range(2):
+        work()
+    seconds = []
+    for _ in range(repeat):
+        if device.type == "cuda":
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            work()
+            last.record()
+            last.synchronize()
+            seconds.append(first.elapsed_time(last) / 1e3)
+        else:
+            started = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def bandwidth(device: torch.device, repeat: int) -> float:
+    """Bytes read and written in a second by a copy that no cache holds."""
+    source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES[device.type] / median(lambda: target.copy_(source), device, repeat)
+
+
+def layer(shape: tuple[int, int], config: SketchConfig, device: torch.device) -> tuple[Tensor, Plan, States]:
+    """A random latent weight, a plan by uneven importance, and its states."""
+    generator = torch.Generator().manual_seed(0)  # a few channels hold most of the energy, as in real activations
+    importance = torch.rand(shape[1], generator=generator) ** 8 + 1e-3
+    weight = torch.randn(shape, generator=generator).to(device)
+    plan = build_plan(shape, importance, config, f"{shape}")
+    return weight, plan, project(weight, plan)
+
+
+def naive_query(states: States, plan: Plan, dtype: torch.dtype) -> Tensor:
+    """AbsMaxMin decoded as written down: hash every weight, gather every row's candidate, take the largest."""
+    codes, device = states["codes"], states["codes"].device
+    decoded = torch.zeros(plan.shape, dtype=dtype, device=device)
+    scales = channel_scales(states, plan)
+    for block in plan.blocks:
+        channels = block.channels.to(device)
+        first = block.first_state + torch.arange(len(channels), device=device) * block.states_per_channel
+        for span in plan.spans:
+            buckets = plan.placement(block.choice, span.size).buckets.long().to(device)
+            k = min(block.choice.states, span.size)
+            for group in range(span.groups):
+                turn = plan.rotation(span) + plan.turns * (group * plan.shape[1] + channels)
+                q = (torch.arange(span.size, device=device)[:, None] - turn) % span.size
+                best = torch.zeros(q.shape, dtype=torch.int16, device=device)
+                for row in range(block.choice.rows):
+                    candidate = codes[first + row * k + buckets[row][q]].to(torch.int16)
+                    best = torch.where(candidate.abs() > best.abs(), candidate, best)
+                rows = slice(span.start + group * span.size, span.start + (group + 1) * span.size)
+                decoded[rows, channels] = (best * scales[channels]).to(dtype)
+                first = first + block.choice.rows * k
+    return decoded
+
+
+def table(title: str, rows: Iterator[tuple[str, ...]], head: tuple[str, ...]) -> None:
+    """Print rows as they come."""
+    print(f"\n{title}")
+    print("".join(f"{cell:>{14 if number else 22}}" for number, cell in enumerate(head)))
+    for row in rows:
+        print("".join(f"{cell:>{14 if number else 22}}" for number, cell in enumerate(row)), flush=True)
+
+
+def codec_rows(arguments: argparse.Namespace, device: torch.device, speed: float) -> Iterator[tuple[str, ...]]:
+    """project_query and query against their floors, the naive decode and the matrix form."""
+    for rows in arguments.rows:
+        for shape in shapes(arguments):
+            weight, plan, states = layer(shape, SketchConfig(bits_per_weight=arguments.bits, rows=rows), device)
+            target, count = torch.empty_like(weight), weight.numel()
+            copied = median(lambda w=weight, t=target: t.copy_(w), device, arguments.repeat)
+            both = median(lambda w=weight, p=plan: project_query(w, p, dtype=torch.bfloat16), device, arguments.repeat)
+            alone = median(lambda s=states, p=plan: query(s, p, torch.bfloat16), device, arguments.repeat)
+            naive = median(lambda s=states, p=plan: naive_query(s, p, torch.bfloat16), device, 1)
+            matrix = median(lambda s=states, p=plan: matrix_query(s, p, torch.bfloat16), device, 3)
+            yield (
+                f"{shape[0]}x{shape[1]}, R={rows}",
+                f"{both / copied:.2f}",
+                f"{6 * count / speed / both:.0%}",
+                f"{alone / copied:.2f}",
+                f"{(2 * count + plan.total_bits / 8) / speed / alone:.0%}",
+                f"{naive / alone:.0f}",
+                f"{matrix / alone:.1f}",
+            )
+
+
+def linear_rows(arguments: argparse.Namespace, device: torch.device, speed: float) -> Iterator[tuple[str, ...]]:
+    """sketch_linear from packed states against the dense bf16 product, for few tokens and for a prompt."""
+    from usllm.packed.layer import pack_layer
+
+    for rows in arguments.rows:
+        for shape in shapes(arguments):
+            _, plan, states = layer(shape, SketchConfig(bits_per_weight=arguments.bits, rows=rows), device)
+            packed = packed_states(pack_layer(plan, states).to(device), plan)
+            dense = query(states, plan, torch.bfloat16)
+            cells, count = [], dense.numel()
+            for tokens in (1, 8, arguments.tokens):
+                x = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
+                ours = median(lambda x=x, s=packed, p=plan: sketch_linear(x, s, p), device, arguments.repeat)
+                theirs = median(lambda x=x, w=dense: functional.linear(x, w), device, arguments.repeat)
+                cells.append(f"{ours / theirs:.2f}")
+                if tokens == 1:
+                    floor = plan.total_bits / 8 / speed
+                    cells.append(f"{floor / ours:.1%}")
+            yield f"{shape[0]}x{shape[1]}, R={rows}", *cells, f"{2e-9 * count * arguments.tokens:.1f}"
+
+
+def folded_rows(arguments: argparse.Namespace, device: torch.device, speed: float) -> Iterator[tuple[str, ...]]:
+    """The folded product of a mean sketch with a shared hash against the dense one."""
+    for rows in arguments.rows:
+        for shape in shapes(arguments):
+            for allocation in ("uniform", "proportional"):
+                fields = {"operator": "mean", "hash": "shared", "rows": rows, "allocation": allocation}
+                config = SketchConfig(bits_per_weight=arguments.bits, **fields)
+                _, plan, states = layer(shape, config, device)
+                dense = query(states, plan, torch.bfloat16)
+                x = torch.randn(arguments.tokens, shape[1], device=device, dtype=torch.bfloat16)
+                ours = median(lambda x=x, s=states, p=plan: folded_linear(x, s, p), device, arguments.repeat)
+                theirs = median(lambda x=x, w=dense: functional.linear(x, w), device, arguments.repeat)
+                yield (
+                    f"{shape[0]}x{shape[1]}, R={rows}",
+                    allocation,
+                    f"{plan.num_states / dense.numel():.3f}",
+                    f"{rows * len(plan.blocks) / shape[1]:.4f}",
+                    f"{ours / theirs:.2f}",
+                )
+
+
+def shapes(arguments: argparse.Namespace) -> list[tuple[int, int]]:
+    return [shape for name in arguments.shapes for shape in SHAPES[name]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="*", help="codec, linear, folded, model; all but model if none is given")
+    parser.add_argument("--bits", type=float, default=0.5)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), help="1b on the CPU, all on a card")
+    parser.add_argument("--tokens", type=int, help="of a prompt: 2048 on a card, 256 on the CPU")
+    parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--layers", type=int, default=16, help="of the model")
+    parser.add_argument("--width", type=int, default=2048, help="of the model")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arguments.shapes = arguments.shapes or (["1b"] if device.type == "cpu" else list(SHAPES))
+    arguments.tokens = arguments.tokens or (256 if device.type == "cpu" else 2048)
+    speed = bandwidth(device, arguments.repeat)
+    load = os.getloadavg()[0]
+    print(f"{machine_line(machine())}; {torch.get_num_threads()} threads, load {load:.1f}; kernels: {choose(device)}")
+    print(f"copy bandwidth {speed / 1e9:.1f} GB/s, read and written; {arguments.bits} bits per weight")
+    what = arguments.what or ["codec", "linear", "folded"]
+    if "codec" in what:
+        head = ("absmaxmin", "p_q / copy", "of floor", "query / copy", "of floor", "naive / q", "matrix / q")
+        title = "project_query (fp32 -> bf16; floor 6 bytes a weight), query (-> bf16; floor 2 bytes and the states)"
+        table(title, codec_rows(arguments, device, speed), head)
+    if "linear" in what:
+        head = ("time / dense bf16", "1 token", "of floor", "8 tokens", f"{arguments.tokens} tokens", "GFLOP of it")
+        title = "sketch_linear from packed states (floor for one token: the packed bytes)"
+        table(title, linear_rows(arguments, device, speed), head)
+    if "folded" in what:
+        head = ("mean, shared hash", "allocation", "MACs / dense", "adds / dense", "time / dense")
+        title = f"folded_linear, {arguments.tokens} tokens"
+        table(title, folded_rows(arguments, device, speed), head)
+    if "model" in what:
+        model_step(device, arguments.layers, arguments.width, arguments.bits, arguments.rows[-1], arguments.tokens)
+
+
+if __name__ == "__main__":
+    main()
