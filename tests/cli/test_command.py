@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,24 @@ def test_user_error_is_a_message_and_status_two(
         report_errors("usllm-train", task)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "usllm-train: error: sketch.rows=0: too few\n"
+
+
+def test_full_disk_is_a_message_and_another_failure_of_the_system_is_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def fail(number: int) -> None:
+        raise OSError(number, os.strerror(number), "metrics.csv")
+
+    with pytest.raises(SystemExit, match="2"):
+        report_errors("usllm-train", lambda: fail(errno.ENOSPC))
+    message = capsys.readouterr().err
+    assert message.startswith("usllm-train: error:")
+    assert "metrics.csv" in message
+    assert "free space" in message
+    with pytest.raises(OSError, match="metrics"):
+        report_errors("usllm-train", lambda: fail(errno.EIO))
 
 
 def test_a_bug_keeps_its_traceback() -> None:

@@ -117,7 +117,7 @@ def test_several_devices_with_a_launching_strategy_are_refused(
     assert not reports(tmp_path)
 
 
-@pytest.mark.parametrize("launcher", ["parallel", "slurm_local"])
+@pytest.mark.parametrize("launcher", ["parallel", pytest.param("slurm_local", marks=pytest.mark.slow)])
 def test_job_runs_in_a_process_of_its_own(
     launcher: str, trained: list[int], tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,7 +98,8 @@ def test_wandb_gets_its_own_kinds_of_media_at_the_trainers_step() -> None:
     assert type(logged[2]["f"][0]).__name__ == "Image"
 
 
-def test_folder_becomes_one_artifact_with_all_its_files(tmp_path: Path) -> None:
+def test_folder_becomes_one_artifact_with_all_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))  # where W&B copies files that wait to be sent
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "model.bin").write_bytes(b"weights")
     (tmp_path / "packed" / "config.json").write_text("{}")

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import wandb
 
 from usllm.errors import UserError
 from usllm.loggers import WANDB_ID_FILE, WandbRunLogger
 from usllm.loggers.code_version import code_version
 from usllm.loggers.wandb_run import kept_id
+from usllm.training import StepCheckpoint
 
 
 class FakeRun:
@@ -22,6 +24,10 @@ class FakeRun:
         self.arguments, self.id = arguments, arguments["id"]
         self.config: dict[str, Any] = {}
         self.ended: int | None = None
+        self.artifacts: list[tuple[Any, list[str]]] = []
+
+    def log_artifact(self, artifact: Any, aliases: list[str]) -> None:
+        self.artifacts.append((artifact, aliases))
 
     def finish(self, exit_code: int) -> None:
         self.ended = exit_code
@@ -82,6 +88,26 @@ def test_disabled_run_keeps_no_id(
     logger = WandbRunLogger(save_dir=str(tmp_path), mode="disabled" if source == "argument" else None)
     assert logger.experiment is begun[-1]
     assert not (tmp_path / WANDB_ID_FILE).exists()
+
+
+@pytest.mark.parametrize(("log_model", "names"), [(True, ["step=2.ckpt"]), ("all", ["step=1.ckpt", "step=2.ckpt"])])
+def test_checkpoints_are_artifacts_when_asked_for_offline_too(
+    log_model: bool | str, names: list[str], tmp_path: Path, begun: list[FakeRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    logger = WandbRunLogger(save_dir=str(tmp_path), mode="offline", log_model=log_model)
+    _ = logger.experiment
+    checkpoints = StepCheckpoint(str(tmp_path), every_n_train_steps=1)
+    for step in (1, 2):
+        path = tmp_path / f"step={step}.ckpt"
+        path.write_text(str(step))
+        checkpoints.best_k_models = {str(path): torch.tensor(step)}
+        checkpoints.best_model_path = checkpoints.last_model_path = str(path)
+        checkpoints.best_model_score = checkpoints.current_score = torch.tensor(step)
+        logger.after_save_checkpoint(checkpoints)
+    logger.finalize("success")
+    logged = [artifact.metadata["original_filename"] for artifact, _ in begun[-1].artifacts]
+    assert list(dict.fromkeys(logged)) == names
 
 
 def test_unstarted_run_needs_no_finish(tmp_path: Path, begun: list[FakeRun]) -> None:
