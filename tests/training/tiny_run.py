@@ -1,15 +1,18 @@
 """A complete training run of seconds: tiny Llama with dropout, text from a file, all callbacks of the default config.
 
-Runs can be killed at a chosen point, by an exception or by SIGKILL. Everything here is the test's; the product has no
-hook for it.
+Runs can be killed at a chosen point, by an exception or by SIGKILL, and can take several processes, which are forked
+from one that has everything imported. Everything here is the test's; the product has no hook for it.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from usllm.training import (
     SketchFinetuner,
     StepCheckpoint,
     build_objective,
+    build_strategy,
     latest_checkpoint,
 )
 
@@ -53,15 +57,27 @@ class Settings:
     lr: float = 1e-3
     precision: str = "32-true"
     gradient_checkpointing: bool = False
+    dropout: float = 0.2
+    tied: bool = True  # embeddings and head
+    batch_size: int = 2  # per rank
+    ranks: int = 1
+    strategy: str = "auto"
     kill_at: tuple[str, int] | None = None
     sigkill: bool = False
 
 
 class Recorder(Callback):
-    """Writes every micro batch and its loss, and every validation, to a file that a kill cannot take back."""
+    """Writes every micro batch and its loss, and every validation, to a file that a kill cannot take back.
+
+    Ranks above 0 have files of their own, ``<name>.<rank>``.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if trainer.global_rank:
+            self.path = self.path.with_name(f"{self.path.name}.{trainer.global_rank}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         loss = outputs["loss"].double().item().hex()
@@ -92,10 +108,11 @@ class Kill(Callback):
             raise Killed
 
 
-def load_model() -> PreTrainedModel:
-    """Tiny Llama with dropout; the same weights every time, and the global generators are left alone."""
+def load_model(dropout: float = 0.2, tied: bool = True) -> PreTrainedModel:
+    """Tiny Llama; the same weights every time, and the global generators are left alone."""
     config = random_config("llama")
-    config.attention_dropout = 0.2
+    config.attention_dropout = dropout
+    config.tie_word_embeddings = tied
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -110,7 +127,9 @@ def build(folder: Path, settings: Settings, *extra: Callback) -> tuple[Trainer, 
     kill = [] if settings.kill_at is None else [Kill(*settings.kill_at, settings.sigkill)]
     trainer = Trainer(
         accelerator="cpu",
-        devices=1,
+        devices=settings.ranks,
+        strategy=build_strategy(settings.strategy),
+        use_distributed_sampler=False,
         max_steps=settings.steps,
         max_epochs=-1,
         accumulate_grad_batches=settings.accumulate,
@@ -142,16 +161,17 @@ def build(folder: Path, settings: Settings, *extra: Callback) -> tuple[Trainer, 
         SourceSpec(kind="text", path=str(text)),
         validation_fraction=0.2,
         context_length=32,
-        batch_size=2,
+        batch_size=settings.batch_size,
         cache_dir=folder.parent / "cache",
         seed=3,
     )
+    accumulation = {"accumulate_grad_batches": settings.accumulate}
     module = SketchFinetuner(
-        load_model=load_model,
+        load_model=partial(load_model, settings.dropout, settings.tied),
         sketch=SketchConfig(**settings.sketch),
         objective=build_objective(**settings.objective),
         optimizer=OptimizerConfig(lr=settings.lr, schedule="cosine", warmup_steps=2),
-        config={"name": "tiny"},
+        config={"name": "tiny", "data": {"batch_size": settings.batch_size}, "trainer": accumulation},
         gradient_checkpointing=settings.gradient_checkpointing,
     )
     return trainer, module, data
@@ -166,15 +186,39 @@ def run(folder: Path, settings: Settings, *extra: Callback) -> tuple[Trainer, Sk
     return trainer, module
 
 
+def run_on_ranks(folder: Path, settings: Settings) -> list[int | None]:
+    """As :func:`run`, in ``settings.ranks`` processes that talk through gloo; their exit codes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny_run"])
+    ranks = [
+        context.Process(target=_rank, args=(folder, settings, rank, port), daemon=True)
+        for rank in range(settings.ranks)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    return [process.exitcode for process in ranks]
+
+
+def _rank(folder: Path, settings: Settings, rank: int, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
+    run(folder, settings)
+    torch.distributed.destroy_process_group()
+
+
 def resumed(settings: Settings) -> Settings:
     """The same settings without the kill."""
     return replace(settings, kill_at=None, sigkill=False)
 
 
-def record(folder: Path) -> dict[tuple[str, int], Any]:
+def record(folder: Path, name: str = "record.jsonl") -> dict[tuple[str, int], Any]:
     """What was recorded, by kind and micro batch. A micro batch that ran twice must have been the same both times."""
     found: dict[tuple[str, int], Any] = {}
-    for line in (folder / "record.jsonl").read_text().splitlines():
+    for line in (folder / name).read_text().splitlines():
         kind, position, value = json.loads(line)
         assert found.setdefault((kind, position), value) == value, f"{kind} at micro batch {position} ran differently"
     return found
