@@ -110,7 +110,7 @@ def test_several_devices_with_a_launching_strategy_are_refused(
     for name in ("LOCAL_RANK", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(SystemExit, match="1"):
-        sweep(monkeypatch, tiny_text, tmp_path, "trainer.devices=2", "+trainer.strategy=ddp", "seed=1,2")
+        sweep(monkeypatch, tiny_text, tmp_path, "trainer.devices=2", "trainer.strategy=ddp", "seed=1,2")
     message = capsys.readouterr().err
     assert "every rank would run the whole sweep again" in message
     assert "torchrun" in message

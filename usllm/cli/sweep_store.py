@@ -1,4 +1,4 @@
-"""Lets an Optuna sweep that was interrupted go on where it stopped: Hydra's sweeper itself always starts from trial 0."""
+"""Lets an Optuna sweep that was interrupted go on where it stopped: Hydra's own sweeper starts from trial 0."""
 
 from __future__ import annotations
 
