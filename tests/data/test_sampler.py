@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usllm.data.sampler import UnrolledSampler
+from usllm.data.sampler import FILLER, DealtSampler, UnrolledSampler
 
 
 @given(st.integers(1, 30), st.integers(1, 100), st.integers(0, 5))
@@ -55,3 +55,19 @@ def test_global_rng_is_neither_read_nor_changed() -> None:
 def test_impossible_sizes_are_refused(arguments: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="must be positive"):
         UnrolledSampler(*arguments)
+
+
+@given(st.integers(1, 30), st.integers(1, 60), st.integers(1, 4), st.integers(0, 60))
+def test_later_start_is_the_rest_of_the_run(size: int, total: int, world: int, start: int) -> None:
+    for rank in range(world):
+        rest = UnrolledSampler(size, total, 0, rank, world, start)
+        assert list(rest) == list(UnrolledSampler(size, total, 0, rank, world))[start:]
+        assert len(rest) == total
+
+
+@given(st.integers(1, 40), st.integers(1, 7))
+def test_each_sequence_is_dealt_to_one_rank_and_fillers_make_hands_equal(size: int, world: int) -> None:
+    hands = [list(DealtSampler(size, rank, world)) for rank in range(world)]
+    assert {len(hand) for hand in hands} == {len(DealtSampler(size, 0, world))}
+    assert sorted(position for hand in hands for position in hand if position != FILLER) == list(range(size))
+    assert all(FILLER not in hand[:-1] for hand in hands)

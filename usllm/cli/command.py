@@ -26,6 +26,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _QUIET_WARNINGS = (
     r".*does not have many workers.*",
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*recommended to use `self.log\('val/.*, sync_dist=True\)`.*",  # they are summed over ranks before
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*You're resuming from a checkpoint that ended before the epoch ended.*",
     r".*Precision bf16-mixed is not supported by the model summary.*",

@@ -26,13 +26,18 @@ def load_on_rank_zero(load: Callable[[], M]) -> M:
         model = load()
         box[0] = _skeleton(model)
     dist.broadcast_object_list(box, src=0)
-    model = box[0] if model is None else model
-    assert model is not None
+    if model is None:
+        model = box[0]
+        assert model is not None
+        if (config := getattr(model, "config", None)) is not None:
+            # transformers keeps a register of the classes that this process has made, and what they can record
+            with torch.device("meta"):
+                type(model)(config)
     return model
 
 
 def shard_(model: nn.Module, mesh: DeviceMesh, cpu_offload: bool = False) -> None:
-    """Shard ``model`` by FSDP2 in place, its decoder layers one by one and then the rest.
+    """Shard ``model`` by FSDP2 in place: its decoder layers, embeddings and head one by one, and then the rest.
 
     A layer's weights go from rank 0 to the others when its turn comes, so that no rank but 0, which has the model in
     the memory of its host, ever holds more than its shards and one layer.
@@ -47,7 +52,7 @@ def shard_(model: nn.Module, mesh: DeviceMesh, cpu_offload: bool = False) -> Non
     policy = CPUOffloadPolicy() if cpu_offload and mesh.device_type != "cpu" else OffloadPolicy()
     device = torch.device("cpu") if mesh.device_type == "cpu" else torch.device(mesh.device_type, _current(mesh))
     known: dict[int, tuple[Tensor, Tensor]] = {}
-    for part in [*_decoder_layers(model), model]:
+    for part in [*units(model), model]:
         _receive_(part, device, known)
         fully_shard(part, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
 
@@ -61,10 +66,18 @@ def _skeleton(model: M) -> M:
     return copy.deepcopy(model, memo=dict(empty))
 
 
-def _decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The parts that transformers calls indivisible; the model is sharded as one piece where it names none."""
+def units(model: nn.Module) -> list[nn.Module]:
+    """The parts of ``model`` that are gathered one at a time when they compute.
+
+    They are those that transformers calls indivisible, its decoder layers, and embeddings and head unless these are
+    tied. All else is one unit, the model's own, which stays gathered during a whole pass.
+    """
     names = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    ends = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    if all(isinstance(end, nn.Module) for end in ends) and ends[0].weight is not ends[1].weight:
+        found += ends
+    return found
 
 
 def _receive_(part: nn.Module, device: torch.device, known: dict[int, tuple[Tensor, Tensor]]) -> None:

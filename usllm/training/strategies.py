@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
@@ -55,9 +56,11 @@ class Fsdp2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
     def model_to_device(self) -> None:
-        """Sharding has put the model where it belongs; of an offloaded one, that is the host's memory."""
-        if not self.cpu_offload:
-            super().model_to_device()
+        """Move what is not sharded; sharding has put the rest where it belongs."""
+        assert self.lightning_module is not None
+        for part in self.lightning_module.children():
+            if not isinstance(part, FSDPModule):
+                part.to(self.root_device)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The whole model in the memory of rank 0, tensor by tensor; empty on other ranks, which all must call it."""
