@@ -43,26 +43,29 @@ SHAPES = {
     "8b": [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)],
     "70b": [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)],
 }
+UNCACHED_BYTES = 1 << 27
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
 
 
-def median(work: Callable[[], object], device: torch.device, repeat: int) -> float:
-    """Seconds of one call."""
-    for _ in range(2):
-        work()
+def median(work: Callable[[int], object], device: torch.device, repeat: int, rounds: int = 1) -> float:
+    """Seconds of one call; each repetition calls with 0 … rounds - 1, so that no cache holds what is read next."""
     seconds = []
-    for _ in range(repeat):
+    for number in range(repeat + 1):
         if device.type == "cuda":
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
-            work()
+            for which in range(rounds):
+                work(which)
             last.record()
             last.synchronize()
-            seconds.append(first.elapsed_time(last) / 1e3)
+            elapsed = first.elapsed_time(last) / 1e3
         else:
             started = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - started)
+            for which in range(rounds):
+                work(which)
+            elapsed = time.perf_counter() - started
+        if number:  # the first one compiles and allocates
+            seconds.append(elapsed / rounds)
     return statistics.median(seconds)
 
 
@@ -70,7 +73,7 @@ def bandwidth(device: torch.device, repeat: int) -> float:
     """Bytes read and written in a second by a copy that no cache holds."""
     source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * COPY_BYTES[device.type] / median(lambda: target.copy_(source), device, repeat)
+    return 2 * COPY_BYTES[device.type] / median(lambda _: target.copy_(source), device, repeat)
 
 
 def layer(shape: tuple[int, int], config: SketchConfig, device: torch.device) -> tuple[Tensor, Plan, States]:
@@ -80,6 +83,11 @@ def layer(shape: tuple[int, int], config: SketchConfig, device: torch.device) ->
     weight = torch.randn(shape, generator=generator).to(device)
     plan = build_plan(shape, importance, config, f"{shape}")
     return weight, plan, project(weight, plan)
+
+
+def copies(weight: Tensor) -> list[Tensor]:
+    """As many copies of a weight as no cache holds: a model's layers do not wait in one either."""
+    return [weight.clone() for _ in range(-(-UNCACHED_BYTES // (weight.numel() * weight.element_size())))]
 
 
 def naive_query(states: States, plan: Plan, dtype: torch.dtype) -> Tensor:
@@ -119,12 +127,19 @@ def codec_rows(arguments: argparse.Namespace, device: torch.device, speed: float
     for rows in arguments.rows:
         for shape in shapes(arguments):
             weight, plan, states = layer(shape, SketchConfig(bits_per_weight=arguments.bits, rows=rows), device)
-            target, count = torch.empty_like(weight), weight.numel()
-            copied = median(lambda w=weight, t=target: t.copy_(w), device, arguments.repeat)
-            both = median(lambda w=weight, p=plan: project_query(w, p, dtype=torch.bfloat16), device, arguments.repeat)
-            alone = median(lambda s=states, p=plan: query(s, p, torch.bfloat16), device, arguments.repeat)
-            naive = median(lambda s=states, p=plan: naive_query(s, p, torch.bfloat16), device, 1)
-            matrix = median(lambda s=states, p=plan: matrix_query(s, p, torch.bfloat16), device, 3)
+            count = weight.numel()
+            weights, targets = copies(weight), copies(weight)
+
+            def timed(
+                work: Callable[[int], object], rounds: int = len(weights), repeat: int = arguments.repeat
+            ) -> float:
+                return median(work, device, repeat, rounds)
+
+            copied = timed(lambda i, w=weights, t=targets: t[i].copy_(w[i]))
+            both = timed(lambda i, w=weights, p=plan: project_query(w[i], p, dtype=torch.bfloat16))
+            alone = timed(lambda _, s=states, p=plan: query(s, p, torch.bfloat16))
+            naive = timed(lambda _, s=states, p=plan: naive_query(s, p, torch.bfloat16), 1, 1)
+            matrix = timed(lambda _, s=states, p=plan: matrix_query(s, p, torch.bfloat16), 1, 3)
             yield (
                 f"{shape[0]}x{shape[1]}, R={rows}",
                 f"{both / copied:.2f}",
@@ -144,12 +159,14 @@ def linear_rows(arguments: argparse.Namespace, device: torch.device, speed: floa
         for shape in shapes(arguments):
             _, plan, states = layer(shape, SketchConfig(bits_per_weight=arguments.bits, rows=rows), device)
             packed = packed_states(pack_layer(plan, states).to(device), plan)
-            dense = query(states, plan, torch.bfloat16)
-            cells, count = [], dense.numel()
+            dense = copies(query(states, plan, torch.bfloat16))
+            cells, count = [], dense[0].numel()
             for tokens in (1, 8, arguments.tokens):
                 x = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
-                ours = median(lambda x=x, s=packed, p=plan: sketch_linear(x, s, p), device, arguments.repeat)
-                theirs = median(lambda x=x, w=dense: functional.linear(x, w), device, arguments.repeat)
+                ours = median(lambda _, x=x, s=packed, p=plan: sketch_linear(x, s, p), device, arguments.repeat)
+                theirs = median(
+                    lambda i, x=x, w=dense: functional.linear(x, w[i]), device, arguments.repeat, len(dense)
+                )
                 cells.append(f"{ours / theirs:.2f}")
                 if tokens == 1:
                     floor = plan.total_bits / 8 / speed
@@ -167,8 +184,8 @@ def folded_rows(arguments: argparse.Namespace, device: torch.device, speed: floa
                 _, plan, states = layer(shape, config, device)
                 dense = query(states, plan, torch.bfloat16)
                 x = torch.randn(arguments.tokens, shape[1], device=device, dtype=torch.bfloat16)
-                ours = median(lambda x=x, s=states, p=plan: folded_linear(x, s, p), device, arguments.repeat)
-                theirs = median(lambda x=x, w=dense: functional.linear(x, w), device, arguments.repeat)
+                ours = median(lambda _, x=x, s=states, p=plan: folded_linear(x, s, p), device, arguments.repeat)
+                theirs = median(lambda _, x=x, w=dense: functional.linear(x, w), device, arguments.repeat)
                 yield (
                     f"{shape[0]}x{shape[1]}, R={rows}",
                     allocation,

@@ -11,6 +11,7 @@ from torch import Tensor
 from usllm.sketch import Plan, SketchConfig, States, build_plan, project
 from usllm.sketch.allocation.problem import EMPTY
 from usllm.sketch.bitstream import pack
+from usllm_kernels.dispatch import interpreted
 
 FIELDS: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
     "plain": ((37, 13), {"bits_per_weight": 3.0}),
@@ -67,3 +68,8 @@ def stream(states: States, plan: Plan) -> Tensor:
 
 
 every_case = pytest.mark.parametrize("name", FIELDS)
+
+# All products decode by the same function: in the interpreter, which is slow, a few layers do.
+products_of = pytest.mark.parametrize(
+    "name", ["plain", "two-group-sizes", "mixed-widths", "no-states"] if interpreted() else FIELDS
+)

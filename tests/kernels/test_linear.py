@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from cases import case, every_case
+from cases import case, products_of
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,7 +28,7 @@ def assert_product(found: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@every_case
+@products_of
 @pytest.mark.parametrize("tokens", [1, 5, 20, 130])
 def test_product_from_states_and_from_their_packed_form(
     name: str, tokens: int, backend: str, device: torch.device
@@ -42,7 +42,7 @@ def test_product_from_states_and_from_their_packed_form(
 
 
 @pytest.mark.usefixtures("poisoned")
-@every_case
+@products_of
 @pytest.mark.parametrize("tokens", [3, 130])
 def test_gradients_are_those_of_the_dense_product(name: str, tokens: int, backend: str, device: torch.device) -> None:
     layer = case(name, device)
