@@ -43,6 +43,8 @@ def test_commands_compose(command: str, tmp_path: Path, monkeypatch: pytest.Monk
     program, *arguments = shlex.split(command)
     if arguments == ["--help"]:
         return
+    if "-m" in arguments:  # of a sweep, the first job
+        arguments = [argument.split(",")[0] for argument in arguments if argument != "-m"]
     name = program.removeprefix("usllm-")
     composed(*REWRITES.get(name, list)(arguments), command=name)
 
