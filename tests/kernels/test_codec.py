@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import case, every_case
+from cases import case, every_case, products_of
 
 from usllm import sketch
 from usllm.sketch import SketchConfig, build_plan
@@ -37,7 +37,7 @@ def test_decoded_weight_from_states_and_from_their_packed_form(name: str, backen
             assert torch.equal(decoded, expected.to(dtype))
 
 
-@every_case
+@products_of
 def test_both_in_one(name: str, backend: str, device: torch.device) -> None:
     layer = case(name, device)
     expected = sketch.query(layer.states, layer.plan)
