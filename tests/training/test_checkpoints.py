@@ -44,7 +44,8 @@ def test_newest_two_checkpoints_and_the_end_of_training_are_kept(trained: Path) 
 def test_checkpoint_holds_only_what_loads_without_pickled_code(trained: Path) -> None:
     loaded = torch.load(trained / "checkpoints" / "step=00000005.ckpt", weights_only=True)
     assert loaded["global_step"] == 5
-    assert {"plans", "sketch", "patterns", "config", "format"} == set(loaded["usllm"])
+    machine = {"ranks", "accumulate_grad_batches"}
+    assert {"plans", "sketch", "patterns", "config", "format", *machine} == set(loaded["usllm"])
 
 
 def test_latents_are_stored_in_fp32_and_states_beside_them(trained: Path) -> None:

@@ -74,8 +74,8 @@ def units(model: nn.Module) -> list[nn.Module]:
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
     found = [module for module in model.modules() if type(module).__name__ in names]
-    ends = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
-    if all(isinstance(end, nn.Module) for end in ends) and ends[0].weight is not ends[1].weight:
+    ends: list[Any] = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    if None not in ends and ends[0].weight is not ends[1].weight:
         found += ends
     return found
 
