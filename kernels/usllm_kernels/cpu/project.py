@@ -14,7 +14,7 @@ from numba import njit
 from usllm_kernels.cpu.lanes import LANES, add, divide, fill, load, minimum, store, where_less
 from usllm_kernels.cpu.tiles import encode_element, encode_tile, gather_tile
 
-_STRIP = 128  # channels that are turned together: their half-written lines stay in the first-level cache
+_STRIP = 512  # channels that are turned together: their half-written lines stay in the second-level cache
 
 MINIMUM, SUM, MEAN = 0, 1, 2
 

@@ -18,7 +18,7 @@ from usllm_kernels.cpu.tiles import (
     store_element,
 )
 
-_STRIP = 128
+_STRIP = 256  # channels that are written together
 
 MAGNITUDE_MAX, SIGNED_MAX, MAGNITUDE_MIN, TOTAL = 0, 1, 2, 3
 
