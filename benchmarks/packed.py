@@ -33,7 +33,7 @@ def generate(folder: str, dtype: str, keep: int, tokens: int) -> dict[str, float
     kind = getattr(torch, dtype)
     packed = "quantization_config" in json.loads((Path(folder) / "config.json").read_text())
     if packed:
-        model = usllm.load(folder, dtype=kind, decoded_bytes=keep)
+        model = usllm.load(folder, dtype=kind, keep_decoded=keep)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
     ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"]

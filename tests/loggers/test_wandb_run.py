@@ -111,10 +111,18 @@ def test_checkpoints_are_artifacts_when_asked_for_offline_too(
 
 
 def test_unstarted_run_needs_no_finish(tmp_path: Path, begun: list[FakeRun]) -> None:
-    logger = WandbRunLogger(save_dir=str(tmp_path))
+    logger = WandbRunLogger(save_dir=str(tmp_path), mode="offline")
     logger.mark_preempting()
     logger.finish()
     assert begun == []
+
+
+def test_online_without_a_login_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr("wandb.login", lambda prompt: False)
+    with pytest.raises(UserError, match="wandb login"):
+        WandbRunLogger(save_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize(("arguments", "named"), [({"mode": "of"}, "mode=of"), ({"log_model": "x"}, "log_model=x")])

@@ -104,15 +104,18 @@ def test_a_report_of_another_shape_leaves_gaps(tmp_path: Path, broken: dict) -> 
     assert read_run(tmp_path, "run").status == "finished"
 
 
-def test_a_run_that_only_began_is_there_but_studies_and_evaluations_are_not(tmp_path: Path) -> None:
+def test_a_run_that_only_began_is_there_but_studies_evaluations_and_refused_runs_are_not(tmp_path: Path) -> None:
     for name, content in {
         "begun": config(0.5, 1, "waterfill"),
         "study": {**config(0.5, 1, "waterfill"), "study": {"name": "layer_error"}},
         "eval": {"name": "eval", "ckpt": None},
+        "refused": config(0.0, 1, "waterfill"),
     }.items():
         path = tmp_path / name / ".hydra" / "config.yaml"
         path.parent.mkdir(parents=True)
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        if name != "refused":  # a run whose configuration is refused never takes its directory
+            (tmp_path / name / ".lock").touch()
     (run,) = read_folder(tmp_path)
     assert (run.name, run.status, run.rows) == ("begun", "interrupted", 1)
 

@@ -40,7 +40,7 @@ class WandbRunLogger(WandbLogger):
             ``tags``, ``notes``, ``entity``, …
 
     Raises:
-        UserError: an unknown mode.
+        UserError: an unknown mode, or online without a login.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class WandbRunLogger(WandbLogger):
             raise UserError(f"logger.wandb.mode={mode}: choose online, offline or disabled, or null for WANDB_MODE")
         if log_model not in (False, True, "all"):
             raise UserError(f"logger.wandb.log_model={log_model}: choose false, true or all")
+        if (mode or os.environ.get("WANDB_MODE") or "online") == "online":
+            refuse_without_login()
         # Not Lightning's `offline`, which sets WANDB_MODE for all later runs of this process.
         super().__init__(save_dir=save_dir, log_model=log_model, mode=mode, **arguments)  # type: ignore[arg-type]
         self._wandb_init.pop("anonymous", None)  # Lightning passes it even when unset, and W&B warns of it
@@ -82,6 +84,27 @@ class WandbRunLogger(WandbLogger):
         if self._experiment is not None:
             self.experiment.finish(exit_code=exit_code)
             self._experiment = None
+
+
+def refuse_without_login() -> None:
+    """Say before any work what W&B would say in the middle of it.
+
+    Raises:
+        UserError: this machine has no key for W&B.
+    """
+    import wandb
+
+    if os.environ.get("WANDB_API_KEY"):
+        return
+    try:
+        logged_in = wandb.login(prompt=False)
+    except Exception:  # a server that does not answer, or an older release: the run itself will say so
+        return
+    if not logged_in:
+        raise UserError(
+            "logger=wandb: this machine is not logged in to W&B; run `wandb login`, or keep the run here with "
+            "logger.wandb.mode=offline (or WANDB_MODE=offline)"
+        )
 
 
 def kept_id(run_dir: Path) -> str:

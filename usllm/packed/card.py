@@ -111,7 +111,7 @@ def model_card(facts: CardFacts, inspection: Inspection) -> str:
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["usllm", "ultrasketch", "sub-1-bit"],
+        tags=["usllm", "ultrasketch", *(["sub-1-bit"] if inspection.bits_per_weight < 1 else [])],
         base_model=facts.base if facts.base.count("/") == 1 and not facts.base.startswith(("/", ".")) else None,
     )
     # Markdown: nothing is escaped. A tag alone on its line leaves no line behind.

@@ -24,7 +24,7 @@ def load(
     *,
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
-    decoded_bytes: int = 0,
+    keep_decoded: int = 0,
     revision: str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
@@ -37,7 +37,7 @@ def load(
         model: Folder written by ``usllm-export``, or the name of one on the Hugging Face hub.
         dtype: That the model computes with; ``auto`` is that of the stored embeddings and norms.
         device_map: As in transformers.
-        decoded_bytes: Memory for decoded weights that are kept between calls
+        keep_decoded: Bytes of memory for decoded weights that are kept between calls
             (:func:`usllm.packed.linear.keep_decoded_`).
         revision: Branch, tag or commit on the hub.
         options: Passed on to ``from_pretrained``.
@@ -73,8 +73,8 @@ def load(
         if odd := info.get(kind):
             first = next(iter(odd))
             raise PackedFormatError(f"{first}: is among the {kind.replace('_', ' ')} of {path}, {len(odd)} in all")
-    if decoded_bytes:
-        keep_decoded_(loaded, decoded_bytes, loaded.dtype)
+    if keep_decoded:
+        keep_decoded_(loaded, keep_decoded, loaded.dtype)
     model_loaded: PreTrainedModel = loaded
     return model_loaded
 

@@ -87,8 +87,10 @@ def _is_run(path: Path, folders: set[str], files: set[str]) -> bool:
     if HYDRA_FOLDER not in folders:
         return False
     # Started, and stopped before it wrote anything. A study has runs below it, an evaluation trains nothing.
+    # One whose configuration was refused never took the directory's lock.
     config = _yaml(path / HYDRA_FOLDER / "config.yaml")
-    return isinstance(config, Mapping) and "trainer" in config and not config.get("study")
+    started = LOCK_FILE in files and isinstance(config, Mapping) and "trainer" in config
+    return started and not config.get("study")
 
 
 def _baseline(stages: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -64,7 +64,10 @@ def export_model(config: ExportConfig, command: str) -> Inspection:
     Raises:
         UserError: Something in the input does not work; nothing is left under the name of ``out``.
     """
+    progress = Console(stderr=True)
+    progress.print("Reading the checkpoint …" if config.ckpt is not None else "Reading and calibrating the model …")
     origin = _from_run(config.ckpt) if config.ckpt is not None else _from_dense(config)
+    progress.print(f"Packing {len(origin.source.plans)} layers …")
     tokenizer = load_tokenizer(origin.spec)
     files = ModelFiles(load_config(origin.spec), tokenizer, load_generation_config(origin.spec))
 

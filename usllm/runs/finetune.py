@@ -102,6 +102,9 @@ def _finetune(
     for window in config.evaluation.windows:
         check_context_length(model_config, window, "evaluation.windows")
     tokenizer = load_tokenizer(config.model)
+    steps = config.trainer.get("max_steps")
+    length = f"{steps} steps" if steps else f"{config.trainer.get('epochs')} epochs"
+    console.print(f"Run {config.name}: {length}, in {run_dir}", markup=False, soft_wrap=True)
     console.print("Reading and tokenising text …")
     data = build_data(config.data, tokenizer, config.seed)
     streams = token_streams(config.evaluation, tokenizer, data)

@@ -77,7 +77,7 @@ def _packed(config: GenerateConfig, device: torch.device) -> tuple[PreTrainedMod
             place,
             dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
             device_map=None if device.type == "cpu" else {"": str(device)},
-            decoded_bytes=size_in_bytes(config.keep_decoded),
+            keep_decoded=size_in_bytes(config.keep_decoded),
         )
     except PackedFormatError as error:
         raise UserError(f"model={place}: {error}") from error
