@@ -65,8 +65,8 @@ def test_sweep_started_again_skips_what_is_finished_and_resumes_what_was_interru
         with pytest.raises(SystemExit):
             sweep(monkeypatch, tiny_text, tmp_path, "sketch.rows=1,2")
     assert trained == [1, 2, 3, 4, 1, 2, 3]
-    (first,) = reports(tmp_path)
-    assert "sketch.rows-1" in first
+    (first,) = reports(tmp_path).values()
+    assert first["config"]["sketch"]["rows"] == 1
 
     trained.clear()
     sweep(monkeypatch, tiny_text, tmp_path, "sketch.rows=1,2")

@@ -149,11 +149,15 @@ def quote_values(arguments: list[str], keys: tuple[str, ...]) -> list[str]:
     """Make the values of ``keys`` plain text for Hydra, whatever signs they hold; in ``PLAIN_TEXT`` also ``null``."""
     split = [argument.partition("=") for argument in arguments]
     return [
-        f"{key}={_quoted(value)}"
-        if key in keys and equals and (value != "null" or key in PLAIN_TEXT)
-        else key + equals + value
+        f"{key}={_quoted(value)}" if key in keys and equals and _is_plain(key, value) else key + equals + value
         for key, equals, value in split
     ]
+
+
+def _is_plain(key: str, value: str) -> bool:
+    """Whether the user left it to us to quote a value: not ``null``, and not what they quoted themselves."""
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return key in PLAIN_TEXT or not (value == "null" or quoted)
 
 
 def _quoted(value: str) -> str:
