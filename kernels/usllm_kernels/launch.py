@@ -5,50 +5,47 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from usllm.sketch import Plan
 from usllm.sketch.codec import States
 from usllm_kernels.dispatch import interpreted
 from usllm_kernels.tables import SpanTables, Tables, tables
+from usllm_kernels.tile import Groups, Sketch
 
 _COMBINATIONS = {"absmaxmin": 0, "countmin": 2, "mean": 3}
 
 
-def decoding(states: States, plan: Plan) -> tuple[Tables, dict[str, Any]]:
-    """Tables of a plan with states, and what :func:`usllm_kernels.tile.decoded_tile` takes besides a span's part."""
+def sketch_argument(states: States, plan: Plan, *, output_scale: bool = True) -> tuple[Tables, Sketch]:
+    """Tables of a plan with states, and what kernels take of both; output scales only where wanted and there."""
     codes = states["codes"]
     known = tables(plan, codes.device)
     output = plan.config.output_scale
-    return known, {
-        "codes": codes,
-        "scales": states["scales"],
-        "scale_base": states["scale_base"],
-        "output_scales": states["output_scales"] if output else codes,
-        "output_scale_base": states["output_scale_base"] if output else codes,
-        "position": known.position,
-        "block": known.block,
-        "first_state": known.first_state,
-        "first_bit": known.first_bit,
-        "bits": known.bits,
-        "width": plan.shape[1],
-        "STEP": plan.turns,
-        "ROWS": known.rows,
-        "COMBINATION": combination(plan),
-        "PACKED": codes.dtype == torch.uint8,
-        "OUTPUT_SCALE": output,
-    }
+    return known, Sketch(
+        codes=codes,
+        scales=states["scales"],
+        scale_base=states["scale_base"],
+        output_scales=states["output_scales"] if output else codes,
+        output_scale_base=states["output_scale_base"] if output else codes,
+        channel=known.channel,
+        block=known.block,
+        first_state=known.first_state,
+        first_bit=known.first_bit,
+        bits=known.bits,
+        numbers=plan.num_scales,
+        width=plan.shape[1],
+        STEP=tl.constexpr(plan.turns),
+        ROWS=tl.constexpr(known.rows),
+        COMBINATION=tl.constexpr(combination(plan)),
+        PACKED=tl.constexpr(codes.dtype == torch.uint8),
+        OUTPUT_SCALE=tl.constexpr(output and output_scale),
+    )
 
 
-def of_span(span: SpanTables) -> dict[str, Any]:
-    """What :func:`usllm_kernels.tile.decoded_tile` takes of a span."""
-    return {
-        "shape": span.shape,
-        "buckets": span.buckets,
-        "start": span.start,
-        "n": span.size,
-        "rotation": span.rotation,
-    }
+def groups_argument(span: SpanTables) -> Groups:
+    """What kernels take of a span."""
+    return Groups(span.shape, span.buckets, span.start, span.size, span.rotation)
 
 
 def combination(plan: Plan) -> int:

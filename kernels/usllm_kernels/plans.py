@@ -7,6 +7,7 @@ constants and a digest. What the kernels read is derived from them once and kept
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import WeakValueDictionary
@@ -24,7 +25,8 @@ _OPERATORS, _HASHES = tuple(OPERATORS), tuple(HASHES)
 _QUERIES, _ROUNDINGS = ("magnitude_max", "signed_max"), ("toward_zero", "nearest")
 
 _known: WeakValueDictionary[tuple[int, ...], Plan] = WeakValueDictionary()
-_rebuilt: dict[tuple[int, ...], Plan] = {}
+_rebuilt: OrderedDict[tuple[int, ...], Plan] = OrderedDict()
+_MOST_REBUILT = 1024  # plans that no living object stands for: of compiled functions, and of operator calls by hand
 
 
 class FlatPlan(NamedTuple):
@@ -42,12 +44,13 @@ class FlatPlan(NamedTuple):
     numbers: list[int]
 
 
+@torch.compiler.assume_constant_result
 def flatten(plan: Plan) -> FlatPlan:
     """A plan for an operator call; made once a plan."""
     kept: FlatPlan | None = plan.__dict__.get("_flat")
     if kept is None:
         kept = plan.__dict__["_flat"] = _flatten(plan)
-        _known[tuple(kept.numbers)] = plan
+    _known.setdefault(tuple(kept.numbers), plan)
     return kept
 
 
@@ -75,8 +78,9 @@ def unflatten(classes: Tensor, channel_class: Tensor, numbers: list[int]) -> Pla
     """The plan of an operator call: the one that was flattened, or, in another process, one made anew."""
     key = tuple(numbers)
     found = _known.get(key)
-    if found is None:
-        found = _rebuilt.get(key)
+    if found is None and key in _rebuilt:
+        _rebuilt.move_to_end(key)
+        found = _rebuilt[key]
     if found is None:
         out, width, _, _, _, operator, query, spread, rounding, group, output, hash_key, _ = numbers
         config = SketchConfig(
@@ -91,6 +95,8 @@ def unflatten(classes: Tensor, channel_class: Tensor, numbers: list[int]) -> Pla
         found = Plan("", (out, width), config, choices, channel_class.cpu())
         found.__dict__["key"] = hash_key  # the name is unknown here, and serves for nothing else
         _rebuilt[key] = found
+        if len(_rebuilt) > _MOST_REBUILT:
+            _rebuilt.popitem(last=False)
     return found
 
 
