@@ -34,6 +34,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()  # it keeps the environment that it saw first, which may have been another test's
     yield
     assert wandb.run is None
     wandb.teardown()

@@ -95,6 +95,12 @@ def test_every_sweep_has_a_trial_here() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_no_trial_is_ended_early_by_the_signal_that_would_queue_it_again(name: str) -> None:
+    signals = check_train(composed(*sweep_config(name)["command"][2:-1])).callbacks["preemption"]["signals"]  # type: ignore[index]
+    assert "early_terminate" not in sweep_config(name) or "SIGTERM" not in signals
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_command_of_a_trial_is_complete_and_composes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         ((command, environment),) = run_agent(patch, sweep_config(name), server_command("run", "r1", TRIALS[name]))

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from usllm.callbacks import Preempted
 from usllm.loggers import WandbRunLogger, log_scalars, log_table
 
 _STAGES = ("dense", "before", "after")
@@ -23,7 +24,7 @@ def finishing(loggers: Sequence[Logger]) -> Iterator[None]:
         yield
     except SystemExit as leaving:
         for logger in loggers:
-            if isinstance(logger, WandbRunLogger):
+            if isinstance(logger, WandbRunLogger) and isinstance(leaving, Preempted):
                 logger.mark_preempting()
         _finish(loggers, leaving.code if isinstance(leaving.code, int) else 1)
         raise
