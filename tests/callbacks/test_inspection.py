@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
 from tiny_run import Killed, Settings, differences, final_checkpoint, record
 
-from usllm.callbacks import AllocationPicture, LayerTable, SketchHistograms, TextSamples, inspection
+from usllm.callbacks import AllocationPicture, LayerTable, SketchHistograms, TextSamples, inspection, text_samples
 from usllm.callbacks.allocation_picture import allocation_figure, allocation_grid, channel_rates
 from usllm.callbacks.inspection import Inspection
 from usllm.callbacks.layer_table import COLUMNS, layer_rows
@@ -161,7 +163,7 @@ def test_continuations_are_greedy_and_leave_the_models_mode(model: Any) -> None:
     model.train()
     model.model.layers[0].eval()
     tokenizer = byte_tokenizer()
-    first, second = (continuations(model, tokenizer, ["the cat", "a"], 4) for _ in range(2))
+    first, second = (continuations(model, tokenizer, ["the cat", "a"], 4, model.device) for _ in range(2))
     assert first == second
     assert model.training
     assert not model.model.layers[0].training
@@ -171,6 +173,26 @@ def test_continuations_are_greedy_and_leave_the_models_mode(model: Any) -> None:
         for _ in range(4):
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
     assert tokenizer.decode(ids[0, 7:], skip_special_tokens=True) == first[0]
+
+
+@pytest.mark.filterwarnings("ignore:You are calling .generate.. with the `input_ids` being on a device type different")
+def test_prompts_go_to_the_device_that_computes_wherever_the_first_parameter_is(model: Any) -> None:
+    # As shards in the memory of the host do (fsdp2_cpu_offload), while layers compute on the GPU.
+    tokenizer, device = byte_tokenizer(), torch.device("cpu")
+    expected = continuations(model, tokenizer, ["the cat"], 4, device)
+    elsewhere = copy.deepcopy(model)
+    elsewhere.register_parameter("shard", torch.nn.Parameter(torch.empty(1, device="meta")))
+    assert next(elsewhere.parameters()).device.type == "meta"
+    assert continuations(elsewhere, tokenizer, ["the cat"], 4, device) == expected
+
+
+@pytest.mark.usefixtures("shown")
+def test_samples_are_written_on_the_device_of_the_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[torch.device] = []
+    monkeypatch.setattr(text_samples, "continuations", lambda *arguments: used.append(arguments[-1]) or ["a"])
+    monkeypatch.setattr(text_samples, "log_table", lambda *_: None)
+    trainer, _ = tiny_run.run(tmp_path / "run", replace(SETTINGS, steps=2), TextSamples(["the cat"]))
+    assert used == [trainer.strategy.root_device] * 2
 
 
 @pytest.mark.parametrize(

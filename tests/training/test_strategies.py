@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from composing import composed
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from usllm.config import check_train
 from usllm.models.random_model import random_config
 from usllm.training import Fsdp2Strategy, build_strategy
 from usllm.training.sharding import units
@@ -20,6 +22,13 @@ def test_names_stand_for_strategies_made_for_sketched_models() -> None:
     assert isinstance(sharded, Fsdp2Strategy)
     assert isinstance(offloaded, Fsdp2Strategy)
     assert (sharded.cpu_offload, offloaded.cpu_offload) == (False, True)
+
+
+def test_offloading_command_of_the_scaling_page_composes() -> None:
+    config = check_train(composed("model=llama31_8b", "trainer=fsdp2", "trainer.strategy=fsdp2_cpu_offload"))
+    strategy = build_strategy(config.trainer["strategy"])
+    assert isinstance(strategy, Fsdp2Strategy)
+    assert strategy.cpu_offload
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp_spawn", DDPStrategy()])

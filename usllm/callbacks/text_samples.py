@@ -56,25 +56,28 @@ class TextSamples(Inspection):
         """Write and log."""
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]  # set by Trainer.fit, not declared
         with trainer.precision_plugin.forward_context():
-            texts = continuations(module.network, tokenizer, self.prompts, self.max_new_tokens)
+            texts = continuations(module.network, tokenizer, self.prompts, self.max_new_tokens, module.device)
         self.rows += [[step, prompt, text] for prompt, text in zip(self.prompts, texts, strict=True)]
         log_table(trainer.loggers, "samples", COLUMNS, self.rows, step)
 
 
 @torch.no_grad()
-def continuations(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+def continuations(
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, device: torch.device
+) -> list[str]:
     """The greedy continuation of each prompt by itself, without the prompt; the model's mode is left as it was.
 
     Args:
         model: a ``PreTrainedModel``.
         tokenizer: its tokenizer.
         max_new_tokens: an end-of-text token ends a text earlier.
+        device: where the model computes.
     """
     texts = []
     room = getattr(model.config, "max_position_embeddings", None)
     with _evaluating(model):
         for prompt in prompts:
-            ids = tokenizer(prompt, return_tensors="pt").input_ids.to(next(model.parameters()).device)
+            ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
             if room is not None:
                 ids = ids[:, -max(room - max_new_tokens, 1) :]
             written = model.generate(

@@ -67,6 +67,7 @@ def perplexity(
     *,
     autocast: torch.dtype | None = None,
     name: str = "text",
+    device: torch.device | None = None,
 ) -> PerplexityResult:
     """Perplexity of a causal language model on one token stream.
 
@@ -82,6 +83,7 @@ def perplexity(
         progress: told after every forward pass.
         autocast: dtype of ``torch.autocast``; None leaves the caller's setting.
         name: of the test set.
+        device: where it computes; None: where its first parameter is, which offloaded shards do not tell.
 
     Raises:
         UserError: the text does not fill one window.
@@ -95,7 +97,7 @@ def perplexity(
     windows = token_ids.numel() // window
     if max_windows is not None:
         windows = min(windows, max_windows)
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     batches = token_ids[: windows * window].view(windows, window).split(batch_size)
     losses = torch.zeros(len(batches), dtype=torch.float64, device=device)
     started = time.perf_counter()
@@ -129,6 +131,7 @@ def evaluate(
     batch_size: int = 1,
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
+    device: torch.device | None = None,
 ) -> list[PerplexityResult]:
     """Perplexity on every test set with every window, in the order given.
 
@@ -141,6 +144,7 @@ def evaluate(
         batch_size: windows per forward pass.
         autocast: dtype of ``torch.autocast``; None leaves the caller's setting.
         progress: told after every forward pass.
+        device: as for :func:`perplexity`.
 
     Raises:
         UserError: a window is longer than the model's context or than a test set; before anything is computed.
@@ -155,7 +159,9 @@ def evaluate(
     results = []
     for name, ids in test_sets.items():
         for window in windows:
-            result = perplexity(model, ids, window, max_windows, batch_size, progress, autocast=autocast, name=name)
+            result = perplexity(
+                model, ids, window, max_windows, batch_size, progress, autocast=autocast, name=name, device=device
+            )
             results.append(replace(result, tokenizer=tokenizer_described, bos=bos))
     return results
 
