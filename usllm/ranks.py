@@ -5,12 +5,15 @@ Without ``torch.distributed`` there is one rank, and nothing here communicates.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
+
+from usllm.errors import UserError
 
 T = TypeVar("T")
 
@@ -49,3 +52,28 @@ def sum_over_ranks_(tensor: Tensor) -> Tensor:
     if ranks().world_size > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """For a block in which one rank may fail while the others would wait for it: all of them raise, or none.
+
+    All ranks enter it, and what can fail in it comes after everything in it that needs the other ranks.
+
+    Raises:
+        UserError: on the ranks where the block itself went well; names a rank where it did not, and that rank's error.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    world_size = ranks().world_size
+    failures: list[str | None] = [None] * world_size
+    if world_size > 1:
+        dist.all_gather_object(failures, None if failure is None else str(failure) or type(failure).__name__)
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(failures):
+        if message is not None:
+            raise UserError(f"rank {rank} has failed: {message}")

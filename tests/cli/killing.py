@@ -1,12 +1,15 @@
-"""A callback that kills its own process: the hardest end that a run can have, at a step of the test's choice."""
+"""Callbacks that end their own process, or take from it what it needs, at a step of the test's choice."""
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from usllm.errors import UserError
 
 
 class KillAt(Callback):
@@ -31,3 +34,25 @@ class TermAt(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class FullDiskAt(Callback):
+    """Behind optimizer step ``step`` rank 0 can write no file beyond 300 kB, as if the disk had no more to give."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == self.step and trainer.is_global_zero:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+class FailAt(Callback):
+    """Rank 0 alone refuses to go on in the forward pass behind optimizer step ``step``."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step and trainer.is_global_zero:
+            raise UserError("rank 0 alone cannot go on")

@@ -108,8 +108,15 @@ def test_finished_run_answers_for_no_other_configuration(
 ) -> None:
     run_here(monkeypatch, *arguments(tiny_text, tmp_path / "run", "trainer.max_steps=2"))
     with pytest.raises(SystemExit) as ended:
-        run_here(monkeypatch, *arguments(tiny_text, tmp_path / "run", "resume=true", "sketch.rows=1"))
+        run_here(
+            monkeypatch,
+            *arguments(tiny_text, tmp_path / "run", "resume=true", "sketch.rows=1", "evaluation.windows=[16]"),
+        )
     assert ended.value.code == 2
     message = capsys.readouterr().err
+    assert "evaluation.windows: [32] in the finished run, [16] in this one" in message
+    assert "usllm-eval" in message
     assert "sketch.rows: 2 in the finished run, 1 in this one" in message
     assert "trainer.max_steps" in message
+    same = ["resume=true", "trainer.max_steps=2", "evaluation.batch_size=2"]  # how fast, not what
+    run_here(monkeypatch, *arguments(tiny_text, tmp_path / "run", *same))

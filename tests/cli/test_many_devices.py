@@ -1,4 +1,4 @@
-"""``usllm-train`` on two processes, as Lightning starts them: one run, one report, and resumed by one process."""
+"""``usllm-train`` on two processes, as Lightning starts them: one run, one report, one end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from test_train import KILLER, arguments, run_apart, run_here
+
+from usllm.training import load_checkpoint
 
 
 def perplexities(run_dir: Path) -> list[float]:
@@ -41,3 +43,45 @@ def test_sharded_run_is_killed_continued_by_one_process_and_reported_as_if_it_ha
     assert "1 x 1 x 2 = 2 in the checkpoint, 3 x 1 x 1 = 3 in this run" in capsys.readouterr().err
     run_here(monkeypatch, *again)
     assert perplexities(tmp_path / "killed") == pytest.approx(perplexities(tmp_path / "one"), rel=1e-5)
+
+
+def two_ranks(text: Path, run_dir: Path, strategy: str, callback: str, step: int) -> list[str]:
+    """A run that one of ``killing``'s callbacks ends; with one checkpoint every two steps."""
+    end = [f"+callbacks.end._target_=killing.{callback}", f"+callbacks.end.step={step}"]
+    few = ["callbacks.checkpoint.every_n_train_steps=2", "data.batch_size=1", "reuse_statistics=false"]
+    devices = ["trainer.devices=2", f"trainer.strategy={strategy}"]
+    return arguments(text, run_dir.parent, f"run_dir={run_dir}", *devices, *few, *end)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2_cpu_offload", marks=pytest.mark.slow)])
+def test_full_disk_of_rank_0_ends_all_ranks_with_its_message_and_whole_checkpoints(
+    strategy: str, tiny_text: Path, tmp_path: Path
+) -> None:
+    # Its end is awaited: the output is read until no rank holds it open.
+    ended = run_apart(*two_ranks(tiny_text, tmp_path / "run", strategy, "FullDiskAt", 2))
+    assert ended.returncode == 2, ended.stderr
+    own, others = "error: checkpoint", "error: rank 0 has failed: checkpoint"
+    for beginning in (own, others):
+        (line,) = [line for line in ended.stderr.splitlines() if beginning in line]
+        assert "step=00000004.ckpt could not be written" in line
+    assert "Traceback" not in ended.stderr
+    (kept,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert kept.name == "step=00000002.ckpt"
+    assert load_checkpoint(kept)["global_step"] == 2
+
+
+@pytest.mark.slow
+def test_failure_of_rank_0_alone_ends_the_rank_that_waits_for_it(tiny_text: Path, tmp_path: Path) -> None:
+    ended = run_apart(*two_ranks(tiny_text, tmp_path / "run", "ddp", "FailAt", 3))
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.count("error:") == 1
+    assert "error: rank 0 alone cannot go on" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_ranks_that_are_told_to_leave_exit_with_the_code_for_requeue(tiny_text: Path, tmp_path: Path) -> None:
+    ended = run_apart(*two_ranks(tiny_text, tmp_path / "run", "ddp", "TermAt", 3))
+    assert ended.returncode == 75, ended.stderr
+    assert ended.stderr.count("preempted by SIGTERM after step 4") == 2
+    assert "Traceback" not in ended.stderr

@@ -40,6 +40,7 @@ from usllm.runs.directory import (
     refuse_used,
     write_json,
 )
+from usllm.runs.launched import ending_together
 from usllm.runs.lock import sole_user
 from usllm.runs.machine import machine
 from usllm.runs.measure import BaselinePerplexity, measure, merge_stages
@@ -117,7 +118,14 @@ def _finetune(
     checkpoint = latest_checkpoint(checkpoint_folder(run_dir)) if config.resume else None
     if checkpoint is not None:
         console.print(f"Continuing from {checkpoint}", markup=False)
-    baseline = BaselinePerplexity(run_dir, tokenizer, streams, config.evaluation, reuse=config.reuse_statistics)
+    baseline = BaselinePerplexity(
+        run_dir,
+        tokenizer,
+        streams,
+        config.evaluation,
+        reuse=config.reuse_statistics,
+        resumed=checkpoint is not None,
+    )
     if not loggers:  # Lightning refuses this one where it has nowhere to write
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     timer = next((callback for callback in callbacks if isinstance(callback, Timer)), None)
@@ -135,12 +143,13 @@ def _finetune(
     )
     for logger in loggers:
         logger.log_hyperparams(dict(plain))
-    with noting_failure(run_dir):
+    with noting_failure(run_dir), ending_together(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
         model = cast(PreTrainedModel, module.model)
         if not isinstance(model, FSDPModule):  # whose shards stay where they are
             cast(nn.Module, model).to(trainer.strategy.root_device)  # Lightning has put it back on the CPU
-        after = measure(model, tokenizer, streams, config.evaluation, "Finetuned model", trainer.is_global_zero)
+        shown, device = trainer.is_global_zero, trainer.strategy.root_device
+        after = measure(model, tokenizer, streams, config.evaluation, "Finetuned model", shown, device)
     saved = latest_checkpoint(checkpoint_folder(run_dir))
     health = next((callback.health for callback in callbacks if isinstance(callback, SketchHealth)), {})
     per_step = accumulate * trainer.world_size * config.data.batch_size * config.data.context_length
@@ -180,15 +189,17 @@ def refuse_other_configuration(finished: Mapping[str, Any], config: TrainConfig,
     if "sketch" not in theirs:
         return  # written by hand, or by a version that kept no configuration
     differences = run_differences(theirs, plain)
-    for group in ("sketch", "allocation"):
-        for key in sorted(theirs.get(group, {}).keys() | plain[group].keys()):
-            old, new = theirs.get(group, {}).get(key), plain[group].get(key)
-            if old != new:
-                differences.append(f"{group}.{key}: {old} in the finished run, {new} in this one")
+    for group in ("sketch", "allocation", "evaluation"):
+        old, new = theirs.get(group) or {}, plain[group]
+        differences += [
+            f"{group}.{key}: {old.get(key)} in the finished run, {new.get(key)} in this one"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and (group, key) != ("evaluation", "batch_size")
+        ]
     if differences:
         raise UserError(
             f"{config.run_dir} holds a finished run of another configuration: {'; '.join(differences)}. Restore these "
-            "values, or take another name="
+            "values, or take another name=; usllm-eval measures a finished run on other texts and windows"
         )
 
 

@@ -10,23 +10,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from usllm.config import EvaluationConfig
 from usllm.eval.perplexity import PerplexityResult, evaluate
 from usllm.models.identity import weights_digest
-from usllm.nn import sketched_layers
+from usllm.ranks import failing_together
 from usllm.runs.directory import read_json, write_json
 from usllm.runs.machine import choose_autocast
 from usllm.runs.statistics import arithmetic, kept_rows, tokens_digest
 
 BASELINE_FILE = "baseline.json"
+_MEASURED_ON = "measured_on"  # beside the stages in that file
 
 
 def measure(
@@ -36,12 +39,15 @@ def measure(
     config: EvaluationConfig,
     title: str,
     show_progress: bool = True,
+    device: torch.device | None = None,
 ) -> list[dict[str, Any]]:
     """Perplexity of ``model`` as it is, on every test set and window, behind a progress bar.
 
     Args:
         streams: token ids ``[n]`` by test set.
         title: what is being measured, for the progress bar.
+        show_progress: whether to draw it.
+        device: where the model computes; ``None``: where its first parameter is.
 
     Returns:
         One plain row per test set and window: ``test_set``, ``window``, ``windows``, ``tokens``, ``perplexity``,
@@ -57,7 +63,8 @@ def measure(
             config.windows,
             max_windows=config.max_windows,
             batch_size=config.batch_size,
-            autocast=choose_autocast(config.precision, model.device),
+            autocast=choose_autocast(config.precision, device or model.device),
+            device=device,
             progress=lambda name, done, total: bar.update(
                 task, description=f"{title}, {name}", completed=done, total=total
             ),
@@ -66,12 +73,15 @@ def measure(
 
 
 def merge_stages(**stages: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
-    """Join the rows of several measurements of the same test sets; each stage's figure goes under the stage's name."""
-    merged: dict[tuple[str, int], dict[str, Any]] = {}
+    """Join the rows of several measurements of the same windows; each stage's figure goes under the stage's name.
+
+    Figures over other windows, or of another text under the same name, stay in rows of their own.
+    """
+    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
     for stage, rows in stages.items():
         for row in rows or []:
             shared = {key: row[key] for key in ("test_set", "window", "windows", "tokens")}
-            merged.setdefault((row["test_set"], row["window"]), shared)[stage] = row["perplexity"]
+            merged.setdefault(tuple(shared.values()), shared)[stage] = row["perplexity"]
     return list(merged.values())
 
 
@@ -85,6 +95,8 @@ class BaselinePerplexity(Callback):
         tokenizer, streams, config: as for :func:`measure`.
         show_progress: whether to draw progress bars.
         reuse: share the dense model's figures with all runs of the same weights, texts and arithmetic.
+        resumed: whether the run continues from a checkpoint. Otherwise the file is another run's, which was killed
+            before its first checkpoint, and is measured anew.
 
     Attributes:
         rows: ``{"dense": rows, "before": rows}``, as far as measured.
@@ -98,6 +110,7 @@ class BaselinePerplexity(Callback):
         config: EvaluationConfig,
         show_progress: bool = True,
         reuse: bool = False,
+        resumed: bool = False,
     ) -> None:
         self.reuse = reuse
         self.path = run_dir / BASELINE_FILE
@@ -105,36 +118,66 @@ class BaselinePerplexity(Callback):
         self.streams = streams
         self.config = config
         self.show_progress = show_progress
-        self.rows: dict[str, list[dict[str, Any]]] = read_json(self.path) or {}
+        self.resumed = resumed
+        self.rows = self._kept() if resumed else {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the dense model, unless it has been, or the layers are sketched already."""
-        self.rows = trainer.strategy.broadcast(self.rows)  # the ranks measure together, or none of them does
-        fresh = all(layer.plan is None for layer in sketched_layers(cast(nn.Module, pl_module.model)).values())
-        if fresh:
+        """Measure the dense model of a fresh run."""
+        # The ranks measure together, or none of them does.
+        self.resumed, self.rows = trainer.strategy.broadcast((self.resumed, self.rows))
+        if not self.resumed:
             self._measure("dense", "Dense model", trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the projected model before its first step."""
-        if trainer.global_step == 0:
+        if not self.resumed:
             self._measure("before", "Sketched model", trainer, pl_module)
 
     def _measure(self, stage: str, title: str, trainer: Trainer, pl_module: LightningModule) -> None:
-        if stage in self.rows:
-            return
         model = cast(PreTrainedModel, pl_module.model)
 
         def fresh() -> list[dict[str, Any]]:
             shown = self.show_progress and trainer.is_global_zero
-            return measure(model, self.tokenizer, self.streams, self.config, title, shown)
+            device = trainer.strategy.root_device
+            return measure(model, self.tokenizer, self.streams, self.config, title, shown, device)
 
         alone = trainer.world_size == 1 and not isinstance(model, FSDPModule)
         if self.reuse and stage == "dense" and alone:
             self.rows[stage] = kept_rows("perplexity", self._key(model), fresh)
         else:
             self.rows[stage] = fresh()
-        if trainer.is_global_zero:
-            write_json(self.path, self.rows)
+        with failing_together():
+            if trainer.is_global_zero:
+                write_json(self.path, {**self.rows, _MEASURED_ON: self._measured_on()})
+
+    def _kept(self) -> dict[str, list[dict[str, Any]]]:
+        """The rows in the file that belong to the present evaluation, which may have been changed since."""
+        stages = read_json(self.path)
+        if stages is None:
+            return {}
+        theirs, ours = stages.pop(_MEASURED_ON, {}), self._measured_on()
+        same = {place for place in ours if ours[place] == theirs.get(place)}
+        if other := [place for place in ours if place not in same]:
+            rank_zero_warn(
+                f"{self.path} was not measured on what evaluation asks for now ({', '.join(other)}): no perplexity "
+                "before training is reported there"
+            )
+        return {
+            stage: [row for row in rows if _place(row["test_set"], row["window"]) in same]
+            for stage, rows in stages.items()
+        }
+
+    def _measured_on(self) -> dict[str, dict[str, Any]]:
+        """What a figure of each test set and window depends on besides the model, in JSON types."""
+        return {
+            _place(name, window): {
+                "tokens": tokens_digest([stream]),
+                "windows": min(len(stream) // window, self.config.max_windows or len(stream)),
+                "precision": self.config.precision,
+            }
+            for name, stream in self.streams.items()
+            for window in self.config.windows
+        }
 
     def _key(self, model: PreTrainedModel) -> dict[str, Any]:
         """Everything that the dense model's figures depend on."""
@@ -145,6 +188,10 @@ class BaselinePerplexity(Callback):
             "windows": [self.config.windows, self.config.max_windows, self.config.batch_size],
             "arithmetic": arithmetic(model.device, choose_autocast(self.config.precision, model.device)),
         }
+
+
+def _place(test_set: str, window: int) -> str:
+    return f"{test_set}/{window}"
 
 
 def _row(result: PerplexityResult) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 
 from usllm.errors import UserError
 from usllm.nn import DEFAULT_PATTERNS, load_plans_, save_plans, swap_linears_
+from usllm.ranks import failing_together
 from usllm.sketch import SketchConfig
 from usllm.training.differences import run_differences, sketch_differences
 from usllm.training.objectives import Batch, Objective, next_token_loss
@@ -77,7 +78,11 @@ class SketchFinetuner(LightningModule):
         if self.model is not None:
             return
         mesh = self._data_parallel_mesh()
-        model = self.load_model() if mesh is None else load_on_rank_zero(self.load_model)
+        if mesh is None:
+            with failing_together():
+                model = self.load_model()
+        else:
+            model = load_on_rank_zero(self.load_model)
         self.objective.attach(model)
         swap_linears_(model, self.patterns)
         if self.gradient_checkpointing:

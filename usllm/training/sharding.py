@@ -14,17 +14,23 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from usllm.nn import sketched_layers
+from usllm.ranks import failing_together
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def load_on_rank_zero(load: Callable[[], M]) -> M:
-    """The model that ``load`` gives on rank 0; on all others the same without weights (parameters on ``meta``)."""
+    """The model that ``load`` gives on rank 0; on all others the same without weights (parameters on ``meta``).
+
+    Raises:
+        UserError: on the other ranks, where ``load`` has failed.
+    """
     box: list[M | None] = [None]
     model: M | None = None
-    if dist.get_rank() == 0:
-        model = load()
-        box[0] = _skeleton(model)
+    with failing_together():
+        if dist.get_rank() == 0:
+            model = load()
+            box[0] = _skeleton(model)
     dist.broadcast_object_list(box, src=0)
     if model is None:
         model = box[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,32 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from usllm.ranks import failing_together
 from usllm.training.checkpoints import load_checkpoint
 
 
-class Fsdp2Strategy(ModelParallelStrategy):
+class _SavesTogether(Strategy):
+    """A checkpoint that rank 0 cannot write ends all ranks, which would wait for it."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        with failing_together():
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+
+class DdpStrategy(_SavesTogether, DDPStrategy):
+    """Every device has the whole model.
+
+    Lightning's ``DDPStrategy`` without the broadcast of buffers at every forward pass: the states are the same on all
+    ranks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+class Fsdp2Strategy(_SavesTogether, ModelParallelStrategy):
     """FSDP2 over all devices: latents, gradients and optimizer state are sharded by output rows.
 
     Lightning's ``ModelParallelStrategy`` with three differences:
@@ -120,13 +143,12 @@ def _sharded_like(parameter: Tensor, value: Any) -> Any:
 def build_strategy(strategy: Any) -> Any:
     """What ``trainer.strategy`` stands for: an object for the names below, anything else as it is, for Lightning.
 
-    - ``ddp``: every device has the whole model. Lightning's, without the broadcast of buffers at every forward pass:
-      the states are the same on all ranks.
+    - ``ddp``: :class:`DdpStrategy`.
     - ``fsdp2``, ``fsdp2_cpu_offload``: :class:`Fsdp2Strategy`.
     """
     made: dict[str, Strategy] = {}
     if strategy == "ddp":
-        made["ddp"] = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+        made["ddp"] = DdpStrategy()
     elif strategy in ("fsdp2", "fsdp2_cpu_offload"):
         made[strategy] = Fsdp2Strategy(cpu_offload=strategy != "fsdp2")
     return made.get(strategy, strategy) if isinstance(strategy, str) else strategy
