@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_run
 import torch
-from lightning.pytorch import Callback
-from tiny_run import Settings, differences, final_checkpoint, record
+from tiny_run import Killed, Send, Settings, differences, final_checkpoint, record
 
 from usllm.callbacks import Preempted, Preemption
 from usllm.errors import UserError
@@ -20,19 +20,6 @@ from usllm.training import latest_checkpoint
 
 # 6 steps of 2 micro batches, a checkpoint every 4 steps, validation after micro batches 4, 8 and 12.
 SETTINGS = Settings(checkpoint_every=4)
-
-
-class Send(Callback):
-    """Sends a signal to this process in the n-th call of one hook."""
-
-    def __init__(self, hook: str, count: int, number: signal.Signals = signal.SIGTERM) -> None:
-        self.left, self.number = count, number
-        setattr(self, hook, self._send)
-
-    def _send(self, *_: Any, **__: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), self.number)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +63,23 @@ def test_step_is_finished_and_saved_and_the_resumed_run_is_equal(
     tiny_run.run(tmp_path / "run", SETTINGS)
     assert record(tmp_path / "run") == record(whole)
     assert not differences(final_checkpoint(whole), final_checkpoint(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("step", [3, 6], ids=["on-a-step-between", "on-the-last-step"])
+def test_ranks_leave_together_behind_the_step_in_which_one_of_them_got_the_signal(step: int, tmp_path: Path) -> None:
+    moment = ("on_before_optimizer_step", step)
+    settings = replace(SETTINGS, ranks=2, batch_size=1, strategy="ddp", terminate_last_rank_at=moment)
+    assert tiny_run.run_on_ranks(tmp_path / "run", settings) == [75, 75]
+    assert saved_step(tmp_path / "run") == step
+
+
+def test_after_an_error_in_training_a_signal_ends_the_process_at_once(tmp_path: Path) -> None:
+    callback = Preemption()
+    with callback.armed():
+        with pytest.raises(Killed):
+            tiny_run.run(tmp_path / "run", replace(SETTINGS, kill_at=("on_train_batch_start", 3)), callback)
+        with pytest.raises(Preempted):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_before_the_first_step_there_is_nothing_to_wait_for(tmp_path: Path) -> None:

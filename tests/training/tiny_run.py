@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from usllm.callbacks import ImportanceCalibration, NanGuard, RngState, SketchHealth, SketchReprojection
+from usllm.callbacks import ImportanceCalibration, NanGuard, Preemption, RngState, SketchHealth, SketchReprojection
 from usllm.data import SourceSpec
 from usllm.data.datamodule import TextDataModule
 from usllm.models.random_model import byte_tokenizer, random_config
@@ -44,7 +44,11 @@ class Killed(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the tests vary. ``kill_at`` is ``(hook, n)``: the n-th call of that callback hook never returns."""
+    """What the tests vary.
+
+    ``kill_at`` is ``(hook, n)``: the n-th call of that callback hook never returns. ``terminate_last_rank_at``, which
+    :func:`run_on_ranks` reads, is the same: in that call the last rank gets SIGTERM.
+    """
 
     steps: int = 6
     accumulate: int = 2
@@ -64,6 +68,7 @@ class Settings:
     strategy: str = "auto"
     kill_at: tuple[str, int] | None = None
     sigkill: bool = False
+    terminate_last_rank_at: tuple[str, int] | None = None
 
 
 class Recorder(Callback):
@@ -106,6 +111,19 @@ class Kill(Callback):
             if self.sigkill:
                 os.kill(os.getpid(), signal.SIGKILL)
             raise Killed
+
+
+class Send(Callback):
+    """Sends a signal to this process in the n-th call of one hook."""
+
+    def __init__(self, hook: str, count: int, number: signal.Signals = signal.SIGTERM) -> None:
+        self.left, self.number = count, number
+        setattr(self, hook, self._send)
+
+    def _send(self, *_: Any, **__: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
 
 
 def load_model(dropout: float = 0.2, tied: bool = True) -> PreTrainedModel:
@@ -206,7 +224,10 @@ def run_on_ranks(folder: Path, settings: Settings) -> list[int | None]:
 
 def _rank(folder: Path, settings: Settings, rank: int, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
-    run(folder, settings)
+    callback = Preemption()
+    with callback.armed():
+        terminated = settings.terminate_last_rank_at is not None and rank == settings.ranks - 1
+        run(folder, settings, callback, *([Send(*settings.terminate_last_rank_at)] if terminated else []))  # type: ignore[misc]
     torch.distributed.destroy_process_group()
 
 

@@ -63,7 +63,6 @@ class Preemption(Callback):
         self.signals = tuple(signal.Signals[name] for name in signals)
         self.requeue = requeue
         self._handlers_before: dict[signal.Signals, Any] = {}
-        self._launcher: Any = None
         self._received: signal.Signals | None = None
         self._training = self._at_step = self._leaving = self._left = False
         self._seen_step = 0
@@ -83,10 +82,6 @@ class Preemption(Callback):
             for number, handler in self._handlers_before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
             self._handlers_before = {}
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learn of the processes of other ranks that this one has started."""
-        self._launcher = trainer.strategy.launcher
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on signals wait. Lightning has put its own handlers over ours."""
@@ -117,14 +112,21 @@ class Preemption(Callback):
             self._decide(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave on a signal that came during the last step; the end of training is saved in any case.
+        """Leave, all ranks together, on a signal to any of them during the last step; that step is saved in any case.
 
         Raises:
             Preempted: see the class.
         """
+        together = trainer.strategy.reduce_boolean_decision(self._received is not None, all=False)
         self._training = False
-        if self._received is not None:
+        if together:
             self._leave(trainer)
+        if self._received is not None:  # it came after the ranks had agreed to go on
+            self._leave(None)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Training is over: from here on a signal ends the process at once."""
+        self._training = False
 
     def _take_signals(self) -> None:
         for number in self._handlers_before:
@@ -149,8 +151,6 @@ class Preemption(Callback):
     def _leave(self, trainer: Trainer | None) -> None:
         received, self._received, self._left = self._received, None, True
         self._training = self._leaving = False
-        if trainer is None and hasattr(self._launcher, "kill"):
-            self._launcher.kill(received)  # the other ranks would wait for this one for ever
         if received is not None:
             earlier = self._handlers_before.get(received)
             if callable(earlier) and earlier is not signal.default_int_handler:
