@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,32 @@ def test_lock_of_a_builder_that_was_killed_is_free(tmp_path: Path) -> None:
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
     assert (published(tmp_path / "entry", _write) / "a").read_text() == "1" * 1000
+
+
+def test_lock_of_a_killed_builder_is_free_although_its_workers_live_on(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def work() -> None:
+        theirs.send(os.getpid())
+        threading.Event().wait()
+
+    def killed(folder: Path) -> None:
+        worker = context.Process(target=work)
+        worker.start()
+        worker.join()
+
+    child = context.Process(target=published, args=(tmp_path / "entry", killed))
+    child.start()
+    worker = ours.recv()
+    try:
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+        os.waitpid(child.pid, 0)  # not join, which waits for the worker too
+        with (tmp_path / ".entry.lock").open() as file:
+            cache.fcntl.flock(file, cache.fcntl.LOCK_EX | cache.fcntl.LOCK_NB)
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_file_system_without_locks_still_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
+
+from usllm.forks import closed_in_forks
 
 try:
     import fcntl
@@ -55,21 +58,21 @@ def _sole_builder(folder: Path) -> Iterator[None]:
         yield
         return
     path = folder.with_name(f".{folder.name}.lock")
-    descriptor = -1
+    file: IO[bytes] | None = None
     try:
         while True:
-            descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if os.fstat(descriptor).st_nlink:
+            file = path.open("ab")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:
                 break
-            os.close(descriptor)  # the holder before us removed this file: a newer one may be locked
+            file.close()  # the holder before us removed this file: a newer one may be locked
     except OSError:  # a file system without locks, or another user's lock file: build without one
-        if descriptor >= 0:
-            os.close(descriptor)
+        if file is not None:
+            file.close()
         yield
         return
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
+    with file, closed_in_forks(file):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

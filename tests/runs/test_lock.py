@@ -47,6 +47,44 @@ def test_killed_user_frees_the_directory(tmp_path: Path, holder: Any) -> None:
         pass
 
 
+def hold_with_a_worker(folder: Path, worker_pid: Any) -> None:
+    with sole_user(folder):
+        worker = multiprocessing.get_context("fork").Process(target=work, args=(worker_pid,))
+        worker.start()
+        worker.join()
+
+
+def work(worker_pid: Any) -> None:
+    worker_pid.send(os.getpid())
+    threading.Event().wait()
+
+
+def test_killed_user_frees_the_directory_although_its_workers_live_on(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=hold_with_a_worker, args=(tmp_path / "run", theirs))
+    process.start()
+    worker = ours.recv()
+    try:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        os.waitpid(process.pid, 0)  # not join, which waits for the worker too
+        os.kill(worker, 0)  # it is there
+        with sole_user(tmp_path / "run"):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_worker_does_not_free_the_directory_of_a_living_user(tmp_path: Path) -> None:
+    worker = multiprocessing.get_context("fork").Process(target=int)
+    with sole_user(tmp_path / "mine"):
+        worker.start()
+        worker.join(60)
+        with pytest.raises(UserError, match="in use"):
+            sole_user(tmp_path / "mine").__enter__()
+
+
 def test_same_process_may_use_it_again_afterwards(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), sole_user(tmp_path):

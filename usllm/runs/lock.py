@@ -12,6 +12,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 
 from usllm.errors import UserError
+from usllm.forks import closed_in_forks
 
 try:
     import fcntl
@@ -25,8 +26,9 @@ LOCK_FILE = ".lock"
 def sole_user(run_dir: Path) -> Iterator[None]:
     """Hold the directory for the block; the system frees it when the process dies, however it dies.
 
-    The file says who holds it and stays behind; only its lock counts. Of a distributed run, rank 0 holds it for all.
-    Where there are no locks (not POSIX, some network file systems) nothing is refused.
+    The file says who holds it and stays behind; only its lock counts, which forked processes do not share. Of a
+    distributed run, rank 0 holds it for all. Where there are no locks (not POSIX, some network file systems) nothing is
+    refused.
 
     Raises:
         UserError: another process holds it; names its process id, machine and the way out.
@@ -35,7 +37,7 @@ def sole_user(run_dir: Path) -> Iterator[None]:
         yield
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / LOCK_FILE, "a+", encoding="utf-8") as file:
+    with open(run_dir / LOCK_FILE, "a+", encoding="utf-8") as file, closed_in_forks(file):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
