@@ -58,7 +58,11 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, steps: list[int], position: in
 
 
 def test_sweep_started_again_skips_what_is_finished_and_resumes_what_was_interrupted(
-    trained: list[int], tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: list[int],
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with monkeypatch.context() as patch:
         interrupt_at(patch, trained, 4 + 3)  # the second job has made 3 steps, 2 of them are in its checkpoint
@@ -69,8 +73,12 @@ def test_sweep_started_again_skips_what_is_finished_and_resumes_what_was_interru
     assert first["config"]["sketch"]["rows"] == 1
 
     trained.clear()
+    capsys.readouterr()
     sweep(monkeypatch, tiny_text, tmp_path, "sketch.rows=1,2")
     assert trained == [3, 4]
+    shown = capsys.readouterr().out
+    assert shown.count("Finished before:") == 1  # one line for the first job, the tables of the second
+    assert shown.count("Perplexity, tiny") == 1
     done = reports(tmp_path)
     assert sorted(report["config"]["sketch"]["rows"] for report in done.values()) == [1, 2]
     assert all("-m" not in report["command"].split() for report in done.values())

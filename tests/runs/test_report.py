@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from usllm.runs.report import human_bytes, human_seconds, print_report
+from usllm.runs.report import human_bytes, human_seconds, print_outcome, print_report
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -85,3 +85,12 @@ def test_bytes_are_readable(count: int, text: str) -> None:
 )
 def test_seconds_are_readable(seconds: float, text: str) -> None:
     assert human_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(("changes", "rate"), [({}, "0.4987 bits per weight"), ({"bits_per_weight": None}, "dense")])
+def test_run_among_many_that_has_ended_before_gets_one_line(changes: dict[str, Any], rate: str) -> None:
+    screen = io.StringIO()
+    print_outcome(report(**changes), Console(file=screen, width=80))
+    assert screen.getvalue() == (
+        f"Finished before: runs/demo/default/report.json, {rate}, perplexity validation/512 40.25\n"
+    )

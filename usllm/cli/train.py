@@ -59,7 +59,7 @@ def _run(cfg: DictConfig, in_sweep: bool) -> Metric:
     from usllm.runs.sweeps import optimized_values
 
     quiet_libraries()
-    return optimized_values(finetune(config, plain_config(cfg), command), config.optimized_metric)
+    return optimized_values(finetune(config, plain_config(cfg), command, brief=in_sweep), config.optimized_metric)
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ def run_variants(cfg: DictConfig, variants: Mapping[str, Any], command: str) -> 
         UserError: With the problems of all variants, before any of them runs.
     """
     checked = {name: _variant(cfg, name, overrides) for name, overrides in variants.items()}
-    return {name: finetune(config, plain, command) for name, (config, plain) in checked.items()}
+    return {name: finetune(config, plain, command, brief=True) for name, (config, plain) in checked.items()}
 
 
 def metric_curve(run_dir: str | Path, metric: str) -> tuple[list[int], list[float]]:

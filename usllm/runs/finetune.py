@@ -44,7 +44,7 @@ from usllm.runs.launched import ending_together
 from usllm.runs.lock import sole_user
 from usllm.runs.machine import machine
 from usllm.runs.measure import BaselinePerplexity, measure, merge_stages
-from usllm.runs.report import print_report
+from usllm.runs.report import print_outcome, print_report
 from usllm.runs.tracking import finishing, log_results
 from usllm.runs.trainer import build_nodes, build_trainer, devices_in
 from usllm.training import SketchFinetuner, build_objective, latest_checkpoint
@@ -54,13 +54,14 @@ VALIDATION_SET = "validation"
 """Name of the held-out split among the test sets."""
 
 
-def finetune(config: TrainConfig, plain: Mapping[str, Any], command: str) -> dict[str, Any]:
+def finetune(config: TrainConfig, plain: Mapping[str, Any], command: str, brief: bool = False) -> dict[str, Any]:
     """Run, or continue, or only report, the run that ``config`` describes.
 
     Args:
         config: checked configuration.
         plain: the same as plain Python, for checkpoints and loggers.
         command: what the user typed, for the report.
+        brief: give one line to a run that has ended before, not its tables: it is one of many.
 
     Returns:
         The content of ``report.json``.
@@ -71,7 +72,7 @@ def finetune(config: TrainConfig, plain: Mapping[str, Any], command: str) -> dic
     run_dir = Path(config.run_dir)
     if config.resume and (finished := finished_report(run_dir)) is not None:
         refuse_other_configuration(finished, config, plain)
-        print_report(finished)
+        print_outcome(finished) if brief else print_report(finished)
         return finished
     callbacks: list[Callback] = list(build_nodes("callbacks", config.callbacks).values())
     loggers: list[Logger] = list(build_nodes("logger", config.logger).values())

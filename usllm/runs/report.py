@@ -57,6 +57,19 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
         console.print(f"  {command}", style="bold", markup=False, soft_wrap=True, highlight=False)
 
 
+def print_outcome(report: dict[str, Any], console: Console | None = None) -> None:
+    """Print one line about a run that has ended before (the content of its ``report.json``)."""
+    figures = [f"{row['test_set']}/{row['window']} {_figure(row.get('after'))}" for row in report["perplexity"]]
+    bits = report["bits_per_weight"]
+    rate = "dense" if bits is None else f"{bits['achieved']:.4f} bits per weight"
+    (console or Console()).print(
+        f"Finished before: {report['report']}, {rate}, perplexity {', '.join(figures)}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def _size_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     bits, size = report["bits_per_weight"], report["bytes"]
     if bits is None:
