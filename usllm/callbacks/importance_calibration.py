@@ -20,7 +20,7 @@ from usllm.models.identity import weights_digest
 from usllm.nn import allocate_, sketched_layers
 from usllm.ranks import dealt, ranks
 from usllm.runs.statistics import arithmetic, kept_tensors, tokens_digest
-from usllm.training.module import SketchFinetuner, sketch_finetuner
+from usllm.training.module import sketch_finetuner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,25 +131,38 @@ class ImportanceCalibration(Callback):
             return
         measure = partial(measure_in_trainer, trainer, pl_module, self.sequences, progress=_shows_progress(trainer))
         if self.reuse and trainer.world_size == 1 and not isinstance(module.network, FSDPModule):
-            self.moments = _kept(trainer, module, self.sequences, measure)
+            datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit, not declared
+            batches = datamodule.calibration_batches(self.sequences)
+            autocast = torch.bfloat16 if str(trainer.precision).startswith("bf16") else None
+            model = cast("PreTrainedModel", module.network)
+            self.moments = kept_importance(model, batches, module.device, autocast, measure)
         else:
             self.moments = measure()
         allocate_(module.network, module.sketch, self.moments)
 
 
-def _kept(
-    trainer: Trainer, module: SketchFinetuner, sequences: int, measure: Callable[[], dict[str, Tensor]]
+def kept_importance(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    device: torch.device,
+    autocast: torch.dtype | None,
+    measure: Callable[[], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """What ``measure`` gives, or gave another run, on the module's device."""
-    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-    autocast = torch.bfloat16 if str(trainer.precision).startswith("bf16") else None
+    """What ``measure`` gives, or gave another run or study of the same weights, text and arithmetic.
+
+    Args:
+        model: with its layers swapped, and with the weights that are measured.
+        batches: that ``measure`` streams through it.
+        device: where the model is, and the result.
+        autocast: dtype of the forward passes; ``None``: the weights' own.
+    """
     key = {
-        "weights": weights_digest(cast("PreTrainedModel", module.network)),
-        "layers": sorted(sketched_layers(module.network)),
-        "tokens": tokens_digest(batch["input_ids"] for batch in datamodule.calibration_batches(sequences)),
-        "arithmetic": arithmetic(module.device, autocast),
+        "weights": weights_digest(model),
+        "layers": sorted(sketched_layers(model)),
+        "tokens": tokens_digest(batch["input_ids"] for batch in batches),
+        "arithmetic": arithmetic(device, autocast),
     }
-    return {name: value.to(module.device) for name, value in kept_tensors("importance", key, measure).items()}
+    return {name: value.to(device) for name, value in kept_tensors("importance", key, measure).items()}
 
 
 def measure_in_trainer(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from usllm.callbacks.importance_calibration import measure_importance
+from usllm.callbacks.importance_calibration import kept_importance, measure_importance
 from usllm.config import TrainConfig
 from usllm.config.structure import merge_typed
 from usllm.config.validation import user_error
@@ -74,16 +74,27 @@ def importance_of(
     config: TrainConfig, model: PreTrainedModel, data: TextDataModule, sequences: int
 ) -> dict[str, Tensor]:
     """E[a²] of all sketched layers over the first ``sequences`` training sequences, fp32 [in] each."""
+
+    def measure() -> dict[str, Tensor]:
+        batches, context = data.calibration_batches(sequences), precision_context(config)
+        return measure_importance(model, batches, sequences, device=model.device, context=context, progress=True)
+
+    if not config.reuse_statistics:
+        return measure()
     batches = data.calibration_batches(sequences)
-    context = precision_context(config)
-    return measure_importance(model, batches, sequences, device=model.device, context=context, progress=True)
+    return kept_importance(model, batches, model.device, _autocast(config), measure)
 
 
 def precision_context(config: TrainConfig) -> AbstractContextManager[Any]:
     """The precision that a run of this configuration calibrates in."""
+    dtype = _autocast(config)
+    return nullcontext() if dtype is None else torch.autocast(_device(config).type, dtype)
+
+
+def _autocast(config: TrainConfig) -> torch.dtype | None:
     device = _device(config).type
     precision = choose_precision(str(config.trainer.get("precision", "auto")), "gpu" if device == "cuda" else device)
-    return torch.autocast(device, torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
+    return torch.bfloat16 if precision == "bf16-mixed" else None
 
 
 def _device(config: TrainConfig) -> torch.device:
