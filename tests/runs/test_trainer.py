@@ -34,6 +34,21 @@ def test_what_cannot_be_built_is_named(node: dict[str, object], named: str) -> N
         build_nodes("callbacks", {"mine": node})
 
 
+def test_tensorboard_writes_into_the_runs_folder_and_is_asked_for_where_it_is_missing(
+    tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [f"data.train.path={tiny_text}", f"run_dir={tmp_path}", "logger=tensorboard"]
+    logger = check_train(composed("experiment=tiny", *overrides)).logger
+    monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", True)
+    built = build_nodes("logger", logger)
+    assert list(built) == ["csv", "tensorboard"]
+    assert built["tensorboard"].log_dir == f"{tmp_path}/tensorboard/version_0"
+    for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
+        monkeypatch.setattr(f"lightning.fabric.loggers.tensorboard.{name}", False)
+    with pytest.raises(UserError, match=r"logger\.tensorboard .*pip install"):
+        build_nodes("logger", logger)
+
+
 def test_trainer_gets_the_whole_run_as_one_epoch(tiny_text: Path, tmp_path: Path) -> None:
     config = check_train(composed("experiment=tiny", f"data.train.path={tiny_text}", f"run_dir={tmp_path}"))
     trainer = build_trainer(config, 8, [], [])
