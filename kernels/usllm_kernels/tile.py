@@ -94,7 +94,7 @@ def stored_scale(code, base, MANTISSA: tl.constexpr):
 
 @triton.jit
 def bfloat16_bits(value):
-    """Upper half of float32, rounded to nearest even, in the low bits of int32. By hand: the interpreter rounds down."""
+    """Upper half of float32 rounded to nearest even, in the low bits of int32; by hand: the interpreter truncates."""
     bits = value.to(tl.int32, bitcast=True)
     rounded = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
     return tl.where(value == value, rounded, 0x7FC0)  # a NaN may have its only bits in the lower half, or overflow

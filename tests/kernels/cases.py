@@ -35,6 +35,9 @@ FIELDS: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
 }
 
 
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
 class Case(NamedTuple):
     """A layer with its plan and its states, all on one device."""
 
@@ -65,6 +68,13 @@ def stream(states: States, plan: Plan) -> Tensor:
     runs = [(codes[b.first_state : b.first_state + b.num_states], b.choice.bits) for b in plan.blocks]
     packed = pack([((run < 0).to(torch.uint8) if bits == 1 else run, bits) for run, bits in runs])
     return packed.to(states["codes"].device)
+
+
+def assert_product(found: Tensor, a: Tensor, b: Tensor) -> None:
+    """``found`` is ``a @ b`` up to the rounding of its dtype, relative to what is added up."""
+    assert found.dtype == a.dtype
+    expected, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    assert bool(((found.double() - expected).abs() <= _TOLERANCE[a.dtype] * size + 1e-12).all())
 
 
 every_case = pytest.mark.parametrize("name", FIELDS)

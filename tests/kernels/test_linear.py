@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
-from cases import case, products_of
+from cases import Case, assert_product, case, products_of
 from torch import Tensor
 from torch.nn import functional
 
 from usllm import sketch
+from usllm.sketch import SketchConfig, build_plan
 from usllm_kernels import folded_linear, folds, project, project_query, query, sketch_linear
 from usllm_kernels.dispatch import interpreted
-
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
 def random(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
-
-
-def assert_product(found: Tensor, a: Tensor, b: Tensor) -> None:
-    """``found`` is ``a @ b`` up to the rounding of its dtype, relative to what is added up."""
-    assert found.dtype == a.dtype
-    expected, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
-    assert bool(((found.double() - expected).abs() <= TOLERANCE[a.dtype] * size + 1e-12).all())
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -78,6 +71,30 @@ def test_shapes_of_the_input(backend: str, device: torch.device) -> None:
         sketch_linear(wide[..., :12], layer.states, layer.plan, backend=backend)
 
 
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("name", ["plain", "mixed-widths", "16-bit"])
+def test_weights_are_multiplied_as_rounded_to_the_inputs_dtype(
+    name: str, tokens: int, backend: str, device: torch.device
+) -> None:
+    layer = case(name, device)
+    decoded = sketch.query(layer.states, layer.plan).bfloat16()
+    for channel in range(layer.plan.shape[1]):
+        x = torch.zeros(tokens, layer.plan.shape[1], device=device, dtype=torch.bfloat16)
+        x[-1, channel] = 1.0
+        assert torch.equal(sketch_linear(x, layer.packed, layer.plan, backend=backend)[-1], decoded[:, channel])
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_without_gradients_the_operator_is_passed_over_and_computes_the_same(
+    tokens: int, backend: str, device: torch.device
+) -> None:
+    layer = case("mixed-widths", device)
+    x = random(tokens, layer.plan.shape[1], device=device, dtype=torch.bfloat16)
+    expected = sketch_linear(x, layer.packed, layer.plan, backend=backend)
+    with torch.no_grad():
+        assert torch.equal(sketch_linear(x, layer.packed, layer.plan, backend=backend), expected)
+
+
 def test_no_decoded_weight_is_kept_for_the_backward_pass(backend: str, device: torch.device) -> None:
     layer = case("mixed-widths", device)
     x = random(3, layer.plan.shape[1], device=device).requires_grad_()
@@ -105,10 +122,14 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_latents(
     weight, bias = layer.weight.clone().requires_grad_(), torch.ones(layer.plan.shape[0], device=device)
     with torch.autocast(device.type, torch.bfloat16):
         y = sketch_linear(x, layer.states, layer.plan, bias, weight=weight, backend=backend)
-    assert y.dtype == torch.bfloat16
-    y.float().square().sum().backward()
+    decoded = sketch.query(layer.states, layer.plan).bfloat16()
+    assert_product(y.detach() - bias.bfloat16(), x.detach().bfloat16(), decoded.t())
+    gradient = random(5, layer.plan.shape[0], device=device, dtype=torch.bfloat16)
+    y.backward(gradient)
     assert x.grad is not None and x.grad.dtype == torch.float32
+    assert_product(x.grad.bfloat16(), gradient, decoded)
     assert weight.grad is not None and weight.grad.dtype == torch.float32
+    assert_product(weight.grad.bfloat16(), gradient.t(), x.detach().bfloat16())
 
 
 @pytest.mark.parametrize("name", ["one-channel"] if interpreted() else ["one-channel", "mixed-widths"])
@@ -129,24 +150,36 @@ def test_operators_pass_opcheck(name: str, backend: str, device: torch.device) -
         torch.library.opcheck(op.default, arguments)
 
 
-def test_compile_takes_them_whole(backend: str, device: torch.device) -> None:
+def test_compile_takes_them_whole_with_a_plan_never_used_before(backend: str, device: torch.device) -> None:
     layer = case("one-channel", device)
+    plans = [layer.plan]
 
     def step(x: Tensor, weight: Tensor) -> Tensor:
-        states, decoded = project_query(weight, layer.plan, backend=backend)
-        again = project(weight, layer.plan, backend=backend)
-        y = sketch_linear(x, states, layer.plan, weight=weight, backend=backend)
-        return (y.square().sum() + (decoded - query(again, layer.plan, backend=backend)).abs().sum()).sqrt()
+        (plan,) = plans
+        states, decoded = project_query(weight, plan, backend=backend)
+        again = project(weight, plan, backend=backend)
+        y = sketch_linear(x, states, plan, weight=weight, backend=backend)
+        return (y.square().sum() + (decoded - query(again, plan, backend=backend)).abs().sum()).sqrt()
 
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    plans[0] = build_plan(layer.plan.shape, None, SketchConfig(bits_per_weight=9.0), "new to every cache")
+    _assert_equal_steps(compiled, step, layer, device)
+    plans[0] = layer.plan
+    _assert_equal_steps(compiled, step, layer, device)  # the other plan's numbers would not fit
+
+
+def _assert_equal_steps(
+    compiled: Callable[..., Tensor], step: Callable[..., Tensor], layer: Case, device: torch.device
+) -> None:
     results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+    for function in (compiled, step):
         x = random(3, layer.plan.shape[1], device=device).requires_grad_()
         weight = layer.weight.clone().requires_grad_()
         value = function(x, weight)
         value.backward()
         results.append((value, x.grad, weight.grad))
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(eager, compiled)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_copied_plan_computes_the_same(backend: str, device: torch.device) -> None:

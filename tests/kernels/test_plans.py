@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+
+import pytest
 import torch
 from cases import case, every_case
 
@@ -40,3 +44,27 @@ def test_fake_states_have_the_shapes_of_the_real_ones(name: str) -> None:
     fakes = plans.fake_states(flatten(layer.plan).numbers, torch.device("cpu"))
     for fake, real in zip(fakes, list_states(layer.states), strict=True):
         assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+
+
+def test_copies_of_a_plan_stand_for_one_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "_rebuilt", type(plans._rebuilt)())
+    plan = case("plain").plan
+    flatten(plan)
+    copied = copy.deepcopy(plan)
+    del plan
+    gc.collect()
+    assert unflatten(*flatten(copied)) is copied
+    assert not plans._rebuilt
+
+
+def test_rebuilt_plans_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "_rebuilt", type(plans._rebuilt)())
+    monkeypatch.setattr(plans, "_known", type(plans._known)())
+    monkeypatch.setattr(plans, "_MOST_REBUILT", 2)
+    flats = [plans._flatten(case(name).plan) for name in ("plain", "one-row", "mean")]
+    first = unflatten(*flats[0])
+    unflatten(*flats[1])
+    assert unflatten(*flats[0]) is first
+    unflatten(*flats[2])  # the one used longest ago gives way
+    assert unflatten(*flats[0]) is first
+    assert len(plans._rebuilt) == 2

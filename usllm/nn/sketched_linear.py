@@ -14,6 +14,10 @@ from usllm.nn.straight_through import straight_through
 from usllm.sketch import Plan
 from usllm_kernels import project, project_query, query, sketch_linear
 
+# Devices where one decoded copy serves all passes until the next projection: on the CPU decoding twice more a step
+# would show. Elsewhere products are made straight from the states.
+DECODED_ON = frozenset({"cpu"})
+
 
 class Reprojection(NamedTuple):
     """What a projection changed; fp32 scalars on the layer's device, so that reading them is the caller's choice.
@@ -117,7 +121,7 @@ class SketchedLinear(nn.Module):
         for name, tensor in fresh.items():
             self.get_buffer(f"state_{name}").copy_(tensor)
         self._projected = True
-        self._decoded = decoded if self.keeps_decoded and decoded.device.type == "cpu" else None
+        self._decoded = decoded if self.keeps_decoded and decoded.device.type in DECODED_ON else None
         error, energy = sums @ self.importance
         return Reprojection(change, error / energy.clamp_min(1e-30))
 
@@ -153,9 +157,8 @@ class SketchedLinear(nn.Module):
         """Map [..., in] to [..., out]."""
         if self.plan is None:
             return functional.linear(x, self.weight, self.bias)
-        if x.device.type != "cpu":  # nothing decoded is kept, for the backward pass neither
+        if x.device.type not in DECODED_ON:  # nothing decoded is kept, for the backward pass neither
             return sketch_linear(x, self.states, self.plan, self.bias, weight=self.weight)
-        # On the CPU decoding twice more a step would show; the one decoded copy serves all passes until the next.
         return functional.linear(x, straight_through(self.weight, self._compute_weight(x)), self.bias)
 
     def _compute_weight(self, x: Tensor) -> Tensor:

@@ -76,12 +76,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out] in the dtype of ``x``, or of autocast."""
         device = x.device.type
-        if (
-            device != "cpu" and not self.keeps_decoded
-        ):  # fused; on the CPU decoding first is as fast, and the bits agree
-            return sketch_linear(x, packed_states(self.packed, self.plan), self.plan, self.bias)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return functional.linear(x, self.decoded_weight(dtype), self.bias)
+        if self.keeps_decoded or decodes_first(device, dtype):
+            return functional.linear(x, self.decoded_weight(dtype), self.bias)
+        return sketch_linear(x, packed_states(self.packed, self.plan), self.plan, self.bias)
 
     def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
         self._decoded = None
@@ -95,6 +93,14 @@ class PackedLinear(nn.Module):
         weights = self.out_features * self.in_features
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{text}, bits_per_weight={8 * self.packed.numel() / weights:.4f}"
+
+
+def decodes_first(device: str, dtype: torch.dtype) -> bool:
+    """Whether a layer decodes its whole weight and multiplies, instead of straight from the states.
+
+    In float32 on the CPU it does: what is added up, and so the bits of the logits, are then the trained layer's.
+    """
+    return device == "cpu" and dtype == torch.float32
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:

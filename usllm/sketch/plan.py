@@ -111,17 +111,21 @@ class Plan:
         """Type of the unpacked state codes."""
         return torch.int16 if any(block.choice.bits > 8 for block in self.blocks) else torch.int8
 
-    def state_tensors(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Zeroed states of this plan: the names, shapes and types that :func:`usllm.sketch.project` returns."""
-        states = {
-            "codes": torch.zeros(self.num_states, dtype=self.code_dtype, device=device),
-            "scales": torch.zeros(self.num_scales, dtype=torch.uint8, device=device),
-            "scale_base": torch.zeros(1, dtype=torch.uint8, device=device),
-        }
+    def state_tensors(self, device: torch.device | str = "cpu", *, filled: bool = True) -> dict[str, Tensor]:
+        """States of this plan: the names, shapes and types that :func:`usllm.sketch.project` returns.
+
+        Args:
+            device: Of the tensors.
+            filled: With zeros; otherwise with whatever the memory held.
+        """
+        sizes = {"codes": self.num_states, "scales": self.num_scales, "scale_base": 1}
         if self.config.output_scale:
-            states["output_scales"] = torch.zeros(self.shape[0], dtype=torch.uint8, device=device)
-            states["output_scale_base"] = torch.zeros(1, dtype=torch.uint8, device=device)
-        return states
+            sizes |= {"output_scales": self.shape[0], "output_scale_base": 1}
+        make = torch.zeros if filled else torch.empty
+        return {
+            name: make(size, dtype=self.code_dtype if name == "codes" else torch.uint8, device=device)
+            for name, size in sizes.items()
+        }
 
     def rotation(self, span: Span) -> int:
         """Rotation of channel 0 in the first group of a span; the next channel turns :attr:`turns` further."""

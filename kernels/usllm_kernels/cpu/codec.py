@@ -21,7 +21,8 @@ from usllm_kernels.cpu.layout import layout
 from usllm_kernels.cpu.parallel import side_by_side
 from usllm_kernels.cpu.project import MEAN, MINIMUM, SUM, project_span
 from usllm_kernels.cpu.query import MAGNITUDE_MAX, MAGNITUDE_MIN, SIGNED_MAX, TOTAL, query_span
-from usllm_kernels.cpu.states import channel_sums, choose_scales, quantize_states, unpack_states
+from usllm_kernels.cpu.states import channel_sums, choose_scales, quantize_states
+from usllm_kernels.cpu.stream import unpack_states
 
 _REDUCTIONS = {"absmaxmin": MINIMUM, "countmin": SUM, "mean": MEAN}
 _COMBINATIONS = {"absmaxmin": MAGNITUDE_MAX, "countmin": MAGNITUDE_MIN, "mean": TOTAL}
@@ -32,9 +33,9 @@ _WIDER = {torch.int8: torch.int16, torch.int16: torch.int32}
 
 def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, winners: Tensor | None = None) -> States:
     """:func:`usllm.sketch.project` of an fp32 weight [out, in] on the CPU whose rows are contiguous."""
-    states = plan.state_tensors()
     if not plan.blocks:
-        return states
+        return plan.state_tensors()
+    states = plan.state_tensors(filled=False)
     keys = isinstance(plan.operator, AbsMaxMin)
     values = _values(weight, plan, keys, winners)
     tables = layout(plan)
@@ -145,43 +146,56 @@ def decode_groups(
     row: int,
     weight: Tensor | None = None,
     sums: Tensor | None = None,
+    *,
+    held: bool = False,
 ) -> None:
-    """Decode some groups of one span into the rows of ``decoded``, float32 or bfloat16 [rows, in], from ``row`` on.
+    """Decode some groups of one span into ``decoded``, float32 or bfloat16 [rows, columns], from ``row`` on.
 
     Args:
         codes: int8 or int16 [states].
-        scales: fp32 [in].
+        scales: fp32 [columns].
         plan: A plan with states.
         number: Of the span.
         first_group, groups: Which of its groups.
         decoded: Written.
         row: Where the first group goes, and where it lies in ``weight``.
-        weight, sums: As for :func:`decode`.
+        weight, sums: As for :func:`decode`; for all channels only.
+        held: Whether the columns are the channels that hold states, in storage order, instead of all.
     """
     tables, span = layout(plan), plan.spans[number]
-    combination = SIGNED_MAX if plan.config.query == "signed_max" else _COMBINATIONS[plan.config.operator]
-    joined = torch.empty(0, dtype=_WIDER[codes.dtype] if combination == TOTAL else codes.dtype)
     latent, pitch = _flat(weight) if weight is not None else (torch.empty(0), 0)
     query_span(
         codes.numpy(),
         scales.numpy(),
         row,
+        plan.shape[1],
         span.size,
         first_group,
         groups,
         plan.rotation(span),
         plan.turns,
-        combination,
+        combination(plan),
         tables.lane_channels,
+        tables.lane_numbers if held else tables.lane_channels,
         tables.lane_block,
         tables.shapes[number],
         tables.buckets[number],
-        joined.numpy(),
+        joined_codes(codes.dtype, plan),
         latent.numpy(),
         pitch,
         (torch.empty(2, 0) if sums is None else sums).numpy(),
         (decoded.view(torch.int16) if decoded.dtype == torch.bfloat16 else decoded).numpy(),
     )
+
+
+def combination(plan: Plan) -> int:
+    """Number of the way in which the candidates of several rows are joined."""
+    return SIGNED_MAX if plan.config.query == "signed_max" else _COMBINATIONS[plan.config.operator]
+
+
+def joined_codes(dtype: torch.dtype, plan: Plan) -> Any:
+    """An empty array of the type that joined codes of ``dtype`` need."""
+    return torch.empty(0, dtype=_WIDER[dtype] if combination(plan) == TOTAL else dtype).numpy()
 
 
 def unpacked(states: States, plan: Plan) -> Tensor:

@@ -32,7 +32,7 @@ def project_span(
     turns: int,  # how much further the next channel is rotated, 0 or 1
     reduction: int,  # MINIMUM, SUM or MEAN
     lane_channels: Any,  # int64 [lane blocks, 8]
-    lane_block: Any,  # int64 [lane blocks, 4]: class, channels in use, first state, states per channel
+    lane_block: Any,  # int64 [lane blocks, 7] (:mod:`usllm_kernels.cpu.layout`)
     shape: Any,  # int64 [classes, 6]: rows, depth, states, offsets in slots and buckets, first state in a channel
     slots: Any,  # uint16: [rows, depth, states] of every class
     pad: Any,  # what unused slots hold, of the weight's type

@@ -26,8 +26,9 @@ MAGNITUDE_MAX, SIGNED_MAX, MAGNITUDE_MIN, TOTAL = 0, 1, 2, 3
 @njit(nogil=True, cache=True, error_model="numpy")
 def query_span(
     codes: Any,  # int8 or int16 [states]
-    scales: Any,  # float32 [in], 0 for channels without states
+    scales: Any,  # float32 [columns], 0 for channels without states
     start: int,  # output row of the first of these groups, in ``latent`` and ``decoded``
+    width: int,  # input channels
     n: int,
     first_group: int,  # of those to decode, within the span
     groups: int,
@@ -35,18 +36,18 @@ def query_span(
     turns: int,  # how much further the next channel is rotated, 0 or 1
     combination: int,  # one of the four above
     lane_channels: Any,  # int64 [lane blocks, 8]
-    lane_block: Any,  # int64 [lane blocks, 4]: class, channels in use, first state, states per channel
+    lane_columns: Any,  # int64 [lane blocks, 8]: where these channels go in ``decoded``
+    lane_block: Any,  # int64 [lane blocks, 7] (:mod:`usllm_kernels.cpu.layout`)
     shape: Any,  # int64 [classes, 6]: rows, depth, states, offsets in slots and buckets, first state in a channel
     buckets: Any,  # uint16: [rows, n] of every class, counted on from row to row
     joined: Any,  # an array of the type that joined codes need, read for its type alone
     latent: Any,  # float32 flat, to compare with, or empty
     pitch: int,  # elements from one latent row to the next
     sums: Any,  # float32 [2, in], raised by the squares of error and latent, or empty
-    decoded: Any,  # float32, or int16 for the bits of bfloat16, [out, in], written
+    decoded: Any,  # float32, or int16 for the bits of bfloat16, [rows, columns], written
 ) -> None:
     """Decoded weights of one span."""
-    width = decoded.shape[1]
-    panel = np.zeros((width, n + LANES), joined.dtype)
+    panel = np.zeros((decoded.shape[1], n + LANES), joined.dtype)
     largest = LANES
     for block in range(shape.shape[0]):
         largest = max(largest, shape[block, 0] * shape[block, 2])
@@ -59,19 +60,16 @@ def query_span(
             block, lanes, first = lane_block[number, 0], lane_block[number, 1], lane_block[number, 2]
             rows, states = shape[block, 0], shape[block, 2]
             first += shape[block, 5] + group * rows * states
-            _candidates(codes, first, lanes, lane_block[number, 3], rows * states, places, candidates)
-            if combination == MAGNITUDE_MAX:
-                for k in range(rows * states):
-                    encode_codes(candidates, k * LANES)
-            _combine(candidates, buckets[shape[block, 4] : shape[block, 4] + rows * n], rows, n, combination, best)
-            for i in range(LANES):  # a tile that reaches over the end writes what belongs at the beginning
-                best[n + i] = best[i]
-            _straighten(best, lane_channels[number], turn, turns, n, places, panel)
+            gather_candidates(codes, first, lanes, lane_block[number, 3], rows * states, places, candidates)
+            combine(candidates, buckets, shape[block, 4], rows, states, n, combination, best)
+            straighten(best, lane_channels[number], lane_columns[number], turn, turns, n, places, panel)
         _write(panel, scales, start + (group - first_group) * n, n, latent, pitch, sums, decoded)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _candidates(codes: Any, first: int, lanes: int, stride: int, count: int, places: Any, candidates: Any) -> None:
+def gather_candidates(
+    codes: Any, first: int, lanes: int, stride: int, count: int, places: Any, candidates: Any
+) -> None:
     """States of eight channels side by side; lanes beyond ``lanes`` repeat the first."""
     whole = count // LANES * LANES
     for lane in range(LANES):
@@ -86,38 +84,54 @@ def _candidates(codes: Any, first: int, lanes: int, stride: int, count: int, pla
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _combine(candidates: Any, table: Any, rows: int, n: int, combination: int, best: Any) -> None:
-    """Join the candidates of all rows at every position."""
-    if combination == MAGNITUDE_MAX and rows == 1:
+def combine(
+    candidates: Any, buckets: Any, table: int, rows: int, states: int, n: int, combination: int, best: Any
+) -> None:
+    """Join the candidates of all rows at every position; the first eight positions again behind the last.
+
+    The class's ``buckets`` begin at offset ``table``.
+    """
+    if rows == 1:  # one candidate is joined with nothing, whatever the way
         for q in range(n):
-            store(best, q * LANES, decode_codes(load(candidates, np.intp(table[np.uint64(q)]) * LANES)))
-    elif combination == MAGNITUDE_MAX and rows == 3:
-        for q in range(n):
-            found = largest_bits(
-                load(candidates, np.intp(table[np.uint64(q)]) * LANES),
-                load(candidates, np.intp(table[np.uint64(q + n)]) * LANES),
-            )
-            found = largest_bits(found, load(candidates, np.intp(table[np.uint64(q + 2 * n)]) * LANES))
-            store(best, q * LANES, decode_codes(found))
+            store(best, q * LANES, load(candidates, np.intp(buckets[np.uint64(table + q)]) * LANES))
+    elif combination == MAGNITUDE_MAX:
+        for k in range(rows * states):
+            encode_codes(candidates, k * LANES)
+        if rows == 3:
+            for q in range(n):
+                found = largest_bits(
+                    load(candidates, np.intp(buckets[np.uint64(table + q)]) * LANES),
+                    load(candidates, np.intp(buckets[np.uint64(table + q + n)]) * LANES),
+                )
+                found = largest_bits(found, load(candidates, np.intp(buckets[np.uint64(table + q + 2 * n)]) * LANES))
+                store(best, q * LANES, decode_codes(found))
+        else:
+            for q in range(n):
+                found = load(candidates, np.intp(buckets[np.uint64(table + q)]) * LANES)
+                for row in range(1, rows):
+                    found = largest_bits(
+                        found, load(candidates, np.intp(buckets[np.uint64(table + row * n + q)]) * LANES)
+                    )
+                store(best, q * LANES, decode_codes(found))
     else:
         for q in range(n):
-            found = load(candidates, np.intp(table[np.uint64(q)]) * LANES)
+            found = load(candidates, np.intp(buckets[np.uint64(table + q)]) * LANES)
             for row in range(1, rows):
-                other = load(candidates, np.intp(table[np.uint64(row * n + q)]) * LANES)
-                if combination == MAGNITUDE_MAX:
-                    found = largest_bits(found, other)
-                elif combination == SIGNED_MAX:
+                other = load(candidates, np.intp(buckets[np.uint64(table + row * n + q)]) * LANES)
+                if combination == SIGNED_MAX:
                     found = maximum(found, other)
                 elif combination == MAGNITUDE_MIN:
                     found = smaller_magnitude(found, other)
                 else:
                     found = add(found, other)
-            store(best, q * LANES, decode_codes(found) if combination == MAGNITUDE_MAX else found)
+            store(best, q * LANES, found)
+    for i in range(LANES):  # a tile that reaches over the end writes what belongs at the beginning
+        best[n + i] = best[i]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _straighten(best: Any, channels: Any, turn: int, turns: int, n: int, places: Any, panel: Any) -> None:
-    """Positions in hash order back into output order, channel by channel."""
+def straighten(best: Any, channels: Any, rows: Any, turn: int, turns: int, n: int, places: Any, panel: Any) -> None:
+    """Positions in hash order back into output order: each of eight channels into its row of the panel."""
     step = n + LANES
     for lane in range(LANES):
         places[lane] = (turn + turns * channels[lane]) % n
@@ -125,13 +139,13 @@ def _straighten(best: Any, channels: Any, turn: int, turns: int, n: int, places:
         crossing = False
         for lane in range(LANES):
             crossing |= places[lane] > n - LANES
-            places[lane] += channels[lane] * step
+            places[lane] += rows[lane] * step
         scatter_tile(best, q * LANES, panel, places)
         for lane in range(LANES):
-            places[lane] -= channels[lane] * step
+            places[lane] -= rows[lane] * step
         if crossing:
             for lane in range(LANES):
-                column = panel[channels[lane]]
+                column = panel[rows[lane]]
                 for i in range(n, places[lane] + LANES):
                     column[i % n] = column[i]
         for lane in range(LANES):

@@ -130,37 +130,3 @@ def quantize_states(
                     to[k] = np.int32(min(max(part[k] / scale, -limit), limit))
             place += count
             number += 1
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def unpack_states(
-    stream: Any,  # uint8
-    channel_block: Any,  # int64 [blocks, 4]
-    codes: Any,  # int8 or int16 [states], written
-) -> None:
-    """Codes from the packed stream: two's complement of few bits, the sign alone in one."""
-    bit = 0
-    for block in range(channel_block.shape[0]):
-        first, width = channel_block[block, 1], channel_block[block, 3]
-        count = channel_block[block, 0] * channel_block[block, 2]
-        if width == 4 and bit % 8 == 0:
-            source, target = stream[bit // 8 : bit // 8 + (count + 1) // 2], codes[first : first + count]
-            for k in range(count // 2):
-                value = np.int32(source[k])
-                target[2 * k] = ((value & 15) ^ 8) - 8
-                target[2 * k + 1] = ((value >> 4) ^ 8) - 8
-            if count % 2:
-                target[count - 1] = ((np.int32(source[count // 2]) & 15) ^ 8) - 8
-        else:
-            for k in range(count):
-                at = bit + k * width
-                byte, last = at >> 3, (at + width - 1) >> 3
-                value = np.int32(stream[byte])
-                if last > byte:
-                    value |= np.int32(stream[byte + 1]) << np.int32(8)
-                if last > byte + 1:
-                    value |= np.int32(stream[byte + 2]) << np.int32(16)
-                value = (value >> np.int32(at & 7)) & ((1 << width) - 1)
-                sign = 1 << (width - 1)
-                codes[first + k] = 1 - 2 * value if width == 1 else (value ^ sign) - sign
-        bit += count * width

@@ -10,7 +10,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from usllm_kernels.cpu.lanes import LANES, Builder, intrinsic, is_float
+from usllm_kernels.cpu.lanes import LANES, Builder, Lanes, intrinsic, is_float
 
 _MAGNITUDE = 0x7FFFFFFE  # of a float32 without its last bit, which the sign takes (usllm.sketch.operators.absmaxmin)
 
@@ -73,6 +73,21 @@ def gather_tile(typing: Any, source: Any, places: Any, target: Any, to: Any, ste
 
 
 @intrinsic
+def turn_tile(typing: Any, source: Any, at: Any, target: Any, to: Any, step: Any) -> Any:
+    """Turn eight successive rows of eight into rows that lie ``step`` apart."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        b = Builder(context, builder)
+        source, at, target, to, step = arguments
+        rows = b.rows(signature.args[0], source, at, ir.Constant(ir.IntType(64), LANES))
+        for number, column in enumerate(b.transpose(rows)):
+            b.store(signature.args[2], target, b.offset(to, step, number), column)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, target, types.intp, types.intp), emit
+
+
+@intrinsic
 def scatter_tile(typing: Any, source: Any, at: Any, target: Any, places: Any) -> Any:
     """Turn eight successive rows of eight into rows that start at eight offsets (int64 [8])."""
 
@@ -119,14 +134,38 @@ def decode_codes(typing: Any, keys: Any) -> Any:
     return keys(keys), emit
 
 
-def _to_stored(b: Builder, values: Any, kind: Any) -> Any:
-    """float32 lanes as the target holds them: themselves, or the bits of bfloat16, rounded to nearest even."""
-    if is_float(kind):
-        return values
+def _bfloat16(b: Builder, values: Any) -> Any:
+    """Bits of bfloat16, rounded to nearest even, in the low half of int32 lanes."""
     bits = b.ir.bitcast(values, ir.VectorType(ir.IntType(32), LANES))
     odd = b.ir.and_(b.ir.lshr(bits, b.same(16, bits)), b.same(1, bits))
-    rounded = b.ir.lshr(b.ir.add(bits, b.ir.add(odd, b.same(0x7FFF, bits))), b.same(16, bits))
-    return b.ir.trunc(rounded, ir.VectorType(ir.IntType(16), LANES))
+    return b.ir.lshr(b.ir.add(bits, b.ir.add(odd, b.same(0x7FFF, bits))), b.same(16, bits))
+
+
+def _to_stored(b: Builder, values: Any, kind: Any) -> Any:
+    """float32 lanes as the target holds them: themselves, or the bits of bfloat16."""
+    return values if is_float(kind) else b.ir.trunc(_bfloat16(b, values), ir.VectorType(ir.IntType(16), LANES))
+
+
+@intrinsic
+def nearest_bfloat16(typing: Any, values: Any) -> Any:
+    """float32 lanes rounded to what bfloat16 holds."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        b, (values,) = Builder(context, builder), arguments
+        bits = _bfloat16(b, values)
+        return builder.bitcast(builder.shl(bits, b.same(16, bits)), values.type)
+
+    return values(values), emit
+
+
+@intrinsic
+def as_floats(typing: Any, codes: Any, like: Any) -> Any:
+    """Whole numbers as lanes of ``like``, a float32 array."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.sitofp(arguments[0], ir.VectorType(ir.FloatType(), LANES))
+
+    return Lanes(like.dtype)(codes, like), emit
 
 
 @intrinsic

@@ -52,7 +52,7 @@ def project_op(
     """Codes, scales, their base, output scales, their base, winners; see :mod:`usllm_kernels.plans`."""
     plan, device = unflatten(classes, channel_class, numbers), weight.device
     chosen = choose(device, backend)
-    kept = torch.zeros(plan.num_states, dtype=torch.int16, device=device) if winners else None
+    kept = torch.empty(plan.num_states, dtype=torch.int16, device=device) if winners else None
     if chosen == "numba":
         from usllm_kernels.cpu import codec
 

@@ -193,9 +193,9 @@ def quantize_kernel(
 def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, winners: Tensor | None = None) -> States:
     """States of a latent weight [out, in] of any strides and float type."""
     device = weight.device
-    states = plan.state_tensors(device)
     if not plan.blocks:
-        return states
+        return plan.state_tensors(device)
+    states = plan.state_tensors(device, filled=False)
     known = tables(plan, device)
     keys = plan.config.operator == "absmaxmin"
     values = _values(weight, plan, known, keys, winners)

@@ -67,7 +67,7 @@ def project_query_op(
     """Decoded weight, codes, scales, their base, output scales, their base, winners, sums."""
     plan, device = unflatten(classes, channel_class, numbers), weight.device
     chosen = choose(device, backend)
-    kept = torch.zeros(plan.num_states, dtype=torch.int16, device=device) if winners else None
+    kept = torch.empty(plan.num_states, dtype=torch.int16, device=device) if winners else None
     found = torch.empty(2, plan.shape[1], device=device) if sums else None
     arguments = plan, moment, dtype, kept, found
     if chosen == "numba":

@@ -43,7 +43,11 @@ def sketch_linear(
         raise ValueError(f"{plan.name}: the input has {x.shape[-1]} channels, the plan {plan.shape[1]}")
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    y: Tensor = sketch_linear_op(x.to(dtype), weight, *list_states(states), *flatten(plan), backend or "")
+    y: Tensor
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
+        y = sketch_linear_op(x.to(dtype), weight, *list_states(states), *flatten(plan), backend or "")
+    else:  # one token through a small layer takes no longer than the call of an operator
+        y = _product(x.to(dtype), states, plan, backend or "")
     return y if bias is None else y + bias.to(dtype)
 
 
@@ -62,10 +66,8 @@ def sketch_linear_op(
     backend: str,
 ) -> Tensor:
     """``x Ŵᵀ``; see :mod:`usllm_kernels.plans`."""
-    plan = unflatten(classes, channel_class, numbers)
     states = name_states((codes, scales, scale_base, output_scales, output_scale_base))
-    tokens = x.reshape(-1, plan.shape[1])
-    return _backend(x.device, backend).sketch_linear(tokens, states, plan).view(*x.shape[:-1], plan.shape[0])
+    return _product(x, states, unflatten(classes, channel_class, numbers), backend)
 
 
 @torch.library.custom_op("usllm::sketch_linear_input_gradient", mutates_args=())
@@ -87,6 +89,12 @@ def input_gradient_op(
     tokens = gradient.reshape(-1, plan.shape[0])
     found = _backend(gradient.device, backend).input_gradient(tokens, states, plan)
     return found.view(*gradient.shape[:-1], plan.shape[1])
+
+
+def _product(x: Tensor, states: States, plan: Plan, backend: str) -> Tensor:
+    tokens = x.reshape(-1, plan.shape[1])
+    y: Tensor = _backend(x.device, backend).sketch_linear(tokens, states, plan)
+    return y.view(*x.shape[:-1], plan.shape[0])
 
 
 def _backend(device: torch.device, backend: str) -> Any:

@@ -1,8 +1,8 @@
 """Products with the decoded weight on CUDA; only channels that hold states are multiplied.
 
 Up to eight tokens, and up to one tile of tokens, each weight is decoded where it is used and never written. Beyond,
-tiles would decode every weight once for each tile of tokens: there it is decoded once, a slab at a time, and the library
-multiplies. Slabs are cut along what is not summed up, so that no rounded parts are added.
+every tile of tokens would decode all weights: there they are decoded once, a slab at a time, and multiplied by the
+library. Slabs are cut along what is not summed up, so that no rounded parts are added.
 """
 
 from __future__ import annotations
