@@ -19,6 +19,7 @@ from usllm.cli.command import (
     quote_values,
     report_errors,
 )
+from usllm.cli.unknown_keys import nearest_keys_named
 from usllm.runs.directory import register_resolvers
 
 PROGRAM = "usllm-eval"
@@ -45,7 +46,8 @@ def main() -> None:
     """Entry point of ``usllm-eval`` and ``python -m usllm.cli.eval``."""
     register_resolvers()
     sys.argv[1:] = quote_values(expand_test_sets(expand_model(sys.argv[1:])), ("ckpt",))
-    _eval()
+    with nearest_keys_named(PROGRAM):
+        _eval()
 
 
 if __name__ == "__main__":

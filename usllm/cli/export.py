@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from usllm.cli.command import expand_model, quiet_environment, quiet_libraries, quote_values, report_errors
+from usllm.cli.unknown_keys import nearest_keys_named
 
 PROGRAM = "usllm-export"
 _typed: list[str] = []
@@ -39,7 +40,8 @@ def main() -> None:
     """Entry point of ``usllm-export`` and ``python -m usllm.cli.export``."""
     _typed[:] = sys.argv[1:]
     sys.argv[1:] = quote_values(expand_model(_typed), ("ckpt", "out"))
-    _export()
+    with nearest_keys_named(PROGRAM):
+        _export()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import hydra
 from omegaconf import DictConfig
 
 from usllm.cli.command import folder_of_model, quiet_environment, quiet_libraries, quote_values, report_errors
+from usllm.cli.unknown_keys import nearest_keys_named
 
 PROGRAM = "usllm-generate"
 
@@ -33,7 +34,8 @@ def _generate(cfg: DictConfig) -> None:
 def main() -> None:
     """Entry point of ``usllm-generate`` and ``python -m usllm.cli.generate``."""
     sys.argv[1:] = quote_values(folder_of_model(sys.argv[1:]), ("prompt", "folder", "ckpt"))
-    _generate()
+    with nearest_keys_named(PROGRAM):
+        _generate()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import hydra
 from omegaconf import DictConfig
 
 from usllm.cli.command import folder_of_model, quiet_environment, quiet_libraries, quote_values, report_errors
+from usllm.cli.unknown_keys import nearest_keys_named
 
 PROGRAM = "usllm-inspect"
 
@@ -33,7 +34,8 @@ def _inspect(cfg: DictConfig) -> None:
 def main() -> None:
     """Entry point of ``usllm-inspect`` and ``python -m usllm.cli.inspect``."""
     sys.argv[1:] = quote_values(folder_of_model(sys.argv[1:]), ("folder", "json"))
-    _inspect()
+    with nearest_keys_named(PROGRAM):
+        _inspect()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import hydra
 from omegaconf import DictConfig
 
 from usllm.cli.command import quiet_environment, quote_values, report_errors
+from usllm.cli.unknown_keys import nearest_keys_named
 from usllm.runs.directory import register_resolvers
 
 PROGRAM = "usllm-report"
@@ -56,7 +57,8 @@ def main() -> None:
     register_resolvers()
     _typed[:] = sys.argv[1:]
     sys.argv[1:] = quote_paths(sys.argv[1:])
-    _report()
+    with nearest_keys_named(PROGRAM):
+        _report()
 
 
 if __name__ == "__main__":

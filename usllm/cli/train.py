@@ -19,6 +19,7 @@ from usllm.cli.command import (
     report_errors,
     without_wandb_argument,
 )
+from usllm.cli.unknown_keys import nearest_keys_named
 from usllm.runs.directory import register_resolvers
 
 PROGRAM = "usllm-train"
@@ -65,7 +66,8 @@ def _run(cfg: DictConfig, in_sweep: bool) -> Metric:
 def main() -> None:
     """Entry point of ``usllm-train`` and ``python -m usllm.cli.train``."""
     sys.argv[1:] = expand_model(without_wandb_argument(sys.argv[1:]))
-    _train()
+    with nearest_keys_named(PROGRAM):
+        _train()
 
 
 if __name__ == "__main__":

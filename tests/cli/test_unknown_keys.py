@@ -1,0 +1,71 @@
+"""A misspelt key is answered with the key that was meant, whatever Hydra says before it."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from usllm.cli import train
+from usllm.cli.unknown_keys import nearest_keys_named, unknown_keys
+
+
+@pytest.mark.parametrize(
+    ("argument", "nearest"),
+    [
+        ("sketch.bitsperweight=1", "sketch.bits_per_weight"),
+        ("allocaton=uniform", "allocation"),
+        ("max_steps=3", "trainer.max_steps"),
+        ("callbacks.checkpoint.every_n_steps=3", "callbacks.checkpoint.every_n_train_steps"),
+        ("sketch.row=1,2", "sketch.rows"),
+        ("xyzzy=1", None),
+    ],
+)
+def test_nearest_key_is_found_among_groups_and_values(argument: str, nearest: str | None) -> None:
+    others = ["-m", "experiment=demo", "model=random,hub", "sketch.rows=2", "+own.key=3", "~callbacks.progress"]
+    assert unknown_keys("train", [*others, argument]) == {argument.partition("=")[0]: nearest}
+    assert unknown_keys("train", others) == {}
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "lines"),
+    [
+        ("train", ["sketch.row=1", "optimzer.lr=3"], ["sketch.row: … sketch.rows?", "optimzer.lr: … optimizer.lr?"]),
+        ("eval", ["evaluation.window=[3]"], ["evaluation.window: … evaluation.windows?"]),
+        ("export", ["max_shard=3"], ["max_shard: … max_shard_size?"]),
+        ("generate", ["max_tokens=3"], ["max_tokens: … max_new_tokens?"]),
+        ("inspect", ["jsn=a"], ["jsn: … json?"]),
+        ("report", ["run=a"], ["run: … runs?"]),
+    ],
+)
+def test_every_command_names_it_behind_hydras_message(
+    program: str,
+    arguments: list[str],
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"usllm-{program}", *arguments])
+    with pytest.raises(SystemExit, match="1"):
+        import_module(f"usllm.cli.{program}").main()
+    last = capsys.readouterr().err.splitlines()[-len(lines) :]
+    assert last == [
+        f"usllm-{program}: error: {line.replace('…', 'there is no such key; did you mean')}" for line in lines
+    ]
+
+
+def test_other_failures_are_left_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["usllm-train", "experiment=demoo", "sketch.row=1"])
+    with pytest.raises(SystemExit, match="1"):
+        train.main()
+    message = capsys.readouterr().err
+    assert "Could not find 'experiment/demoo'" in message
+    assert "no such key" not in message
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit, match="2"), nearest_keys_named("usllm-train"):
+        sys.exit(2)
+    assert capsys.readouterr().err == ""
