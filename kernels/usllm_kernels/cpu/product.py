@@ -12,13 +12,14 @@ import numpy as np
 from numba import njit
 
 from usllm.sketch.scale import CHANNEL_MANTISSA, OUTPUT_MANTISSA
+from usllm_kernels.cpu.compiled import compiled
 from usllm_kernels.cpu.lanes import LANES, add, fill, load, multiply, store
 from usllm_kernels.cpu.query import TOTAL, combine, gather_candidates
 from usllm_kernels.cpu.stream import unpack_side_by_side
 from usllm_kernels.cpu.tiles import as_floats, nearest_bfloat16, turn_tile
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def product_span(
     x: Any,  # float32 [tokens, in], one token at least
     total: Any,  # float32 [tokens, out], raised

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from usllm_kernels.cpu.compiled import compiled
 from usllm_kernels.cpu.lanes import LANES, add, divide, fill, load, minimum, store, where_less
 from usllm_kernels.cpu.tiles import encode_element, encode_tile, gather_tile
 
@@ -19,7 +19,7 @@ _STRIP = 512  # channels that are turned together: their half-written lines stay
 MINIMUM, SUM, MEAN = 0, 1, 2
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def project_span(
     weight: Any,  # int32 (bit patterns, for MINIMUM) or float32, flat
     pitch: int,  # elements from one output row to the next
@@ -73,7 +73,7 @@ def project_span(
                 place += lane_block[number, 3]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _turn(weight: Any, pitch: int, width: int, start: int, n: int, columns: Any) -> None:
     """A group's weights channel by channel, encoded; the first eight again behind the last, for reads that wrap."""
     step = n + LANES
@@ -91,7 +91,7 @@ def _turn(weight: Any, pitch: int, width: int, start: int, n: int, columns: Any)
                 columns[channel, n + i] = columns[channel, i]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def interleave(columns: Any, channels: Any, turn: int, turns: int, n: int, places: Any, members: Any) -> None:
     """Eight channels side by side in hash order: row q of ``members`` holds position q + rotation of each."""
     for lane in range(LANES):
@@ -105,7 +105,7 @@ def interleave(columns: Any, channels: Any, turn: int, turns: int, n: int, place
             places[lane] = place - n if place >= n else place
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _reduce_minimum(members: Any, table: Any, rows: int, depth: int, states: int, reduced: Any) -> None:
     for row in range(rows):
         for k in range(states):
@@ -117,7 +117,7 @@ def _reduce_minimum(members: Any, table: Any, rows: int, depth: int, states: int
             store(reduced, (row * states + k) * LANES, least)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _reduce_with_winners(
     members: Any, table: Any, rows: int, depth: int, states: int, n: int, pad: Any, reduced: Any, kept: Any
 ) -> None:
@@ -134,7 +134,7 @@ def _reduce_with_winners(
             store(kept, (row * states + k) * LANES, position)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _reduce_sum(members: Any, table: Any, rows: int, depth: int, states: int, n: int, mean: bool, reduced: Any) -> None:
     for row in range(rows):
         for k in range(states):

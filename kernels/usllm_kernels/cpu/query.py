@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from usllm_kernels.cpu.compiled import compiled
 from usllm_kernels.cpu.lanes import LANES, add, largest_bits, load, maximum, smaller_magnitude, store
 from usllm_kernels.cpu.tiles import (
     compare_tile,
@@ -23,7 +23,7 @@ _STRIP = 256  # channels that are written together
 MAGNITUDE_MAX, SIGNED_MAX, MAGNITUDE_MIN, TOTAL = 0, 1, 2, 3
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def query_span(
     codes: Any,  # int8 or int16 [states]
     scales: Any,  # float32 [columns], 0 for channels without states
@@ -66,7 +66,7 @@ def query_span(
         _write(panel, scales, start + (group - first_group) * n, n, latent, pitch, sums, decoded)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def gather_candidates(
     codes: Any, first: int, lanes: int, stride: int, count: int, places: Any, candidates: Any
 ) -> None:
@@ -83,7 +83,7 @@ def gather_candidates(
             candidates[k, lane] = codes[places[lane] + k - whole]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def combine(
     candidates: Any, buckets: Any, table: int, rows: int, states: int, n: int, combination: int, best: Any
 ) -> None:
@@ -129,7 +129,7 @@ def combine(
         best[n + i] = best[i]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def straighten(best: Any, channels: Any, rows: Any, turn: int, turns: int, n: int, places: Any, panel: Any) -> None:
     """Positions in hash order back into output order: each of eight channels into its row of the panel."""
     step = n + LANES
@@ -153,7 +153,7 @@ def straighten(best: Any, channels: Any, rows: Any, turn: int, turns: int, n: in
             places[lane] = place - n if place >= n else place
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _write(panel: Any, scales: Any, start: int, n: int, latent: Any, pitch: int, sums: Any, decoded: Any) -> None:
     """Scale a group's joined codes and write them by output row."""
     width, step = decoded.shape[1], n + LANES

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from usllm_kernels.cpu.compiled import compiled
 
 _MANTISSA, _HIDDEN = np.int32(0x7FFFFF), np.int32(0x800000)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def channel_sums(
     values: Any,  # int32 [states], magnitudes as float32 bit patterns under the mask
     mask: int,
@@ -43,7 +44,7 @@ def channel_sums(
             number += 1
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def choose_scales(
     largest: Any,  # float32 [channels]
     total: Any,  # int64 [channels]
@@ -97,7 +98,7 @@ def choose_scales(
             number += 1
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def quantize_states(
     values: Any,  # int32 [states]: keys (magnitude above, sign in the lowest bit) or float32 bit patterns
     keys: bool,

@@ -8,6 +8,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 
+from usllm_kernels.cpu.compiled import compiled
 from usllm_kernels.cpu.lanes import LANES, Builder, intrinsic
 
 _WIDE, _BYTES = ir.IntType(64), 8  # of a window, which holds the codes and the seven bits before them
@@ -109,7 +110,7 @@ def unpack_one(stream: Any, bit: int, width: int) -> Any:
     return 1 - 2 * value if width == 1 else (value ^ sign) - sign
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def unpack_run(
     stream: Any,  # uint8
     bit: int,  # where the first code begins
@@ -129,7 +130,7 @@ def unpack_run(
         bit += width
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def unpack_side_by_side(
     stream: Any,  # uint8
     bit: int,  # where the codes of the first channel begin
@@ -156,7 +157,7 @@ def unpack_side_by_side(
             candidates[k, lane] = unpack_one(stream, places[lane] + k * width, width)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def unpack_states(
     stream: Any,  # uint8
     channel_block: Any,  # int64 [classes, 4]: channels, first state, states per channel, bits

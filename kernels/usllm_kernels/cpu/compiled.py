@@ -1,0 +1,50 @@
+"""The one way in which loops here are compiled, and where their machine code is kept between processes.
+
+Numba takes kept code for current while the file of its function is unchanged. These functions are compiled into each
+other across files, so the code is kept by a digest of all of them instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from numba import config as _config
+from numba import njit
+
+from usllm.cache import cache_root
+
+numba_settings: Any = _config  # its names are made at run time
+_HERE = Path(__file__).parent
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile a function at its first call, without the interpreter's lock; divisions are not checked."""
+    before = numba_settings.CACHE_DIR
+    numba_settings.CACHE_DIR = str(code_folder(_HERE, before))
+    try:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    finally:
+        numba_settings.CACHE_DIR = before
+
+
+@lru_cache(maxsize=8)
+def code_folder(sources: Path, asked: str = "") -> Path:
+    """Where machine code made of the sources of a folder, and of nothing else, is kept.
+
+    Args:
+        sources: The folder with the sources.
+        asked: Folder that the user named (``NUMBA_CACHE_DIR``); if empty, beside the sources, or in the user's cache
+            where that cannot be written to.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(sources.glob("*.py")):
+        digest.update(file.name.encode() + file.read_bytes())
+    if not asked:
+        beside = os.access(sources, os.W_OK)
+        asked = str(sources / "__pycache__" if beside else cache_root() / "compiled")
+    return Path(asked) / digest.hexdigest()

@@ -1,0 +1,49 @@
+"""Machine code of the CPU kernels is kept by the digest of all their sources."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+numba = pytest.importorskip("numba")
+
+from usllm_kernels.cpu import compiled, stream  # noqa: E402  # needs numba
+
+
+def test_code_of_other_sources_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "caller.py").write_text("from inner import f")
+    (tmp_path / "inner.py").write_text("one")
+    before = compiled.code_folder(tmp_path)
+    compiled.code_folder.cache_clear()
+    assert compiled.code_folder(tmp_path) == before
+    (tmp_path / "inner.py").write_text("two")
+    compiled.code_folder.cache_clear()
+    assert compiled.code_folder(tmp_path).name != before.name
+    assert compiled.code_folder(tmp_path).parent == before.parent
+
+
+def test_code_is_kept_in_the_folder_of_these_sources() -> None:
+    codes = np.empty(8, np.int8)
+    stream.unpack_run(np.full(16, 0xFF, np.uint8), 0, 1, 8, codes, 0)
+    assert (codes == -1).all()
+    folder = compiled.code_folder(Path(compiled.__file__).parent, numba.config.CACHE_DIR)
+    assert Path(stream.unpack_run.stats.cache_path).is_relative_to(folder)
+
+
+def test_other_functions_of_the_user_are_kept_where_they_were() -> None:
+    before = numba.config.CACHE_DIR
+    compiled.compiled(lambda: 0)
+    after = numba.config.CACHE_DIR
+    assert after == before
+
+
+def test_a_package_that_cannot_be_written_to_uses_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("USLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    compiled.code_folder.cache_clear()
+    assert compiled.code_folder(tmp_path).is_relative_to(tmp_path / "cache")
+    assert compiled.code_folder(tmp_path, "/asked").is_relative_to("/asked")
+    compiled.code_folder.cache_clear()
