@@ -155,23 +155,29 @@ def linear_rows(arguments: argparse.Namespace, device: torch.device, speed: floa
     """sketch_linear from packed states against the dense bf16 product, for few tokens and for a prompt."""
     from usllm.packed.layer import pack_layer
 
-    for rows in arguments.rows:
+    ways = [(f"R={rows}", SketchConfig(bits_per_weight=arguments.bits, rows=rows)) for rows in arguments.rows]
+    waterfill = SketchConfig(
+        bits_per_weight=arguments.bits, allocation="waterfill", output_scale=True, rounding="nearest"
+    )
+    for way, config in [*ways, ("waterfill", waterfill)]:
         for shape in shapes(arguments):
-            _, plan, states = layer(shape, SketchConfig(bits_per_weight=arguments.bits, rows=rows), device)
+            _, plan, states = layer(shape, config, device)
             packed = packed_states(pack_layer(plan, states).to(device), plan)
             dense = copies(query(states, plan, torch.bfloat16))
             cells, count = [], dense[0].numel()
             for tokens in (1, 8, arguments.tokens):
                 x = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
-                ours = median(lambda _, x=x, s=packed, p=plan: sketch_linear(x, s, p), device, arguments.repeat)
-                theirs = median(
-                    lambda i, x=x, w=dense: functional.linear(x, w[i]), device, arguments.repeat, len(dense)
-                )
+                with torch.no_grad():
+                    ours = median(lambda _, x=x, s=packed, p=plan: sketch_linear(x, s, p), device, arguments.repeat)
+                    theirs = median(
+                        lambda i, x=x, w=dense: functional.linear(x, w[i]), device, arguments.repeat, len(dense)
+                    )
                 cells.append(f"{ours / theirs:.2f}")
                 if tokens == 1:
                     floor = plan.total_bits / 8 / speed
                     cells.append(f"{floor / ours:.1%}")
-            yield f"{shape[0]}x{shape[1]}, R={rows}", *cells, f"{2e-9 * count * arguments.tokens:.1f}"
+            kept = f"{plan.num_scales / shape[1]:.2f}"
+            yield f"{shape[0]}x{shape[1]}, {way}", kept, *cells, f"{2e-9 * count * arguments.tokens:.1f}"
 
 
 def folded_rows(arguments: argparse.Namespace, device: torch.device, speed: float) -> Iterator[tuple[str, ...]]:
@@ -223,8 +229,18 @@ def main() -> None:
         title = "project_query (fp32 -> bf16; floor 6 bytes a weight), query (-> bf16; floor 2 bytes and the states)"
         table(title, codec_rows(arguments, device, speed), head)
     if "linear" in what:
-        head = ("time / dense bf16", "1 token", "of floor", "8 tokens", f"{arguments.tokens} tokens", "GFLOP of it")
-        title = "sketch_linear from packed states (floor for one token: the packed bytes)"
+        head = (
+            "time / dense bf16",
+            "channels",
+            "1 token",
+            "of floor",
+            "8 tokens",
+            f"{arguments.tokens} tokens",
+            "GFLOP of it",
+        )
+        title = (
+            "sketch_linear from packed states (channels: the share with states; floor of one token: the packed bytes)"
+        )
         table(title, linear_rows(arguments, device, speed), head)
     if "folded" in what:
         head = ("mean, shared hash", "allocation", "MACs / dense", "adds / dense", "time / dense")
