@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from usllm.sketch.plan import Plan
+from usllm.sketch.quantize import BEST_SCALE, EXPONENTIAL_RATIO, HEAVY_SLOPE, NORMAL_RATIO
 
 SHAPE_COLUMNS = 6
 
@@ -119,3 +121,23 @@ def class_tables(plan: Plan, number: int) -> tuple[Tensor, Tensor, Tensor]:
         slot_offset += slots[-1].numel()
         bucket_offset += buckets[-1].numel()
     return torch.tensor(shape, dtype=torch.int32), torch.cat(slots), torch.cat(buckets)
+
+
+@lru_cache(maxsize=16)
+def best_scales(rounding: str, device: torch.device) -> Tensor:
+    """Factors of the mean by width, for normal magnitudes and what exponential ones have more; 0 where nothing clips.
+
+    Returns:
+        float32 [17, 2].
+    """
+    table = torch.zeros(17, 2)
+    for (of_rounding, bits), (normal, exponential) in BEST_SCALE.items():
+        if of_rounding == rounding:
+            table[bits] = torch.tensor((normal, exponential - normal))
+    return table.to(device)
+
+
+@lru_cache(maxsize=8)
+def scale_ratios(device: torch.device) -> Tensor:
+    """rms over mean of normal magnitudes, what exponential ones have more, slope beyond; float32 [3]."""
+    return torch.tensor((NORMAL_RATIO, EXPONENTIAL_RATIO - NORMAL_RATIO, HEAVY_SLOPE)).to(device)

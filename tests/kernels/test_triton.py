@@ -7,12 +7,13 @@ import torch
 from cases import assert_product, case, products_of
 
 from usllm import sketch
-from usllm_kernels import sketch_linear
+from usllm_kernels import project, sketch_linear
 from usllm_kernels.dispatch import interpreted
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
+from usllm_kernels.project import triton as projection  # noqa: E402
 from usllm_kernels.sketch_linear import triton as products  # noqa: E402  # needs triton
 from usllm_kernels.tile import as_multiplied, as_stored  # noqa: E402
 
@@ -47,6 +48,15 @@ def test_rounding_to_bfloat16_is_torchs_and_keeps_nan(device: torch.device) -> N
     expected = bits.view(torch.float32).bfloat16().float()
     for found in (stored.view(torch.bfloat16).float(), multiplied):
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", ["two-group-sizes", "groups-of-one", "shared-mean"])
+def test_groups_are_ordered_a_few_at_a_time(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = case(name, device)
+    monkeypatch.setattr(projection, "ORDERED_BYTES", 2 * 4 * layer.plan.num_scales * layer.plan.spans[-1].size)
+    states = project(layer.weight, layer.plan, layer.moment, backend="triton")
+    assert all(torch.equal(states[key], layer.states[key]) for key in layer.states)
 
 
 @pytest.mark.usefixtures("poisoned")

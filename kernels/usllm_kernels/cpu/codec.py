@@ -5,17 +5,15 @@ The loops release the interpreter lock, so that layers run side by side (:mod:`u
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from usllm.sketch.codec import States, channel_scales, fit_output_scales
 from usllm.sketch.operators.absmaxmin import AbsMaxMin
 from usllm.sketch.plan import Plan
-from usllm.sketch.quantize import BEST_SCALE, DROPPED_BITS, EXPONENTIAL_RATIO, HEAVY_SLOPE, LEAST_EXPONENT, NORMAL_RATIO
+from usllm.sketch.quantize import DROPPED_BITS, LEAST_EXPONENT
 from usllm.sketch.scale import CHANNEL_MANTISSA, OUTPUT_MANTISSA, decode_scale
 from usllm_kernels.cpu.layout import layout
 from usllm_kernels.cpu.parallel import side_by_side
@@ -23,11 +21,12 @@ from usllm_kernels.cpu.project import MEAN, MINIMUM, SUM, project_span
 from usllm_kernels.cpu.query import MAGNITUDE_MAX, MAGNITUDE_MIN, SIGNED_MAX, TOTAL, query_span
 from usllm_kernels.cpu.states import channel_sums, choose_scales, quantize_states
 from usllm_kernels.cpu.stream import unpack_states
+from usllm_kernels.tables import best_scales, scale_ratios
 
 _REDUCTIONS = {"absmaxmin": MINIMUM, "countmin": SUM, "mean": MEAN}
 _COMBINATIONS = {"absmaxmin": MAGNITUDE_MAX, "countmin": MAGNITUDE_MIN, "mean": TOTAL}
 _EMPTY_KEY = 2**31 - 1
-_RATIOS = np.array([NORMAL_RATIO, EXPONENTIAL_RATIO - NORMAL_RATIO, HEAVY_SLOPE], np.float32)
+_CPU = torch.device("cpu")
 _WIDER = {torch.int8: torch.int16, torch.int16: torch.int32}
 
 
@@ -57,8 +56,8 @@ def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, winners: T
         total,
         squares,
         tables.channel_block,
-        _best_scales(plan.config.rounding),
-        _RATIOS,
+        best_scales(plan.config.rounding, _CPU).numpy(),
+        scale_ratios(_CPU).numpy(),
         LEAST_EXPONENT,
         DROPPED_BITS,
         CHANNEL_MANTISSA,
@@ -258,12 +257,3 @@ def _flat(weight: Tensor) -> tuple[Tensor, int]:
         weight = weight.contiguous()
     length = (weight.shape[0] - 1) * weight.stride(0) + weight.shape[1]
     return weight.as_strided((length,), (1,)), weight.stride(0)
-
-
-@lru_cache(maxsize=2)
-def _best_scales(rounding: str) -> Any:
-    table = np.zeros((17, 2), np.float32)
-    for (of_rounding, bits), (normal, exponential) in BEST_SCALE.items():
-        if of_rounding == rounding:
-            table[bits] = normal, exponential - normal
-    return table
