@@ -8,7 +8,7 @@ from cases import case, every_case, products_of
 
 from usllm import sketch
 from usllm.sketch import SketchConfig, build_plan
-from usllm_kernels import matrix_query, packed_states, project, project_query, query
+from usllm_kernels import matrix_query, packed_states, project, project_query, query, sketch_linear
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -107,18 +107,35 @@ def test_more_than_two_to_the_31_weights(backend: str, device: torch.device) -> 
     importance = torch.zeros(shape[1])
     importance[:8] = importance[-8:] = 1.0
     plan = build_plan(shape, importance, SketchConfig(bits_per_weight=0.001, rows=1), "layer")
-    assert plan.num_states
-    states = plan.state_tensors(device)
-    states["codes"].random_(-7, 8)
-    states["scales"].fill_(200)
-    states["scale_base"].fill_(100)
-    decoded = query(states, plan, torch.bfloat16, backend=backend)
-    small = plan.placement(plan.blocks[0].choice, 512).buckets[0].long()
-    block, span = plan.blocks[0], plan.spans[0]
-    channel, group = int(block.channels[-1]), span.groups - 1
+    span, channel = plan.spans[-1], shape[1] - 1
+    block = next(block for block in plan.blocks if channel in block.channels)
+    k, group = min(block.choice.states, span.size), span.groups - 1
+    end = block.first_state + block.num_states
+    # The last channel of the last group, whose weights and states lie behind every other.
+    weight = torch.zeros(shape, device=device)
+    last = torch.randn(span.size, generator=torch.Generator().manual_seed(0))
+    weight[-span.size :, channel] = last.to(device)
     turn = plan.rotation(span) + group * shape[1] + channel
-    bucket = small[(torch.arange(span.size) - turn) % span.size]
-    first = block.first_state + block.num_states - min(block.choice.states, span.size)
-    expected = states["codes"][first:].cpu()[bucket] * sketch.channel_scales(states, plan)[channel].cpu()
-    assert torch.equal(decoded[-span.size :, channel].float().cpu(), expected.bfloat16().float())
+    bucket = plan.placement(block.choice, span.size).buckets[0].long()  # by position in hash order
+    ordered = last[(torch.arange(span.size) + turn) % span.size]
+    kept = torch.stack([ordered[bucket == b][ordered[bucket == b].abs().argmin()] for b in range(k)])
+
+    states = project(weight, plan, backend=backend)
+    del weight
+    scale = sketch.channel_scales(states, plan)[channel].cpu()
+    codes = states["codes"][end - k : end].cpu()
+    limit = 2 ** (block.choice.bits - 1) - 1
+    assert torch.equal(codes, (kept / scale).clamp(-limit, limit).to(torch.int8))
+    assert codes.any()
+
+    expected = (codes[bucket[(torch.arange(span.size) - turn) % span.size]] * scale).bfloat16()
+    decoded = query(states, plan, torch.bfloat16, backend=backend)
+    assert torch.equal(decoded[-span.size :, channel].cpu(), expected)
     assert not decoded[-1, 8:-8].any()
+    del decoded
+    for tokens in (1, 20, 200):
+        x = torch.zeros(tokens, shape[1], dtype=torch.bfloat16, device=device)
+        x[-1, channel] = 1.0
+        y = sketch_linear(x, states, plan, backend=backend)
+        assert torch.equal(y[-1, -span.size :].cpu(), expected)
+        assert not y[:-1].any()
