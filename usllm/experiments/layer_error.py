@@ -27,7 +27,8 @@ from usllm.experiments.inputs import check_sequences, model_of, precision_contex
 from usllm.experiments.results import kept_result, new_picture, save_picture, write_csv, write_result
 from usllm.nn import sketched_layers
 from usllm.runs.machine import machine
-from usllm.sketch import SketchConfig, build_plan, project, query
+from usllm.sketch import SketchConfig, build_plan
+from usllm_kernels import project_query
 
 FILE = "layer_error.json"
 COLUMNS = (("uniform", 3), ("proportional", 1), ("proportional", 3), ("waterfill", 1), ("waterfill", 3))
@@ -192,7 +193,7 @@ def _errors(name: str, weight: Tensor, moment: Tensor, sketch: SketchConfig, rat
                 plan = build_plan((weight.shape[0], weight.shape[1]), importance, config, name, weight_energy=energy)
             except ValueError as error:
                 raise UserError(str(error)) from error
-            decoded = query(project(weight, plan, importance), plan)
+            _, decoded = project_query(weight, plan, importance)
             found[column(allocation, rows, scaled)] = relative_output_error(weight, decoded, moment)
     return found | {"bound": rate_distortion_bound(weight, moment, rate)}
 
