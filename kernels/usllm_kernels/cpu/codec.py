@@ -145,21 +145,18 @@ def decode_groups(
     row: int,
     weight: Tensor | None = None,
     sums: Tensor | None = None,
-    *,
-    held: bool = False,
 ) -> None:
-    """Decode some groups of one span into ``decoded``, float32 or bfloat16 [rows, columns], from ``row`` on.
+    """Decode some groups of one span into ``decoded``, float32 or bfloat16 [rows, in], from ``row`` on.
 
     Args:
         codes: int8 or int16 [states].
-        scales: fp32 [columns].
+        scales: fp32 [in].
         plan: A plan with states.
         number: Of the span.
         first_group, groups: Which of its groups.
         decoded: Written.
         row: Where the first group goes, and where it lies in ``weight``.
-        weight, sums: As for :func:`decode`; for all channels only.
-        held: Whether the columns are the channels that hold states, in storage order, instead of all.
+        weight, sums: As for :func:`decode`.
     """
     tables, span = layout(plan), plan.spans[number]
     latent, pitch = _flat(weight) if weight is not None else (torch.empty(0), 0)
@@ -167,7 +164,6 @@ def decode_groups(
         codes.numpy(),
         scales.numpy(),
         row,
-        plan.shape[1],
         span.size,
         first_group,
         groups,
@@ -175,7 +171,6 @@ def decode_groups(
         plan.turns,
         combination(plan),
         tables.lane_channels,
-        tables.lane_numbers if held else tables.lane_channels,
         tables.lane_block,
         tables.shapes[number],
         tables.buckets[number],

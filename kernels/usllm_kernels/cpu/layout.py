@@ -16,7 +16,6 @@ class Layout(NamedTuple):
 
     Attributes:
         lane_channels: Channels that lie side by side, int64 [lane blocks, 8]; unused lanes repeat the first.
-        lane_numbers: The same by their number in storage order.
         lane_block: Class, lanes in use, first state, states per channel, number of the first channel in storage order,
             first bit in the packed stream, bits a state, int64 [lane blocks, 7].
         channel_block: Channels, first state, states per channel, bits of each class, int64 [classes, 4].
@@ -27,7 +26,6 @@ class Layout(NamedTuple):
     """
 
     lane_channels: Any
-    lane_numbers: Any
     lane_block: Any
     channel_block: Any
     shapes: list[Any]
@@ -44,21 +42,19 @@ def layout(plan: Plan) -> Layout:
 
 
 def _layout(plan: Plan) -> Layout:
-    channels, numbers, blocks = [], [], []
+    channels, blocks = [], []
     in_order = bit = 0
     for number, block in enumerate(plan.blocks):
         first, bits, each = block.first_state, block.choice.bits, block.states_per_channel
         for of_part in block.channels.split(LANES):
             lanes = len(of_part)
             channels.append(torch.cat([of_part, of_part[:1].expand(LANES - lanes)]))
-            numbers.append(in_order + torch.arange(LANES) * (torch.arange(LANES) < lanes))
             blocks.append((number, lanes, first, each, in_order, bit, bits))
             in_order, first, bit = in_order + lanes, first + lanes * each, bit + lanes * each * bits
     per_class = [(len(b.channels), b.first_state, b.states_per_channel, b.choice.bits) for b in plan.blocks]
     spans = [class_tables(plan, number) for number in range(len(plan.spans))]
     return Layout(
         torch.stack(channels).numpy(),
-        torch.stack(numbers).numpy(),
         torch.tensor(blocks).numpy(),
         torch.tensor(per_class).numpy(),
         [shape.long().numpy() for shape, _, _ in spans],

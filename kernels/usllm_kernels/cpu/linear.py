@@ -1,23 +1,23 @@
 """Products with the decoded weight on the CPU, which is never written as a whole; only channels that hold states count.
 
-A few tokens are multiplied with weights that do not leave the first-level cache; more of them with the decoded weights
-of a few groups of outputs at a time.
+A few tokens are multiplied with weights that do not leave the first-level cache; more of them by the library, with the
+decoded weights of a few groups of outputs at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from usllm.sketch import Plan
 from usllm.sketch.codec import States
-from usllm.sketch.scale import CHANNEL_MANTISSA, OUTPUT_MANTISSA, decode_scale
-from usllm_kernels.cpu.codec import combination, decode_groups, joined_codes, unpacked
+from usllm_kernels.cpu.codec import combination, joined_codes
 from usllm_kernels.cpu.layout import layout
 from usllm_kernels.cpu.parallel import side_by_side
-from usllm_kernels.cpu.product import product_span
+from usllm_kernels.cpu.product import product_span, weights_by_channel
 
 FEW_TOKENS = 4  # beyond, one decoding and the library are faster
 _LEAST_SHARED = 1 << 21  # weights; handing over fewer to a second thread takes longer than multiplying them
@@ -30,7 +30,7 @@ def sketch_linear(x: Tensor, states: States, plan: Plan) -> Tensor:
     if len(x) <= FEW_TOKENS and x.dtype in (torch.float32, torch.bfloat16):
         return _few_tokens(x, states, plan)
     held = x.index_select(1, plan.channel_order)
-    return torch.cat([held @ part.t() for _, part in _parts(states, plan, x.dtype)], 1)
+    return torch.cat([product for _, part in _parts(states, plan, x.dtype) for product in held @ part], 1)
 
 
 def input_gradient(gradient: Tensor, states: States, plan: Plan) -> Tensor:
@@ -38,22 +38,43 @@ def input_gradient(gradient: Tensor, states: States, plan: Plan) -> Tensor:
     found = torch.zeros(len(gradient), plan.shape[1])
     if plan.blocks:
         total = torch.zeros(len(gradient), plan.num_scales)
-        for rows, part in _parts(states, plan, gradient.dtype):
-            total += gradient[:, rows] @ part
+        for start, part in _parts(states, plan, gradient.dtype):
+            for number, weights in enumerate(part):
+                first = start + number * weights.shape[1]
+                total += gradient[:, first : first + weights.shape[1]] @ weights.t()
         found.index_copy_(1, plan.channel_order, total)
     return found.to(gradient.dtype)
 
 
+class _Stored(NamedTuple):
+    """States as the compiled loops take them: what is not there is empty."""
+
+    stream: Any
+    codes: Any
+    scales: Any
+    scale_base: Any
+    output_scales: Any
+    output_scale_base: Any
+
+
+def _stored(states: States, plan: Plan) -> _Stored:
+    codes, none = states["codes"], torch.empty(0, dtype=torch.uint8)
+    packed = codes.dtype == torch.uint8
+    return _Stored(
+        (codes if packed else none).numpy(),
+        (torch.empty(0, dtype=plan.code_dtype) if packed else codes).numpy(),
+        states["scales"].numpy(),
+        states["scale_base"].numpy(),
+        states.get("output_scales", none).numpy(),
+        states.get("output_scale_base", none).numpy(),
+    )
+
+
 def _few_tokens(x: Tensor, states: States, plan: Plan) -> Tensor:
-    tables, codes = layout(plan), states["codes"]
+    tables, stored, joined = layout(plan), _stored(states, plan), joined_codes(plan.code_dtype, plan)
     lanes = len(tables.lane_block)
     threads = min(torch.get_num_threads(), lanes) if plan.shape[0] * plan.num_scales >= _LEAST_SHARED else 1
     parts = torch.zeros(threads, len(x), plan.shape[0])
-    empty = torch.empty(0, dtype=torch.uint8)
-    packed = codes.dtype == torch.uint8
-    stream = codes if packed else empty
-    unpacked_codes = torch.empty(0, dtype=plan.code_dtype) if packed else codes
-    output, output_base = states.get("output_scales", empty), states.get("output_scale_base", empty)
     tokens = x.float().contiguous().numpy()
 
     def work(part: int) -> None:
@@ -62,12 +83,7 @@ def _few_tokens(x: Tensor, states: States, plan: Plan) -> Tensor:
                 tokens,
                 parts[part].numpy(),
                 x.dtype == torch.bfloat16,
-                stream.numpy(),
-                unpacked_codes.numpy(),
-                states["scales"].numpy(),
-                states["scale_base"].numpy(),
-                output.numpy(),
-                output_base.numpy(),
+                *stored,
                 span.start,
                 span.size,
                 span.groups,
@@ -80,42 +96,42 @@ def _few_tokens(x: Tensor, states: States, plan: Plan) -> Tensor:
                 tables.lane_block,
                 tables.shapes[number],
                 tables.buckets[number],
-                joined_codes(unpacked_codes.dtype, plan),
+                joined,
             )
 
     side_by_side(work, range(threads))
     return (parts.sum(0) if threads > 1 else parts[0]).to(x.dtype)
 
 
-def _parts(states: States, plan: Plan, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Output rows and their decoded weight [rows, channels with states], a group for each thread at once."""
-    codes, scales, output = unpacked(states, plan), _scales(states, plan), _output_scales(states, plan)
-    written = dtype if dtype == torch.bfloat16 and not len(output) else torch.float32
+def _parts(states: States, plan: Plan, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """First output row and decoded weights of a few groups, [groups, channels with states, n], one for each thread."""
+    tables, stored, joined = layout(plan), _stored(states, plan), joined_codes(plan.code_dtype, plan)
     threads = torch.get_num_threads()
+    written = dtype if dtype == torch.bfloat16 else torch.float32
     for number, span in enumerate(plan.spans):
-        buffer = torch.empty(min(threads, span.groups) * span.size, plan.num_scales, dtype=written)
+        buffer = torch.empty(min(threads, span.groups), plan.num_scales, span.size, dtype=written)
+        into = (buffer.view(torch.int16) if written == torch.bfloat16 else buffer).numpy()
         for first in range(0, span.groups, threads):
             groups = range(first, min(first + threads, span.groups))
 
-            def work(group: int, number: int = number, first: int = first, buffer: Tensor = buffer) -> None:
-                row = (group - first) * plan.spans[number].size
-                decode_groups(codes, scales, plan, number, group, 1, buffer, row, held=True)
+            def work(group: int, number: int = number, first: int = first, into: Any = into) -> None:
+                span = plan.spans[number]
+                weights_by_channel(
+                    into[group - first],
+                    *stored,
+                    span.start + group * span.size,
+                    span.size,
+                    group,
+                    plan.rotation(span),
+                    plan.turns,
+                    plan.shape[1],
+                    combination(plan),
+                    tables.lane_channels,
+                    tables.lane_block,
+                    tables.shapes[number],
+                    tables.buckets[number],
+                    joined,
+                )
 
             side_by_side(work, groups)
-            start = span.start + first * span.size
-            rows = slice(start, start + len(groups) * span.size)
-            part = buffer[: len(groups) * span.size]
-            yield rows, (part * output[rows, None] if len(output) else part).to(dtype)
-
-
-def _scales(states: States, plan: Plan) -> Tensor:
-    """What one code unit is worth in each channel with states, fp32, in storage order."""
-    value = decode_scale(states["scales"], states["scale_base"], CHANNEL_MANTISSA)
-    return value if plan.divisors is None else value / plan.divisors
-
-
-def _output_scales(states: States, plan: Plan) -> Tensor:
-    """fp32 [out], or empty where there are none."""
-    if not plan.config.output_scale:
-        return torch.empty(0)
-    return decode_scale(states["output_scales"], states["output_scale_base"], OUTPUT_MANTISSA)
+            yield span.start + first * span.size, buffer[: len(groups)].to(dtype)

@@ -1,7 +1,9 @@
-"""Compiled loops of products for a few tokens: weights are decoded in the first-level cache and never leave it.
+"""Compiled loops of products: weights are decoded in the first-level cache, eight channels at a time.
 
-The sums of a group are kept in an order that is turned with each channel instead of turning the channel's weights: they
-have room for two groups, and what lies in the second is added to the first at the end.
+For a few tokens they are multiplied there and never leave it. The sums of a group are kept in an order that is turned
+with each channel instead of turning the channel's weights: they have room for two groups, and what lies in the second
+is added to the first at the end. For more tokens the library multiplies, and the weights of a group are written channel
+by channel, as they are decoded.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from usllm_kernels.cpu.compiled import compiled
 from usllm_kernels.cpu.lanes import LANES, add, fill, load, multiply, store
 from usllm_kernels.cpu.query import TOTAL, combine, gather_candidates
 from usllm_kernels.cpu.stream import unpack_side_by_side
-from usllm_kernels.cpu.tiles import as_floats, nearest_bfloat16, turn_tile
+from usllm_kernels.cpu.tiles import as_floats, nearest_bfloat16, store_lanes, turn_tile
 
 
 @compiled
@@ -46,46 +48,23 @@ def product_span(
 ) -> None:
     """What some channels add to the products with one span's weights."""
     tokens, width = x.shape
-    largest = LANES
-    for block in range(shape.shape[0]):
-        largest = max(largest, shape[block, 0] * shape[block, 2])
-    candidates = np.zeros((largest + LANES, LANES), joined.dtype)
-    best = np.empty((n + LANES, LANES), joined.dtype)
     pitch = n + LANES
-    panel = np.empty((LANES, pitch), joined.dtype)
+    candidates, best, panel, places = _room(shape, n, joined)
     sums = np.empty((tokens, n + pitch), np.float32)
     factors = np.zeros(n + pitch if output_scales.size else 0, np.float32)
-    factor_bits = factors.view(np.int32)
-    places, scale = np.empty(LANES, np.int64), np.empty(1, np.float32)
-    scale_bits = scale.view(np.int32)
     for group in range(groups):
         first_row = start + group * n
         sums[:] = np.float32(0.0)
-        if output_scales.size:
-            for i in range(n):
-                factor_bits[i] = stored_scale(output_scales[first_row + i], output_scale_base[0], OUTPUT_MANTISSA)
-            factors[n : 2 * n] = factors[:n]
+        _output_factors(output_scales, output_scale_base, first_row, n, factors)
         for number in range(first_lane, last_lane):
-            block, lanes = lane_block[number, 0], lane_block[number, 1]
-            first, stride = lane_block[number, 2], lane_block[number, 3]
-            rows, states = shape[block, 0], shape[block, 2]
-            within = shape[block, 5] + group * rows * states
-            if stream.size:
-                bit, bits = lane_block[number, 5], lane_block[number, 6]
-                at = bit + within * bits
-                unpack_side_by_side(stream, at, stride * bits, lanes, bits, rows * states, places, candidates)
-            else:
-                gather_candidates(codes, first + within, lanes, stride, rows * states, places, candidates)
-            combine(candidates, buckets, shape[block, 4], rows, states, n, combination, best)
-            for q in range(0, n, LANES):
-                turn_tile(best, q * LANES, panel, q, pitch)
-            for lane in range(lanes):
-                store(panel, lane * pitch + n, fill(panel, 0))
+            rows = shape[lane_block[number, 0], 0]
+            where = group, n, combination, number, lane_block, shape, buckets
+            _code_panel(stream, codes, *where, places, candidates, best, panel)
+            for lane in range(lane_block[number, 1]):
                 channel = lane_channels[number, lane]
                 turn = (rotation + turns * (group * width + channel)) % n
-                scale_bits[0] = stored_scale(scales[lane_block[number, 4] + lane], scale_base[0], CHANNEL_MANTISSA)
-                unit = fill(sums, scale[0] / np.float32(rows) if combination == TOTAL else scale[0])
-                origin, value = lane * pitch, fill(sums, x[0, channel])
+                scale = channel_scale(scales[lane_block[number, 4] + lane], scale_base[0], rows, combination)
+                unit, origin, value = fill(sums, scale), lane * pitch, fill(sums, x[0, channel])
                 for q in range(0, n, LANES):
                     weight = multiply(as_floats(load(panel, origin + q), sums), unit)
                     if factors.size:
@@ -101,7 +80,126 @@ def product_span(
                 total[token, first_row + i] += sums[token, i] + sums[token, n + i]
 
 
+@compiled
+def weights_by_channel(
+    weights: Any,  # float32, or int16 for the bits of bfloat16, [channels with states, n], written
+    stream: Any,  # from here on as for :func:`product_span`
+    codes: Any,
+    scales: Any,
+    scale_base: Any,
+    output_scales: Any,
+    output_scale_base: Any,
+    first_row: int,  # of the group
+    n: int,
+    group: int,  # within the span
+    rotation: int,
+    turns: int,
+    width: int,  # input channels
+    combination: int,
+    lane_channels: Any,
+    lane_block: Any,
+    shape: Any,
+    buckets: Any,
+    joined: Any,
+) -> None:
+    """Decoded weights of one group, channels in storage order."""
+    pitch = n + LANES
+    candidates, best, panel, places = _room(shape, n, joined)
+    factors = np.zeros(n + pitch if output_scales.size else 0, np.float32)
+    like, few = np.empty(0, np.float32), np.empty(LANES, weights.dtype)
+    _output_factors(output_scales, output_scale_base, first_row, n, factors)
+    for number in range(lane_block.shape[0]):
+        rows = shape[lane_block[number, 0], 0]
+        where = group, n, combination, number, lane_block, shape, buckets
+        _code_panel(stream, codes, *where, places, candidates, best, panel)
+        for lane in range(lane_block[number, 1]):
+            turn = (rotation + turns * (group * width + lane_channels[number, lane])) % n
+            row = lane_block[number, 4] + lane
+            unit, origin = fill(like, channel_scale(scales[row], scale_base[0], rows, combination)), lane * pitch
+            for q in range(0, n, LANES):
+                weight = multiply(as_floats(load(panel, origin + q), like), unit)
+                if factors.size:
+                    weight = multiply(weight, load(factors, turn + q))
+                to = turn + q - n if turn + q >= n else turn + q
+                if max(to, q) + LANES <= n:
+                    store_lanes(weights, row * n + to, weight)
+                else:  # over the end of the channel, or of the group
+                    store_lanes(few, 0, weight)
+                    for i in range(min(LANES, n - q)):
+                        weights[row, to + i - n if to + i >= n else to + i] = few[i]
+
+
+@compiled
+def _room(shape: Any, n: int, joined: Any) -> Any:
+    """Candidates, joined codes in hash order, the same channel by channel, and eight offsets."""
+    largest = LANES
+    for block in range(shape.shape[0]):
+        largest = max(largest, shape[block, 0] * shape[block, 2])
+    return (
+        np.zeros((largest + LANES, LANES), joined.dtype),
+        np.empty((n + LANES, LANES), joined.dtype),
+        np.empty((LANES, n + LANES), joined.dtype),
+        np.empty(LANES, np.int64),
+    )
+
+
+@compiled
+def _output_factors(output_scales: Any, base: Any, first_row: int, n: int, factors: Any) -> None:
+    """Output scales of one group, twice."""
+    if output_scales.size:
+        bits = factors.view(np.int32)
+        for i in range(n):
+            bits[i] = stored_scale(output_scales[first_row + i], base[0], OUTPUT_MANTISSA)
+        factors[n : 2 * n] = factors[:n]
+
+
+@compiled
+def _code_panel(
+    stream: Any,
+    codes: Any,
+    group: int,
+    n: int,
+    combination: int,
+    number: int,  # of the block of lanes
+    lane_block: Any,
+    shape: Any,
+    buckets: Any,
+    places: Any,
+    candidates: Any,
+    best: Any,
+    panel: Any,  # [8, n + 8], written: codes of each channel in hash order, and eight zeros
+) -> None:
+    """Joined codes of up to eight channels in one group."""
+    block, lanes, first, stride = (
+        lane_block[number, 0],
+        lane_block[number, 1],
+        lane_block[number, 2],
+        lane_block[number, 3],
+    )
+    rows, states = shape[block, 0], shape[block, 2]
+    within = shape[block, 5] + group * rows * states
+    if stream.size:
+        bits = lane_block[number, 6]
+        at = lane_block[number, 5] + within * bits
+        unpack_side_by_side(stream, at, stride * bits, lanes, bits, rows * states, places, candidates)
+    else:
+        gather_candidates(codes, first + within, lanes, stride, rows * states, places, candidates)
+    combine(candidates, buckets, shape[block, 4], rows, states, n, combination, best)
+    for q in range(0, n, LANES):
+        turn_tile(best, q * LANES, panel, q, n + LANES)
+    for lane in range(LANES):
+        store(panel, lane * (n + LANES) + n, fill(panel, 0))
+
+
 @njit(inline="always")
 def stored_scale(code: Any, base: Any, mantissa: int) -> Any:
     """Bits of float32 of a stored scale (:func:`usllm.sketch.scale.decode_scale`)."""
     return (np.int32(code) + (np.int32(base) << np.int32(mantissa))) << np.int32(23 - mantissa)
+
+
+@compiled
+def channel_scale(code: Any, base: Any, rows: int, combination: int) -> Any:
+    """What one unit of a channel's joined codes is worth, float32."""
+    scale = np.empty(1, np.float32)
+    scale.view(np.int32)[0] = stored_scale(code, base, CHANNEL_MANTISSA)
+    return scale[0] / np.float32(rows) if combination == TOTAL else scale[0]

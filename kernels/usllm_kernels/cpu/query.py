@@ -26,9 +26,8 @@ MAGNITUDE_MAX, SIGNED_MAX, MAGNITUDE_MIN, TOTAL = 0, 1, 2, 3
 @compiled
 def query_span(
     codes: Any,  # int8 or int16 [states]
-    scales: Any,  # float32 [columns], 0 for channels without states
+    scales: Any,  # float32 [in], 0 for channels without states
     start: int,  # output row of the first of these groups, in ``latent`` and ``decoded``
-    width: int,  # input channels
     n: int,
     first_group: int,  # of those to decode, within the span
     groups: int,
@@ -36,7 +35,6 @@ def query_span(
     turns: int,  # how much further the next channel is rotated, 0 or 1
     combination: int,  # one of the four above
     lane_channels: Any,  # int64 [lane blocks, 8]
-    lane_columns: Any,  # int64 [lane blocks, 8]: where these channels go in ``decoded``
     lane_block: Any,  # int64 [lane blocks, 7] (:mod:`usllm_kernels.cpu.layout`)
     shape: Any,  # int64 [classes, 6]: rows, depth, states, offsets in slots and buckets, first state in a channel
     buckets: Any,  # uint16: [rows, n] of every class, counted on from row to row
@@ -44,10 +42,11 @@ def query_span(
     latent: Any,  # float32 flat, to compare with, or empty
     pitch: int,  # elements from one latent row to the next
     sums: Any,  # float32 [2, in], raised by the squares of error and latent, or empty
-    decoded: Any,  # float32, or int16 for the bits of bfloat16, [rows, columns], written
+    decoded: Any,  # float32, or int16 for the bits of bfloat16, [rows, in], written
 ) -> None:
     """Decoded weights of one span."""
-    panel = np.zeros((decoded.shape[1], n + LANES), joined.dtype)
+    width = decoded.shape[1]
+    panel = np.zeros((width, n + LANES), joined.dtype)
     largest = LANES
     for block in range(shape.shape[0]):
         largest = max(largest, shape[block, 0] * shape[block, 2])
@@ -62,7 +61,7 @@ def query_span(
             first += shape[block, 5] + group * rows * states
             gather_candidates(codes, first, lanes, lane_block[number, 3], rows * states, places, candidates)
             combine(candidates, buckets, shape[block, 4], rows, states, n, combination, best)
-            straighten(best, lane_channels[number], lane_columns[number], turn, turns, n, places, panel)
+            straighten(best, lane_channels[number], turn, turns, n, places, panel)
         _write(panel, scales, start + (group - first_group) * n, n, latent, pitch, sums, decoded)
 
 
@@ -130,8 +129,8 @@ def combine(
 
 
 @compiled
-def straighten(best: Any, channels: Any, rows: Any, turn: int, turns: int, n: int, places: Any, panel: Any) -> None:
-    """Positions in hash order back into output order: each of eight channels into its row of the panel."""
+def straighten(best: Any, channels: Any, turn: int, turns: int, n: int, places: Any, panel: Any) -> None:
+    """Positions in hash order back into output order, channel by channel."""
     step = n + LANES
     for lane in range(LANES):
         places[lane] = (turn + turns * channels[lane]) % n
@@ -139,13 +138,13 @@ def straighten(best: Any, channels: Any, rows: Any, turn: int, turns: int, n: in
         crossing = False
         for lane in range(LANES):
             crossing |= places[lane] > n - LANES
-            places[lane] += rows[lane] * step
+            places[lane] += channels[lane] * step
         scatter_tile(best, q * LANES, panel, places)
         for lane in range(LANES):
-            places[lane] -= rows[lane] * step
+            places[lane] -= channels[lane] * step
         if crossing:
             for lane in range(LANES):
-                column = panel[rows[lane]]
+                column = panel[channels[lane]]
                 for i in range(n, places[lane] + LANES):
                     column[i % n] = column[i]
         for lane in range(LANES):

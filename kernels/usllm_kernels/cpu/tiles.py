@@ -169,6 +169,18 @@ def as_floats(typing: Any, codes: Any, like: Any) -> Any:
 
 
 @intrinsic
+def store_lanes(typing: Any, target: Any, at: Any, values: Any) -> Any:
+    """Store eight float32 as the target holds them: themselves, or the bits of bfloat16."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        b, (target, at, values) = Builder(context, builder), arguments
+        b.store(signature.args[0], target, at, _to_stored(b, values, signature.args[0]))
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, values), emit
+
+
+@intrinsic
 def store_element(typing: Any, target: Any, at: Any, value: Any) -> Any:
     """Store one float32 as :func:`decode_tile` stores eight."""
 
