@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import stream
 from hypothesis import given, settings
 from strategies import layers
 from torch import Tensor
 
 from usllm import sketch
 from usllm.sketch import Plan, SketchConfig, build_plan
-from usllm_kernels import project, project_query, query
+from usllm_kernels import project, project_query, query, sketch_linear
 
 pytest.importorskip("numba")
 
@@ -25,6 +26,7 @@ def assert_equal(weight: Tensor, plan: Plan, moment: Tensor | None = None) -> No
     assert not keeps or torch.equal(*winners)
     decoded = sketch.query(expected, plan)
     assert torch.equal(query(states, plan, backend="numba"), decoded)
+    assert_products_equal(states, plan, decoded.bfloat16())
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         sums = torch.empty(2, plan.shape[1])
         again, fused = project_query(weight, plan, moment, dtype=dtype, sums=sums, backend="numba")
@@ -33,6 +35,18 @@ def assert_equal(weight: Tensor, plan: Plan, moment: Tensor | None = None) -> No
         latent = weight.float()
         torch.testing.assert_close(sums[0], (decoded - latent).square().sum(0), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(sums[1], latent.square().sum(0), rtol=1e-4, atol=1e-6)
+
+
+def assert_products_equal(states: sketch.States, plan: Plan, decoded: Tensor) -> None:
+    """Products that pick out one channel hold its weights, unpacked or packed, of few tokens and of many."""
+    channels = torch.linspace(0, plan.shape[1] - 1, 3).long()
+    for codes in (states["codes"], stream(states, plan)):
+        for tokens in (3, 9):
+            x = torch.zeros(tokens, plan.shape[1], dtype=torch.bfloat16)
+            x[range(3), channels] = 1.0
+            y = sketch_linear(x, {**states, "codes": codes}, plan, backend="numba")
+            assert torch.equal(y[:3], decoded[:, channels].t())
+            assert not y[3:].any()
 
 
 @given(layers())
