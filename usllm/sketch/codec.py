@@ -52,7 +52,7 @@ def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, *, winners
         codes = quantize(_of(values, block), scale[:, None], block.choice.bits, plan.config.rounding)
         _of(states["codes"], block).copy_(codes)
     if plan.config.output_scale:
-        fit_output_scales(weight, _query_unscaled(states, plan), states, moment)
+        store_output_scales(states, *output_sums(weight, _query_unscaled(states, plan), moment))
     return states
 
 
@@ -192,19 +192,26 @@ def store_scales(states: States, plan: Plan, sums: ChannelSums) -> Tensor:
     return decode_scale(states["scales"], states["scale_base"], CHANNEL_MANTISSA)
 
 
-def fit_output_scales(weight: Tensor, decoded: Tensor, states: States, moment: Tensor | None) -> None:
-    """Least-squares scale per output row, in the norm of the input's second moment.
+def output_sums(weight: Tensor, decoded: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the least-squares scale of each output row is the quotient of, float64 [out] each.
+
+    Terms are fp32 and their sums 64 bits wide, so that no order of summation shows in the scales.
 
     Args:
         weight: [out, in].
         decoded: What the states decode to without output scales, fp32 [out, in].
-        states: Their ``output_scales`` and ``output_scale_base`` are written.
         moment: E[a²] per input channel, [in]; ``None`` takes all as equal.
+
+    Returns:
+        ``Σ_c E[a_c²] ŵ_c w_c`` and ``Σ_c E[a_c²] ŵ_c²``.
     """
     weighted = decoded if moment is None else decoded * moment.to(decoded)
-    product = (weighted * weight).sum(1)
-    square = (weighted * decoded).sum(1)
-    scale = torch.where(square > 0, product / square, 1.0).clamp_min(2.0**-20)
+    return (weighted * weight).sum(1, dtype=torch.float64), (weighted * decoded).sum(1, dtype=torch.float64)
+
+
+def store_output_scales(states: States, product: Tensor, square: Tensor) -> None:
+    """Write ``output_scales`` and ``output_scale_base`` from :func:`output_sums`; 1 where there is nothing to scale."""
+    scale = torch.where(square > 0, product / square, 1.0).float().clamp_min(2.0**-20)
     states["output_scale_base"] = base_exponent(scale.amax(), OUTPUT_MANTISSA)
     states["output_scales"] = encode_scale(scale, states["output_scale_base"], OUTPUT_MANTISSA)
 

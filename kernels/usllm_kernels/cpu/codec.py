@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from usllm.sketch.codec import States, channel_scales, fit_output_scales
+from usllm.sketch.codec import States, channel_scales, store_output_scales
 from usllm.sketch.operators.absmaxmin import AbsMaxMin
 from usllm.sketch.plan import Plan
 from usllm.sketch.quantize import DROPPED_BITS, LEAST_EXPONENT
@@ -19,7 +19,7 @@ from usllm_kernels.cpu.layout import layout
 from usllm_kernels.cpu.parallel import side_by_side
 from usllm_kernels.cpu.project import MEAN, MINIMUM, SUM, project_span
 from usllm_kernels.cpu.query import MAGNITUDE_MAX, MAGNITUDE_MIN, SIGNED_MAX, TOTAL, query_span
-from usllm_kernels.cpu.states import channel_sums, choose_scales, quantize_states
+from usllm_kernels.cpu.states import channel_sums, choose_scales, output_sums, quantize_states
 from usllm_kernels.cpu.stream import unpack_states
 from usllm_kernels.tables import best_scales, scale_ratios
 
@@ -68,7 +68,12 @@ def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, winners: T
     nearest = plan.config.rounding == "nearest"
     quantize_states(values.numpy(), keys, tables.channel_block, scales, nearest, states["codes"].numpy())
     if plan.config.output_scale:
-        fit_output_scales(weight, decode(states, plan), states, moment)
+        flat, pitch = _flat(weight)
+        of_channels = torch.ones(plan.shape[1]) if moment is None else moment.float()
+        product, square = torch.empty(2, plan.shape[0], dtype=torch.float64)
+        decoded = decode(states, plan).numpy()
+        output_sums(flat.numpy(), pitch, decoded, of_channels.numpy(), product.numpy(), square.numpy())
+        store_output_scales(states, product, square)
     return states
 
 

@@ -131,3 +131,30 @@ def quantize_states(
                     to[k] = np.int32(min(max(part[k] / scale, -limit), limit))
             place += count
             number += 1
+
+
+@compiled
+def output_sums(
+    weight: Any,  # float32, flat
+    pitch: int,  # elements from one output row to the next
+    decoded: Any,  # float32 [out, in]
+    moment: Any,  # float32 [in]
+    product: Any,  # float64 [out], written
+    square: Any,  # float64 [out], written
+) -> None:
+    """What :func:`usllm.sketch.codec.output_sums` gives; eight sums a row, so that none waits for another."""
+    rows, width = decoded.shape
+    products, squares = np.empty(8), np.empty(8)
+    for row in range(rows):
+        latent, made = weight[row * pitch : row * pitch + width], decoded[row]
+        products[:], squares[:] = 0.0, 0.0
+        for first in range(0, width - 7, 8):
+            for lane in range(8):
+                weighted = made[first + lane] * moment[first + lane]
+                products[lane] += np.float64(weighted * latent[first + lane])
+                squares[lane] += np.float64(weighted * made[first + lane])
+        for channel in range(width // 8 * 8, width):
+            weighted = made[channel] * moment[channel]
+            products[0] += np.float64(weighted * latent[channel])
+            squares[0] += np.float64(weighted * made[channel])
+        product[row], square[row] = products.sum(), squares.sum()

@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from usllm.sketch import Plan
-from usllm.sketch.codec import States, fit_output_scales
+from usllm.sketch.codec import States, store_output_scales
 from usllm_kernels.launch import power_of_two
+from usllm_kernels.project.output_sums import output_sums
 from usllm_kernels.project.states import MAGNITUDE, store_states
-from usllm_kernels.query.triton import query
 from usllm_kernels.tables import Tables, tables
 from usllm_kernels.tile import rotated
 
@@ -131,7 +131,7 @@ def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, winners: T
     keys = plan.config.operator == "absmaxmin"
     store_states(_values(weight, plan, known, keys, winners), plan, known, states, keys=keys)
     if plan.config.output_scale:
-        fit_output_scales(weight, query(states, plan, output_scale=False), states, moment)
+        store_output_scales(states, *output_sums(weight, states, plan, moment))
     return states
 
 
