@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from usllm_kernels.cpu.compiled import compiled
+from usllm_kernels.cpu.lanes import LANES, add, load, multiply, store
+from usllm_kernels.cpu.tiles import as_floats
 
 _MANTISSA, _HIDDEN = np.int32(0x7FFFFF), np.int32(0x800000)
 
@@ -144,17 +146,22 @@ def output_sums(
 ) -> None:
     """What :func:`usllm.sketch.codec.output_sums` gives; eight sums a row, so that none waits for another."""
     rows, width = decoded.shape
-    products, squares = np.empty(8), np.empty(8)
+    whole = width // LANES * LANES
+    eight, zeros = np.empty(LANES), np.zeros(LANES)
     for row in range(rows):
-        latent, made = weight[row * pitch : row * pitch + width], decoded[row]
-        products[:], squares[:] = 0.0, 0.0
-        for first in range(0, width - 7, 8):
-            for lane in range(8):
-                weighted = made[first + lane] * moment[first + lane]
-                products[lane] += np.float64(weighted * latent[first + lane])
-                squares[lane] += np.float64(weighted * made[first + lane])
-        for channel in range(width // 8 * 8, width):
-            weighted = made[channel] * moment[channel]
-            products[0] += np.float64(weighted * latent[channel])
-            squares[0] += np.float64(weighted * made[channel])
-        product[row], square[row] = products.sum(), squares.sum()
+        products, squares = load(zeros, 0), load(zeros, 0)
+        for channel in range(0, whole, LANES):
+            made = load(decoded, row * width + channel)
+            weighted = multiply(made, load(moment, channel))
+            latent = load(weight, row * pitch + channel)
+            products = add(products, as_floats(multiply(weighted, latent), zeros))
+            squares = add(squares, as_floats(multiply(weighted, made), zeros))
+        store(eight, 0, products)
+        product[row] = eight.sum()
+        store(eight, 0, squares)
+        square[row] = eight.sum()
+        for channel in range(whole, width):
+            made_one = decoded[row, channel]
+            weighted_one = made_one * moment[channel]
+            product[row] += np.float64(weighted_one * weight[row * pitch + channel])
+            square[row] += np.float64(weighted_one * made_one)

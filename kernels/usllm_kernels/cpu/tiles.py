@@ -159,13 +159,15 @@ def nearest_bfloat16(typing: Any, values: Any) -> Any:
 
 
 @intrinsic
-def as_floats(typing: Any, codes: Any, like: Any) -> Any:
-    """Whole numbers as lanes of ``like``, a float32 array."""
+def as_floats(typing: Any, values: Any, like: Any) -> Any:
+    """Lanes of whole numbers or of float32 as lanes of ``like``, an array of float32 or float64."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.sitofp(arguments[0], ir.VectorType(ir.FloatType(), LANES))
+        kind = ir.VectorType(context.get_value_type(signature.args[1].dtype), LANES)
+        convert = builder.fpext if is_float(signature.args[0]) else builder.sitofp
+        return convert(arguments[0], kind)
 
-    return Lanes(like.dtype)(codes, like), emit
+    return Lanes(like.dtype)(values, like), emit
 
 
 @intrinsic
