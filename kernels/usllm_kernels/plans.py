@@ -44,7 +44,6 @@ class FlatPlan(NamedTuple):
     numbers: list[int]
 
 
-@torch.compiler.assume_constant_result
 def flatten(plan: Plan) -> FlatPlan:
     """A plan for an operator call; made once a plan."""
     kept: FlatPlan | None = plan.__dict__.get("_flat")
@@ -52,6 +51,10 @@ def flatten(plan: Plan) -> FlatPlan:
         kept = plan.__dict__["_flat"] = _flatten(plan)
     _known.setdefault(tuple(kept.numbers), plan)
     return kept
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler (a second, and triton).
+flatten._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _flatten(plan: Plan) -> FlatPlan:
