@@ -155,11 +155,7 @@ def linear_rows(arguments: argparse.Namespace, device: torch.device, speed: floa
     """sketch_linear from packed states against the dense bf16 product, for few tokens and for a prompt."""
     from usllm.packed.layer import pack_layer
 
-    ways = [(f"R={rows}", SketchConfig(bits_per_weight=arguments.bits, rows=rows)) for rows in arguments.rows]
-    waterfill = SketchConfig(
-        bits_per_weight=arguments.bits, allocation="waterfill", output_scale=True, rounding="nearest"
-    )
-    for way, config in [*ways, ("waterfill", waterfill)]:
+    for way, config in [*ways(arguments), ("waterfill", waterfill(arguments.bits))]:
         for shape in shapes(arguments):
             _, plan, states = layer(shape, config, device)
             packed = packed_states(pack_layer(plan, states).to(device), plan)
@@ -201,6 +197,16 @@ def folded_rows(arguments: argparse.Namespace, device: torch.device, speed: floa
                 )
 
 
+def ways(arguments: argparse.Namespace) -> list[tuple[str, SketchConfig]]:
+    """The paper's sketch with every number of rows asked for."""
+    return [(f"R={rows}", SketchConfig(bits_per_weight=arguments.bits, rows=rows)) for rows in arguments.rows]
+
+
+def waterfill(bits: float) -> SketchConfig:
+    """The sketch of least error that we know."""
+    return SketchConfig(bits_per_weight=bits, allocation="waterfill", output_scale=True, rounding="nearest")
+
+
 def shapes(arguments: argparse.Namespace) -> list[tuple[int, int]]:
     return [shape for name in arguments.shapes for shape in SHAPES[name]]
 
@@ -214,6 +220,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of a prompt: 2048 on a card, 256 on the CPU")
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--layers", type=int, default=16, help="of the model")
+    parser.add_argument("--waterfill", action="store_true", help="the model's sketch, instead of the paper's")
     parser.add_argument("--width", type=int, default=2048, help="of the model")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -247,7 +254,8 @@ def main() -> None:
         title = f"folded_linear, {arguments.tokens} tokens"
         table(title, folded_rows(arguments, device, speed), head)
     if "model" in what:
-        model_step(device, arguments.layers, arguments.width, arguments.bits, arguments.rows[-1], arguments.tokens)
+        sketch = waterfill(arguments.bits) if arguments.waterfill else ways(arguments)[-1][1]
+        model_step(device, arguments.layers, arguments.width, sketch, arguments.tokens)
 
 
 if __name__ == "__main__":

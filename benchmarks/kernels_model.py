@@ -37,7 +37,7 @@ def llama(layers: int, width: int) -> Any:
     return LlamaForCausalLM(config)
 
 
-def model_step(device: torch.device, layers: int, width: int, bits: float, rows: int, tokens: int) -> None:
+def model_step(device: torch.device, layers: int, width: int, sketch: SketchConfig, tokens: int) -> None:
     """Dense and sketched step time, their peak memory on a card, time in the sketch, and generation."""
     torch.manual_seed(0)
     started = time.perf_counter()
@@ -73,8 +73,10 @@ def model_step(device: torch.device, layers: int, width: int, bits: float, rows:
     generator = torch.Generator().manual_seed(0)
     importance = {name: torch.rand(layer.in_features, generator=generator) ** 8 + 1e-3 for name, layer in found.items()}
     started = time.perf_counter()
-    allocate_(model, SketchConfig(bits_per_weight=bits, rows=rows), importance)
-    print(f"{len(found)} layers planned and projected in {time.perf_counter() - started:.1f} s")
+    allocate_(model, sketch, importance)
+    print(
+        f"{sketch.allocation}, {sketch.rows} rows: {len(found)} layers planned and projected in {time.perf_counter() - started:.1f} s"
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     results = [step(lambda: reproject_(model)) for _ in range(2)]
     sketched, projecting, loss = min(results)

@@ -20,6 +20,7 @@ from usllm_kernels.cpu.parallel import side_by_side
 from usllm_kernels.cpu.product import product_span, weights_by_channel
 
 FEW_TOKENS = 4  # beyond, one decoding and the library are faster
+_PADDING = 64
 _LEAST_SHARED = 1 << 21  # weights; handing over fewer to a second thread takes longer than multiplying them
 
 
@@ -29,7 +30,8 @@ def sketch_linear(x: Tensor, states: States, plan: Plan) -> Tensor:
         return x.new_zeros(len(x), plan.shape[0])
     if len(x) <= FEW_TOKENS and x.dtype in (torch.float32, torch.bfloat16):
         return _few_tokens(x, states, plan)
-    held = x.index_select(1, plan.channel_order)
+    held = x.new_zeros(len(x), _padded(plan))
+    held[:, : plan.num_scales] = x.index_select(1, plan.channel_order)
     return torch.cat([product for _, part in _parts(states, plan, x.dtype) for product in held @ part], 1)
 
 
@@ -37,12 +39,12 @@ def input_gradient(gradient: Tensor, states: States, plan: Plan) -> Tensor:
     """``dy Ŵ``, [tokens, in], in the dtype of ``gradient`` [tokens, out]; parts are added up in float32."""
     found = torch.zeros(len(gradient), plan.shape[1])
     if plan.blocks:
-        total = torch.zeros(len(gradient), plan.num_scales)
+        total = torch.zeros(len(gradient), _padded(plan))
         for start, part in _parts(states, plan, gradient.dtype):
             for number, weights in enumerate(part):
                 first = start + number * weights.shape[1]
                 total += gradient[:, first : first + weights.shape[1]] @ weights.t()
-        found.index_copy_(1, plan.channel_order, total)
+        found.index_copy_(1, plan.channel_order, total[:, : plan.num_scales])
     return found.to(gradient.dtype)
 
 
@@ -104,12 +106,13 @@ def _few_tokens(x: Tensor, states: States, plan: Plan) -> Tensor:
 
 
 def _parts(states: States, plan: Plan, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """First output row and decoded weights of a few groups, [groups, channels with states, n], one for each thread."""
+    """First output row and decoded weights of a few groups, [groups, padded channels, n], one group for each thread."""
     tables, stored, joined = layout(plan), _stored(states, plan), joined_codes(plan.code_dtype, plan)
     threads = torch.get_num_threads()
     written = dtype if dtype == torch.bfloat16 else torch.float32
     for number, span in enumerate(plan.spans):
-        buffer = torch.empty(min(threads, span.groups), plan.num_scales, span.size, dtype=written)
+        buffer = torch.empty(min(threads, span.groups), _padded(plan), span.size, dtype=written)
+        buffer[:, plan.num_scales :] = 0.0
         into = (buffer.view(torch.int16) if written == torch.bfloat16 else buffer).numpy()
         for first in range(0, span.groups, threads):
             groups = range(first, min(first + threads, span.groups))
@@ -135,3 +138,11 @@ def _parts(states: States, plan: Plan, dtype: torch.dtype) -> Iterator[tuple[int
 
             side_by_side(work, groups)
             yield span.start + first * span.size, buffer[: len(groups)].to(dtype)
+
+
+def _padded(plan: Plan) -> int:
+    """Channels with states, and some more so that layers have few different shapes.
+
+    The library keeps compiled code for every shape that it has multiplied, some 0.6 MB for each.
+    """
+    return -(-plan.num_scales // _PADDING) * _PADDING
