@@ -75,7 +75,8 @@ def model_step(device: torch.device, layers: int, width: int, sketch: SketchConf
     started = time.perf_counter()
     allocate_(model, sketch, importance)
     print(
-        f"{sketch.allocation}, {sketch.rows} rows: {len(found)} layers planned and projected in {time.perf_counter() - started:.1f} s"
+        f"{sketch.allocation}, {sketch.rows} rows: {len(found)} layers planned and projected"
+        f" in {time.perf_counter() - started:.1f} s"
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     results = [step(lambda: reproject_(model)) for _ in range(2)]

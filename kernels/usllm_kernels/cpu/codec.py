@@ -79,10 +79,7 @@ def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, winners: T
 
 def query(states: States, plan: Plan, dtype: torch.dtype = torch.float32) -> Tensor:
     """:func:`usllm.sketch.query`, in float32 or bfloat16."""
-    if not plan.config.output_scale:
-        return decode(states, plan, dtype)
-    scale = decode_scale(states["output_scales"], states["output_scale_base"], OUTPUT_MANTISSA)
-    return decode(states, plan).mul_(scale[:, None]).to(dtype)
+    return decode(states, plan, dtype, output=_output_factors(states, plan))
 
 
 def project_query(
@@ -93,12 +90,7 @@ def project_query(
     if sums is None:
         return states, query(states, plan, dtype)
     sums.zero_()
-    if not plan.config.output_scale:
-        return states, decode(states, plan, dtype, weight, sums)
-    decoded = query(states, plan)
-    sums[0] = (decoded - weight).square_().sum(0)
-    sums[1] = weight.square().sum(0)
-    return states, decoded.to(dtype)
+    return states, decode(states, plan, dtype, weight, sums, output=_output_factors(states, plan))
 
 
 def decode(
@@ -107,8 +99,10 @@ def decode(
     dtype: torch.dtype = torch.float32,
     weight: Tensor | None = None,
     sums: Tensor | None = None,
+    *,
+    output: Tensor | None = None,
 ) -> Tensor:
-    """Decoded weight without output scales [out, in].
+    """Decoded weight [out, in].
 
     Args:
         states: Of the plan.
@@ -116,20 +110,24 @@ def decode(
         dtype: float32 and bfloat16 are written directly, others rounded from float32.
         weight: fp32 [out, in], rows contiguous, to compare with.
         sums: fp32 [2, in], raised by the sums over outputs of the squared error and of the squared weight.
+        output: Scales of the outputs, fp32 [out]; without them the weights are unscaled.
     """
+    if output is None:
+        output = torch.ones(plan.shape[0])
     if not plan.blocks:
         if weight is not None and sums is not None:
             sums += weight.square().sum(0)
         return torch.zeros(plan.shape, dtype=dtype)
     if dtype not in (torch.float32, torch.bfloat16):
-        return decode(states, plan, torch.float32, weight, sums).to(dtype)
+        return decode(states, plan, torch.float32, weight, sums, output=output).to(dtype)
     decoded = torch.empty(plan.shape, dtype=dtype)
     codes, scales = unpacked(states, plan), channel_scales(states, plan)
 
     def work(task: tuple[int, int, int]) -> None:
         number, first, groups = task
         span = plan.spans[number]
-        decode_groups(codes, scales, plan, number, first, groups, decoded, span.start + first * span.size, weight, sums)
+        row = span.start + first * span.size
+        decode_groups(codes, scales, output, plan, number, first, groups, decoded, row, weight, sums)
 
     if sums is None:
         side_by_side(work, _tasks(plan, torch.get_num_threads() > 1))
@@ -142,6 +140,7 @@ def decode(
 def decode_groups(
     codes: Tensor,
     scales: Tensor,
+    output: Tensor,
     plan: Plan,
     number: int,
     first_group: int,
@@ -156,6 +155,7 @@ def decode_groups(
     Args:
         codes: int8 or int16 [states].
         scales: fp32 [in].
+        output: fp32 [out].
         plan: A plan with states.
         number: Of the span.
         first_group, groups: Which of its groups.
@@ -168,6 +168,7 @@ def decode_groups(
     query_span(
         codes.numpy(),
         scales.numpy(),
+        output.numpy(),
         row,
         span.size,
         first_group,
@@ -185,6 +186,12 @@ def decode_groups(
         (torch.empty(2, 0) if sums is None else sums).numpy(),
         (decoded.view(torch.int16) if decoded.dtype == torch.bfloat16 else decoded).numpy(),
     )
+
+
+def _output_factors(states: States, plan: Plan) -> Tensor | None:
+    if not plan.config.output_scale:
+        return None
+    return decode_scale(states["output_scales"], states["output_scale_base"], OUTPUT_MANTISSA)
 
 
 def combination(plan: Plan) -> int:

@@ -27,7 +27,8 @@ MAGNITUDE_MAX, SIGNED_MAX, MAGNITUDE_MIN, TOTAL = 0, 1, 2, 3
 def query_span(
     codes: Any,  # int8 or int16 [states]
     scales: Any,  # float32 [in], 0 for channels without states
-    start: int,  # output row of the first of these groups, in ``latent`` and ``decoded``
+    factors: Any,  # float32 [out]: of the outputs
+    start: int,  # output row of the first of these groups, in ``factors``, ``latent`` and ``decoded``
     n: int,
     first_group: int,  # of those to decode, within the span
     groups: int,
@@ -62,7 +63,7 @@ def query_span(
             gather_candidates(codes, first, lanes, lane_block[number, 3], rows * states, places, candidates)
             combine(candidates, buckets, shape[block, 4], rows, states, n, combination, best)
             straighten(best, lane_channels[number], turn, turns, n, places, panel)
-        _write(panel, scales, start + (group - first_group) * n, n, latent, pitch, sums, decoded)
+        _write(panel, scales, factors, start + (group - first_group) * n, n, latent, pitch, sums, decoded)
 
 
 @compiled
@@ -153,7 +154,9 @@ def straighten(best: Any, channels: Any, turn: int, turns: int, n: int, places: 
 
 
 @compiled
-def _write(panel: Any, scales: Any, start: int, n: int, latent: Any, pitch: int, sums: Any, decoded: Any) -> None:
+def _write(
+    panel: Any, scales: Any, factors: Any, start: int, n: int, latent: Any, pitch: int, sums: Any, decoded: Any
+) -> None:
     """Scale a group's joined codes and write them by output row."""
     width, step = decoded.shape[1], n + LANES
     whole = n // LANES * LANES
@@ -166,16 +169,15 @@ def _write(panel: Any, scales: Any, start: int, n: int, latent: Any, pitch: int,
                 for channel in range(first, full, LANES):
                     at, to = channel * step + i, row * width + channel
                     origin = row * pitch + channel
-                    compare_tile(
-                        panel, at, step, scales, channel, decoded, to, width, latent, origin, pitch, sums, width
-                    )
+                    where = channel, factors, row, decoded, to, width
+                    compare_tile(panel, at, step, scales, *where, latent, origin, pitch, sums, width)
             else:
                 for channel in range(first, full, LANES):
                     at, to = channel * step + i, row * width + channel
-                    decode_tile(panel, at, step, scales, channel, decoded, to, width)
+                    decode_tile(panel, at, step, scales, channel, factors, row, decoded, to, width)
         for channel in range(first, last):
             for i in range(whole if channel < full else 0, n):
-                value = np.float32(panel[channel, i]) * scales[channel]
+                value = np.float32(panel[channel, i]) * scales[channel] * factors[start + i]
                 store_element(decoded, (start + i) * width + channel, value)
                 if sums.size:
                     weight = latent[(start + i) * pitch + channel]

@@ -200,32 +200,49 @@ def store_element(typing: Any, target: Any, at: Any, value: Any) -> Any:
 
 
 def _decoded(b: Builder, signature: Any, arguments: Any) -> list[Any]:
-    codes, at, stride, scales, channel = arguments[:5]
+    codes, at, stride, scales, channel, factors, first = arguments[:7]
     scale = b.load(signature.args[3], scales, channel)
     wide = ir.VectorType(ir.IntType(32), LANES)
     rows = b.transpose(b.rows(signature.args[0], codes, at, stride))
     whole = [row if row.type.element.width == 32 else b.ir.sext(row, wide) for row in rows]
-    return [b.ir.fmul(b.ir.sitofp(row, scale.type), scale) for row in whole]
+    of_rows = b.load(signature.args[5], factors, first)
+    index = ir.VectorType(ir.IntType(32), LANES)
+    each = [b.ir.shuffle_vector(of_rows, of_rows, ir.Constant(index, [number] * LANES)) for number in range(LANES)]
+    return [
+        b.ir.fmul(b.ir.fmul(b.ir.sitofp(row, scale.type), scale), factor)
+        for row, factor in zip(whole, each, strict=True)
+    ]
 
 
 @intrinsic
 def decode_tile(
-    typing: Any, codes: Any, at: Any, stride: Any, scales: Any, channel: Any, target: Any, to: Any, step: Any
+    typing: Any,
+    codes: Any,
+    at: Any,
+    stride: Any,
+    scales: Any,
+    channel: Any,
+    factors: Any,
+    first: Any,
+    target: Any,
+    to: Any,
+    step: Any,
 ) -> Any:
-    """Turn a tile of joined codes [8 channels, 8 outputs] into weights: code times the channel's scale.
+    """Turn a tile of joined codes [8 channels, 8 outputs] into weights: code times the scales of channel and output.
 
-    ``target`` is float32, or int16 for the bits of bfloat16.
+    ``factors`` [out], float32, hold the output's scales, the first output's at ``first``. ``target`` is float32, or
+    int16 for the bits of bfloat16.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         b = Builder(context, builder)
-        target, to, step = arguments[5:]
+        target, to, step = arguments[7:]
         for number, row in enumerate(_decoded(b, signature, arguments)):
-            b.store(signature.args[5], target, b.offset(to, step, number), _to_stored(b, row, signature.args[5]))
+            b.store(signature.args[7], target, b.offset(to, step, number), _to_stored(b, row, signature.args[7]))
         return context.get_dummy_value()
 
     index = types.intp
-    return types.void(codes, index, index, scales, index, target, index, index), emit
+    return types.void(codes, index, index, scales, index, factors, index, target, index, index), emit
 
 
 @intrinsic
@@ -236,6 +253,8 @@ def compare_tile(
     stride: Any,
     scales: Any,
     channel: Any,
+    factors: Any,
+    first: Any,
     target: Any,
     to: Any,
     step: Any,
@@ -249,19 +268,21 @@ def compare_tile(
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         b = Builder(context, builder)
-        channel, target, to, step, latent, origin, pitch, sums, channels = arguments[4:]
+        channel = arguments[4]
+        target, to, step, latent, origin, pitch, sums, channels = arguments[7:]
+        kinds = signature.args
         below = builder.add(channels, channel)
-        error, energy = b.load(signature.args[11], sums, channel), b.load(signature.args[11], sums, below)
+        error, energy = b.load(kinds[13], sums, channel), b.load(kinds[13], sums, below)
         for number, row in enumerate(_decoded(b, signature, arguments)):
-            b.store(signature.args[5], target, b.offset(to, step, number), _to_stored(b, row, signature.args[5]))
-            weight = b.load(signature.args[8], latent, b.offset(origin, pitch, number))
+            b.store(kinds[7], target, b.offset(to, step, number), _to_stored(b, row, kinds[7]))
+            weight = b.load(kinds[10], latent, b.offset(origin, pitch, number))
             difference = builder.fsub(row, weight)
             error = builder.fadd(error, builder.fmul(difference, difference))
             energy = builder.fadd(energy, builder.fmul(weight, weight))
-        b.store(signature.args[11], sums, channel, error)
-        b.store(signature.args[11], sums, below, energy)
+        b.store(kinds[13], sums, channel, error)
+        b.store(kinds[13], sums, below, energy)
         return context.get_dummy_value()
 
     index = types.intp
-    places = (codes, index, index, scales, index, target, index, index)
+    places = (codes, index, index, scales, index, factors, index, target, index, index)
     return types.void(*places, latent, index, index, sums, index), emit
