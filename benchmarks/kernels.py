@@ -90,6 +90,12 @@ def copies(weight: Tensor) -> list[Tensor]:
     return [weight.clone() for _ in range(-(-UNCACHED_BYTES // (weight.numel() * weight.element_size())))]
 
 
+def several(states: States, plan: Plan) -> list[States]:
+    """Copies of the states as :func:`copies` makes them of weights, as many as layers of this shape would be cold."""
+    count = min(-(-UNCACHED_BYTES // max(plan.total_bits // 8, 1)), 64)
+    return [{name: value.clone() for name, value in states.items()} for _ in range(count)]
+
+
 def naive_query(states: States, plan: Plan, dtype: torch.dtype) -> Tensor:
     """AbsMaxMin decoded as written down: hash every weight, gather every row's candidate, take the largest."""
     codes, device = states["codes"], states["codes"].device
@@ -137,7 +143,8 @@ def codec_rows(arguments: argparse.Namespace, device: torch.device, speed: float
 
             copied = timed(lambda i, w=weights, t=targets: t[i].copy_(w[i]))
             both = timed(lambda i, w=weights, p=plan: project_query(w[i], p, dtype=torch.bfloat16))
-            alone = timed(lambda _, s=states, p=plan: query(s, p, torch.bfloat16))
+            cold = several(states, plan)
+            alone = timed(lambda i, s=cold, p=plan: query(s[i % len(s)], p, torch.bfloat16))
             naive = timed(lambda _, s=states, p=plan: naive_query(s, p, torch.bfloat16), 1, 1)
             matrix = timed(lambda _, s=states, p=plan: matrix_query(s, p, torch.bfloat16), 1, 3)
             yield (
@@ -158,13 +165,18 @@ def linear_rows(arguments: argparse.Namespace, device: torch.device, speed: floa
     for way, config in [*ways(arguments), ("waterfill", waterfill(arguments.bits))]:
         for shape in shapes(arguments):
             _, plan, states = layer(shape, config, device)
-            packed = packed_states(pack_layer(plan, states).to(device), plan)
+            packed = several(packed_states(pack_layer(plan, states).to(device), plan), plan)
             dense = copies(query(states, plan, torch.bfloat16))
             cells, count = [], dense[0].numel()
             for tokens in (1, 8, arguments.tokens):
                 x = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
                 with torch.no_grad():
-                    ours = median(lambda _, x=x, s=packed, p=plan: sketch_linear(x, s, p), device, arguments.repeat)
+                    ours = median(
+                        lambda i, x=x, s=packed, p=plan: sketch_linear(x, s[i], p),
+                        device,
+                        arguments.repeat,
+                        len(packed),
+                    )
                     theirs = median(
                         lambda i, x=x, w=dense: functional.linear(x, w[i]), device, arguments.repeat, len(dense)
                     )

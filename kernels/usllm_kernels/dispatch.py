@@ -7,8 +7,10 @@ itself; a choice that cannot run raises. ``auto``, the default, never does.
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -44,6 +46,11 @@ def choose(device: torch.device, backend: str | None = None) -> str:
             " before the start to have the kernels interpreted, which is slow"
         )
     return asked
+
+
+def running_on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes the device of the operands the one that kernels are launched on; Triton asks for no tensor's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @lru_cache(maxsize=8)

@@ -53,12 +53,9 @@ def flatten(plan: Plan) -> FlatPlan:
     return kept
 
 
-# What torch.compiler.assume_constant_result does, without its import of the whole compiler (a second, and triton).
-flatten._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
+@torch.inference_mode(False)  # a backward pass may save the tensors, whatever made the plan
 def _flatten(plan: Plan) -> FlatPlan:
-    tensors, config = plan.to_tensors(), plan.config
+    tensors, config = {name: tensor.clone() for name, tensor in plan.to_tensors().items()}, plan.config
     content = b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
     numbers = [
         *plan.shape,
@@ -124,11 +121,39 @@ def list_states(states: States) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     )
 
 
+def check_states(states: States, plan: Plan) -> None:
+    """Refuse states that the plan was not made for: kernels read them without looking.
+
+    Raises:
+        ValueError: Their number is another, or they do not lie in one piece.
+    """
+    needed = {"codes": plan.num_states, "scales": plan.num_scales, "scale_base": 1}
+    if states["codes"].dtype == torch.uint8:
+        needed["codes"] = plan.bit_breakdown()["states"] // 8
+    if plan.config.output_scale:
+        needed |= {"output_scales": plan.shape[0], "output_scale_base": 1}
+    for name, count in needed.items():
+        held = states.get(name, states["codes"][:0])
+        if held.numel() < count or not held.is_contiguous():
+            apart = "" if held.is_contiguous() else ", not in one piece"
+            raise ValueError(
+                f"{plan.name}: {name} are {held.numel()} numbers{apart}; the plan wants {count} in one piece"
+            )
+
+
 def name_states(tensors: Sequence[Tensor]) -> States:
     """Inverse of :func:`list_states`."""
     names = ("codes", "scales", "scale_base", "output_scales", "output_scale_base")
     held = names if tensors[4].numel() else names[:3]
     return dict(zip(held, tensors, strict=False))
+
+
+def _places(plan: Plan) -> tuple[int, int, int]:
+    """First bytes of scales, output scales and codes in a packed layer."""
+    size = {name: bits // 8 for name, bits in plan.bit_breakdown().items()}
+    scales = size["header"] + size["classes"] + size["channel_classes"]
+    output = scales + size["scales"]
+    return scales, output, output + size["output_scale"]
 
 
 def packed_states(packed: Tensor, plan: Plan) -> States:
@@ -138,10 +163,7 @@ def packed_states(packed: Tensor, plan: Plan) -> States:
         packed: uint8 [``plan.total_bits / 8``], header first (`usllm/packed/FORMAT.md`).
         plan: The layer's plan.
     """
-    size = {name: bits // 8 for name, bits in plan.bit_breakdown().items()}
-    scales = size["header"] + size["classes"] + size["channel_classes"]
-    output = scales + size["scales"]
-    codes = output + size["output_scale"]
+    scales, output, codes = _places(plan)
     states = {"codes": packed[codes:], "scales": packed[scales:output], "scale_base": packed[1:2]}
     if plan.config.output_scale:
         states |= {"output_scales": packed[output:codes], "output_scale_base": packed[2:3]}
@@ -151,3 +173,8 @@ def packed_states(packed: Tensor, plan: Plan) -> States:
 def empty(dtype: torch.dtype, device: torch.device) -> Tensor:
     """What stands for a tensor that is not there: operators return no ``None``."""
     return torch.empty(0, dtype=dtype, device=device)
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler (a second, and triton).
+for _function in (flatten, _places):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -71,18 +71,23 @@ class Groups(NamedTuple):
 
 
 @triton.jit
-def load_codes(codes, state, bit, bits, mask, PACKED: tl.constexpr):
-    """State codes as int32: by number from unpacked ones, by bit position from the packed stream."""
+def load_codes(codes, first, bucket, skip, bits, mask, PACKED: tl.constexpr):
+    """State codes as int32 [channels, outputs].
+
+    ``first`` [channels, 1] is where a channel's states begin: their number, or, of the packed stream, the byte that
+    their first bit is in, behind ``skip`` others. From there 32 bits reach every state of a group.
+    """
     if PACKED:
-        byte = bit >> 3
-        last = (bit + bits - 1) >> 3
-        value = tl.load(codes + byte, mask=mask, other=0).to(tl.int32)
-        value |= tl.load(codes + byte + 1, mask=mask & (last > byte), other=0).to(tl.int32) << 8
-        value |= tl.load(codes + byte + 2, mask=mask & (last > byte + 1), other=0).to(tl.int32) << 16
-        value = (value >> (bit & 7).to(tl.int32)) & ((1 << bits) - 1)
+        bit = skip + bucket * bits
+        place = codes + first + (bit >> 3)
+        end = (bit & 7) + bits
+        value = tl.load(place, mask=mask, other=0).to(tl.int32)
+        value |= tl.load(place + 1, mask=mask & (end > 8), other=0).to(tl.int32) << 8
+        value |= tl.load(place + 2, mask=mask & (end > 16), other=0).to(tl.int32) << 16
+        value = (value >> (bit & 7)) & ((1 << bits) - 1)
         signed = value - ((value >> (bits - 1)) << bits)
         return tl.where(bits == 1, 1 - 2 * value, signed)
-    return tl.load(codes + state, mask=mask, other=0).to(tl.int32)
+    return tl.load(codes + first + bucket, mask=mask, other=0).to(tl.int32)
 
 
 @triton.jit
@@ -140,9 +145,13 @@ def decoded_tile(
     states = tl.load(span.shape + row_of + 2, mask=held, other=0)
     table = tl.load(span.shape + row_of + 4, mask=held, other=0)
     place = tl.load(span.shape + row_of + 5, mask=held, other=0) + group * rows * states
-    state = tl.load(sketch.first_state + number, mask=held, other=0) + place
     width_in_bits = tl.load(sketch.bits + number, mask=held, other=1)
-    bit = tl.load(sketch.first_bit + number, mask=held, other=0) + place.to(tl.int64) * width_in_bits
+    if sketch.PACKED:
+        bit = tl.load(sketch.first_bit + number, mask=held, other=0) + place.to(tl.int64) * width_in_bits
+        first, skip = bit >> 3, (bit & 7).to(tl.int32)
+    else:
+        first = tl.load(sketch.first_state + number, mask=held, other=0) + place
+        skip = tl.zeros(place.shape, tl.int32)
     q = rotated(i, channel, group, span.n, span.rotation, sketch.width, sketch.STEP)
     mask = held[:, None] & (i < span.n)[None, :]
     joined = tl.zeros(q.shape, tl.int32)
@@ -151,8 +160,9 @@ def decoded_tile(
         bucket = tl.load(span.buckets + table[:, None] + row * span.n + q, mask=live, other=0).to(tl.int32) & 0xFFFF
         code = load_codes(
             sketch.codes,
-            state[:, None] + bucket,
-            bit[:, None] + bucket.to(tl.int64) * width_in_bits[:, None],
+            first[:, None],
+            bucket,
+            skip[:, None],
             width_in_bits[:, None],
             live,
             sketch.PACKED,

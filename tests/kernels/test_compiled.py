@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,9 @@ def test_code_of_other_sources_is_not_used(tmp_path: Path) -> None:
     assert compiled.code_folder(tmp_path) == before
     (tmp_path / "inner.py").write_text("two")
     compiled.code_folder.cache_clear()
-    assert compiled.code_folder(tmp_path).name != before.name
-    assert compiled.code_folder(tmp_path).parent == before.parent
+    after = compiled.code_folder(tmp_path)
+    assert before is not None and after is not None
+    assert after.name != before.name and after.parent == before.parent
 
 
 def test_code_is_kept_in_the_folder_of_these_sources() -> None:
@@ -30,7 +30,7 @@ def test_code_is_kept_in_the_folder_of_these_sources() -> None:
     stream.unpack_run(np.full(16, 0xFF, np.uint8), 0, 1, 8, codes, 0)
     assert (codes == -1).all()
     folder = compiled.code_folder(Path(compiled.__file__).parent, numba.config.CACHE_DIR)
-    assert Path(stream.unpack_run.stats.cache_path).is_relative_to(folder)
+    assert folder is not None and Path(stream.unpack_run.stats.cache_path).is_relative_to(folder)
 
 
 def test_other_functions_of_the_user_are_kept_where_they_were() -> None:
@@ -40,10 +40,23 @@ def test_other_functions_of_the_user_are_kept_where_they_were() -> None:
     assert after == before
 
 
-def test_a_package_that_cannot_be_written_to_uses_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_cannot_be_written_to_uses_the_cache_or_keeps_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "__pycache__").write_text("no folder can be made here")
     monkeypatch.setenv("USLLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
     compiled.code_folder.cache_clear()
-    assert compiled.code_folder(tmp_path).is_relative_to(tmp_path / "cache")
-    assert compiled.code_folder(tmp_path, "/asked").is_relative_to("/asked")
+    found = compiled.code_folder(tmp_path)
+    assert found is not None and found.is_relative_to(tmp_path / "cache")
+    monkeypatch.setenv("USLLM_CACHE", str(tmp_path / "__pycache__" / "cache"))
     compiled.code_folder.cache_clear()
+    assert compiled.code_folder(tmp_path) is None
+    monkeypatch.setattr(compiled, "code_folder", lambda sources, asked: None)
+    assert compiled.compiled(lambda: 7)() == 7
+
+
+def test_the_users_own_folder_is_taken(tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    compiled.code_folder.cache_clear()
+    found = compiled.code_folder(tmp_path, str(asked))
+    assert found is not None and found.is_relative_to(asked)

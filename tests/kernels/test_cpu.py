@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import stream
+from cases import assert_product, stream
 from hypothesis import given, settings
 from strategies import layers
 from torch import Tensor
@@ -14,6 +14,8 @@ from usllm.sketch import Plan, SketchConfig, build_plan
 from usllm_kernels import project, project_query, query, sketch_linear
 
 pytest.importorskip("numba")
+
+from usllm_kernels.cpu import linear  # needs numba
 
 
 def assert_equal(weight: Tensor, plan: Plan, moment: Tensor | None = None) -> None:
@@ -114,7 +116,7 @@ def test_channels_without_states_decode_to_zero() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_every_thread_count_gives_the_same_bits(threads: int) -> None:
+def test_every_thread_count_gives_the_same_bits(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(530, 40, generator=torch.Generator().manual_seed(0))
     config = SketchConfig(bits_per_weight=2.0, group_size=100)
     plan = build_plan((530, 40), torch.rand(40, generator=torch.Generator().manual_seed(1)) + 0.1, config, "layer")
@@ -126,6 +128,10 @@ def test_every_thread_count_gives_the_same_bits(threads: int) -> None:
         torch.set_num_threads(threads)
         assert_equal(weight, plan)
         project_query(weight, plan, sums=sums, backend="numba")
+        monkeypatch.setattr(linear, "_LEAST_SHARED", 0)
+        x = torch.randn(3, 40)
+        y = sketch_linear(x, project(weight, plan), plan, backend="numba")
+        assert_product(y, x, query(project(weight, plan), plan).t())
     finally:
         torch.set_num_threads(before)
     assert torch.equal(sums, expected)

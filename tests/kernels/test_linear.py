@@ -84,15 +84,39 @@ def test_weights_are_multiplied_as_rounded_to_the_inputs_dtype(
         assert torch.equal(sketch_linear(x, layer.packed, layer.plan, backend=backend)[-1], decoded[:, channel])
 
 
-@pytest.mark.parametrize("tokens", [1, 20])
-def test_without_gradients_the_operator_is_passed_over_and_computes_the_same(
-    tokens: int, backend: str, device: torch.device
-) -> None:
-    layer = case("mixed-widths", device)
-    x = random(tokens, layer.plan.shape[1], device=device, dtype=torch.bfloat16)
-    expected = sketch_linear(x, layer.packed, layer.plan, backend=backend)
-    with torch.no_grad():
-        assert torch.equal(sketch_linear(x, layer.packed, layer.plan, backend=backend), expected)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 20, 130])
+def test_other_types_of_input(tokens: int, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    layer = case("plain", device)
+    x = random(tokens, layer.plan.shape[1], device=device, dtype=dtype)
+    y = sketch_linear(x, layer.packed, layer.plan, backend=backend)
+    assert y.dtype == dtype
+    expected = x.double() @ sketch.query(layer.states, layer.plan).double().t()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=2e-2)
+
+
+def test_gradients_after_the_plan_was_first_used_without_any(backend: str, device: torch.device) -> None:
+    layer = case("plain", device)
+    shape, importance = layer.plan.shape, layer.moment.cpu()
+    with torch.inference_mode():
+        plan = build_plan(shape, importance, SketchConfig(bits_per_weight=3.0), "used in inference mode")
+        states = project(layer.weight, plan, backend=backend)
+        query(states, plan, backend=backend)
+    x = random(3, shape[1], device=device).requires_grad_()
+    sketch_linear(x, {key: value.clone() for key, value in states.items()}, plan, backend=backend).sum().backward()
+    assert x.grad is not None and x.grad.any()
+
+
+@pytest.mark.parametrize("name", ["plain", "mixed-widths"])
+def test_states_of_another_size_are_refused(name: str, backend: str, device: torch.device) -> None:
+    layer = case(name, device)
+    x = random(3, layer.plan.shape[1], device=device)
+    for states, key in ((layer.states, "codes"), (layer.packed, "codes"), (layer.states, "scales")):
+        for wrong in (states[key][:-1], states[key].repeat_interleave(2)[::2]):
+            with pytest.raises(ValueError, match=f"{name}: {key} are .* in one piece"):
+                sketch_linear(x, {**states, key: wrong}, layer.plan, backend=backend)
+            with pytest.raises(ValueError, match=f"{name}: {key} are .* in one piece"):
+                query({**states, key: wrong}, layer.plan, backend=backend)
 
 
 def test_no_decoded_weight_is_kept_for_the_backward_pass(backend: str, device: torch.device) -> None:

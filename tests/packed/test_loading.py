@@ -35,6 +35,27 @@ def test_load_gives_the_model_that_was_packed(folder: Path) -> None:
     assert torch.equal(logits(usllm.load(folder, dtype=torch.float32)), logits(sketched_model()))
 
 
+def test_loaded_layers_are_compiled_whole_before_they_are_used(folder: Path) -> None:
+    layer = next(iter(packed_layers(usllm.load(folder, dtype=torch.bfloat16)).values()))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, layer.in_features, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+
+
+def test_gradients_pass_through_layers_that_were_used_without(folder: Path) -> None:
+    model = usllm.load(folder, dtype=torch.bfloat16)
+    layer = next(iter(packed_layers(model).values()))
+    x = torch.randn(3, layer.in_features, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        y = layer(x)
+    x.requires_grad_()
+    again = layer(x)
+    again.sum().backward()
+    assert torch.equal(again, y)
+    assert x.grad is not None
+
+
 def test_dtype_is_the_stored_one_unless_asked(tmp_path: Path) -> None:
     stored = pack(sketched_model(), tmp_path / "bf16")
     assert usllm.load(stored).dtype == torch.bfloat16

@@ -211,6 +211,10 @@ class Plan:
 
     def bit_breakdown(self) -> dict[str, int]:
         """Bits of each section of the packed layer."""
+        return dict(self._sections)
+
+    @cached_property
+    def _sections(self) -> dict[str, int]:
         return bit_breakdown(self)
 
     @property

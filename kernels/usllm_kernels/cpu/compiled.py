@@ -17,6 +17,7 @@ from numba import config as _config
 from numba import njit
 
 from usllm.cache import cache_root
+from usllm.sketch import scale
 
 numba_settings: Any = _config  # its names are made at run time
 _HERE = Path(__file__).parent
@@ -25,26 +26,36 @@ _HERE = Path(__file__).parent
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile a function at its first call, without the interpreter's lock; divisions are not checked."""
     before = numba_settings.CACHE_DIR
-    numba_settings.CACHE_DIR = str(code_folder(_HERE, before))
+    folder = code_folder(_HERE, before)
+    numba_settings.CACHE_DIR = str(folder or before)
     try:
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
+        return njit(nogil=True, cache=folder is not None, error_model="numpy")(function)
     finally:
         numba_settings.CACHE_DIR = before
 
 
 @lru_cache(maxsize=8)
-def code_folder(sources: Path, asked: str = "") -> Path:
-    """Where machine code made of the sources of a folder, and of nothing else, is kept.
+def code_folder(sources: Path, asked: str = "") -> Path | None:
+    """Where machine code made of the sources of a folder, and of nothing else, is kept; made if it is not there.
 
     Args:
         sources: The folder with the sources.
         asked: Folder that the user named (``NUMBA_CACHE_DIR``); if empty, beside the sources, or in the user's cache
             where that cannot be written to.
+
+    Returns:
+        The folder, or ``None`` where none can be made: each process then compiles for itself.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for file in sorted(sources.glob("*.py")):
+    for file in [*sorted(sources.glob("*.py")), Path(scale.__file__)]:  # whose constants are compiled in
         digest.update(file.name.encode() + file.read_bytes())
-    if not asked:
-        beside = os.access(sources, os.W_OK)
-        asked = str(sources / "__pycache__" if beside else cache_root() / "compiled")
-    return Path(asked) / digest.hexdigest()
+    places = [Path(asked)] if asked else [sources / "__pycache__", cache_root() / "compiled"]
+    for place in places:
+        folder = place / digest.hexdigest()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    return None

@@ -25,7 +25,7 @@ _LEAST_SHARED = 1 << 21  # weights; handing over fewer to a second thread takes 
 
 
 def sketch_linear(x: Tensor, states: States, plan: Plan) -> Tensor:
-    """``x Ŵᵀ``, [tokens, out], in the dtype of ``x`` [tokens, in]."""
+    """``x Ŵᵀ``, [tokens, out], in the dtype of ``x`` [tokens, in]; other numbers of threads add up in other orders."""
     if not plan.blocks or not len(x):
         return x.new_zeros(len(x), plan.shape[0])
     if len(x) <= FEW_TOKENS and x.dtype in (torch.float32, torch.bfloat16):

@@ -17,7 +17,7 @@ _MANTISSA, _HIDDEN = np.int32(0x7FFFFF), np.int32(0x800000)
 def channel_sums(
     values: Any,  # int32 [states], magnitudes as float32 bit patterns under the mask
     mask: int,
-    channel_block: Any,  # int64 [blocks, 3]: channels, first state, states per channel
+    channel_block: Any,  # int64 [blocks, 4]: channels, first state, states per channel, bits
     least: int,  # smallest exponent that a channel's unit is derived from
     drop: int,  # mantissa bits below the unit of the largest magnitude
     largest: Any,  # int32 [channels], written: bit patterns

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from usllm.sketch import Plan, channel_scales
 from usllm.sketch.codec import States
-from usllm_kernels.plans import flatten, list_states, name_states, unflatten
+from usllm_kernels.plans import check_states, flatten, list_states, name_states, unflatten
 from usllm_kernels.query.reference import unpacked
 
 
@@ -66,6 +66,7 @@ def folded_linear_op(
     tokens, device = x.reshape(-1, plan.shape[1]), x.device
     out = torch.zeros(len(tokens), plan.shape[0], device=device)
     states = name_states((codes, scales, scale_base, output_scales, output_scale_base))
+    check_states(states, plan)
     for number, index, matrix in _matrices(states, plan, x.dtype):
         span, block = plan.spans[number], plan.blocks[index]
         rows = slice(span.start, span.start + span.groups * span.size)
@@ -93,6 +94,7 @@ def folded_input_gradient_op(
     tokens, device = gradient.reshape(-1, plan.shape[0]), gradient.device
     found = torch.zeros(len(tokens), plan.shape[1], device=device)
     states = name_states((codes, scales, scale_base, output_scales, output_scale_base))
+    check_states(states, plan)
     for number, index, matrix in _matrices(states, plan, gradient.dtype):
         span, block = plan.spans[number], plan.blocks[index]
         rows = tokens[:, span.start : span.start + span.groups * span.size].float()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from usllm.sketch import Plan
 from usllm.sketch.codec import States, check_shape
-from usllm_kernels.dispatch import choose
+from usllm_kernels.dispatch import choose, running_on
 from usllm_kernels.plans import empty, fake_states, flatten, list_states, name_states, unflatten
 from usllm_kernels.project import reference
 
@@ -60,7 +60,8 @@ def project_op(
     elif chosen == "triton":
         from usllm_kernels.project import triton
 
-        states = triton.project(weight, plan, moment, kept)
+        with running_on(device):
+            states = triton.project(weight, plan, moment, kept)
     else:
         states = reference.project(weight, plan, moment, winners=kept)
     return *list_states(states), empty(torch.int16, device) if kept is None else kept

@@ -65,7 +65,7 @@ def output_sums(weight: Tensor, states: States, plan: Plan, moment: Tensor | Non
     device, outputs = weight.device, plan.shape[0]
     known, sketch = sketch_argument(states, plan, output_scale=False)
     of_channels = torch.ones(plan.shape[1], device=device) if moment is None else moment.float().contiguous()
-    size = max(power_of_two(span.size, 16, 64) for span in known.spans)
+    size = max(power_of_two(span.size, 16, 32) for span in known.spans)
     tiles = sum(span.groups * triton.cdiv(span.size, size) for span in known.spans)
     splits = max(min(_PROGRAMS // tiles, triton.cdiv(plan.num_scales, 2 * _CHANNELS)), 1)
     each = triton.cdiv(triton.cdiv(plan.num_scales, splits), _CHANNELS) * _CHANNELS

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from usllm.sketch import Plan
 from usllm.sketch.codec import States, check_shape
-from usllm_kernels.dispatch import choose
+from usllm_kernels.dispatch import choose, running_on
 from usllm_kernels.plans import empty, fake_states, flatten, list_states, name_states, unflatten
 from usllm_kernels.project_query import reference
 
@@ -77,7 +77,8 @@ def project_query_op(
     elif chosen == "triton":
         from usllm_kernels.project_query import triton
 
-        states, decoded = triton.project_query(weight, *arguments)
+        with running_on(device):
+            states, decoded = triton.project_query(weight, *arguments)
     else:
         states, decoded = reference.project_query(weight, *arguments)
     return (

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from usllm.sketch import Plan
 from usllm.sketch.codec import States
-from usllm_kernels.dispatch import choose
-from usllm_kernels.plans import flatten, list_states, name_states, unflatten
+from usllm_kernels.dispatch import choose, running_on
+from usllm_kernels.plans import check_states, flatten, list_states, name_states, unflatten
 from usllm_kernels.query import reference
 
 
@@ -44,6 +44,7 @@ def query_op(
     """The decoded weight; see :mod:`usllm_kernels.plans`."""
     plan = unflatten(classes, channel_class, numbers)
     states = name_states((codes, scales, scale_base, output_scales, output_scale_base))
+    check_states(states, plan)
     chosen = choose(codes.device, backend)
     if chosen == "numba":
         from usllm_kernels.cpu import codec
@@ -52,7 +53,8 @@ def query_op(
     if chosen == "triton":
         from usllm_kernels.query import triton
 
-        return triton.query(states, plan, dtype)
+        with running_on(codes.device):
+            return triton.query(states, plan, dtype)
     return reference.query(states, plan, dtype)
 
 

@@ -78,7 +78,7 @@ def query_groups(
     """
     known, sketch = sketch_argument(states, plan, output_scale=output_scale)
     span, columns = known.spans[span_number], decoded.shape[1]
-    channels, outputs = 32, power_of_two(span.size, 16, 128)  # 32 float32 fill a cache line
+    channels, outputs = 32, power_of_two(span.size, 16, 32)  # 32 float32 fill a line; larger tiles spill registers
     query_kernel[triton.cdiv(columns, channels), len(groups) * triton.cdiv(span.size, outputs)](
         **target(decoded),
         pitch=decoded.stride(0),

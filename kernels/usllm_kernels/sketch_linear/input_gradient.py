@@ -64,7 +64,7 @@ def few_tokens_gradient(gradient: Tensor, states: States, plan: Plan, tile: int)
     tokens, outputs = gradient.shape
     known, sketch = sketch_argument(states, plan)
     total = torch.empty(tokens, plan.num_scales, dtype=torch.float32, device=gradient.device)
-    rows, channels = power_of_two(tokens, 16, tile), power_of_two(plan.num_scales, 16, 64)
+    rows, channels = power_of_two(tokens, 16, tile), power_of_two(plan.num_scales, 16, 32)
     for number, span in enumerate(known.spans):
         input_gradient_kernel[triton.cdiv(tokens, rows), triton.cdiv(plan.num_scales, channels)](
             gradient,
@@ -75,7 +75,7 @@ def few_tokens_gradient(gradient: Tensor, states: States, plan: Plan, tile: int)
             sketch,
             groups_argument(span),
             FIRST_SPAN=number == 0,
-            FLOAT32=dot_in_float32() or gradient.dtype == torch.float32,
+            FLOAT32=dot_in_float32() or gradient.dtype not in (torch.bfloat16, torch.float16),
             TOKENS=rows,
             CHANNELS=channels,
             OUTPUTS=power_of_two(span.size, 16, 32),

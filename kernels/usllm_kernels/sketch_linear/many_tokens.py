@@ -54,8 +54,9 @@ def many_tokens(x: Tensor, states: States, plan: Plan, tile: int) -> Tensor:
     tokens, outputs = len(x), plan.shape[0]
     out = x.new_empty(tokens, outputs)
     rows = power_of_two(tokens, 16, tile)
+    float32 = dot_in_float32() or x.dtype not in (torch.bfloat16, torch.float16)
     for span in known.spans:
-        size = power_of_two(span.size, 16, 128)
+        size = power_of_two(span.size, 16, 32 if float32 else 64)  # larger tiles spill registers
         many_tokens_kernel[triton.cdiv(tokens, rows), span.groups * triton.cdiv(span.size, size)](
             x=held,
             **target(out),
@@ -63,10 +64,10 @@ def many_tokens(x: Tensor, states: States, plan: Plan, tile: int) -> Tensor:
             outputs=outputs,
             sketch=sketch,
             span=groups_argument(span),
-            FLOAT32=dot_in_float32() or x.dtype == torch.float32,
+            FLOAT32=float32,
             TOKENS=rows,
-            CHANNELS=32,
+            CHANNELS=16 if float32 else 32,
             OUTPUTS=size,
-            num_warps=8 if rows * size >= 128 * 128 else 4,
+            num_warps=8 if rows * size >= 128 * 64 else 4,
         )
     return out

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from usllm.sketch import Plan
 from usllm.sketch.codec import States
-from usllm_kernels.dispatch import choose
-from usllm_kernels.plans import flatten, list_states, name_states, unflatten
+from usllm_kernels.dispatch import choose, running_on
+from usllm_kernels.plans import check_states, flatten, list_states, name_states, unflatten
 from usllm_kernels.sketch_linear import reference
 
 
@@ -43,11 +43,7 @@ def sketch_linear(
         raise ValueError(f"{plan.name}: the input has {x.shape[-1]} channels, the plan {plan.shape[1]}")
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    y: Tensor
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
-        y = sketch_linear_op(x.to(dtype), weight, *list_states(states), *flatten(plan), backend or "")
-    else:  # one token through a small layer takes no longer than the call of an operator
-        y = _product(x.to(dtype), states, plan, backend or "")
+    y: Tensor = sketch_linear_op(x.to(dtype), weight, *list_states(states), *flatten(plan), backend or "")
     return y if bias is None else y + bias.to(dtype)
 
 
@@ -66,8 +62,13 @@ def sketch_linear_op(
     backend: str,
 ) -> Tensor:
     """``x Ŵᵀ``; see :mod:`usllm_kernels.plans`."""
+    plan = unflatten(classes, channel_class, numbers)
     states = name_states((codes, scales, scale_base, output_scales, output_scale_base))
-    return _product(x, states, unflatten(classes, channel_class, numbers), backend)
+    check_states(states, plan)
+    tokens = x.reshape(-1, plan.shape[1])
+    with running_on(x.device):
+        y: Tensor = _backend(x.device, backend).sketch_linear(tokens, states, plan)
+    return y.view(*x.shape[:-1], plan.shape[0])
 
 
 @torch.library.custom_op("usllm::sketch_linear_input_gradient", mutates_args=())
@@ -86,15 +87,11 @@ def input_gradient_op(
     """``dy Ŵ``; see :mod:`usllm_kernels.plans`."""
     plan = unflatten(classes, channel_class, numbers)
     states = name_states((codes, scales, scale_base, output_scales, output_scale_base))
+    check_states(states, plan)
     tokens = gradient.reshape(-1, plan.shape[0])
-    found = _backend(gradient.device, backend).input_gradient(tokens, states, plan)
+    with running_on(gradient.device):
+        found: Tensor = _backend(gradient.device, backend).input_gradient(tokens, states, plan)
     return found.view(*gradient.shape[:-1], plan.shape[1])
-
-
-def _product(x: Tensor, states: States, plan: Plan, backend: str) -> Tensor:
-    tokens = x.reshape(-1, plan.shape[1])
-    y: Tensor = _backend(x.device, backend).sketch_linear(tokens, states, plan)
-    return y.view(*x.shape[:-1], plan.shape[0])
 
 
 def _backend(device: torch.device, backend: str) -> Any:
