@@ -177,4 +177,4 @@ def empty(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler (a second, and triton).
 for _function in (flatten, _places):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010  # functions have no such attribute for mypy
