@@ -60,6 +60,7 @@ JITFunction.run = compile_only
 from cases import case
 from usllm.sketch import SketchConfig, build_plan
 from usllm_kernels.project import triton as projection
+from usllm_kernels.project_query.sums import error_sums
 from usllm_kernels.query import triton as querying
 from usllm_kernels.sketch_linear import triton as products
 
@@ -74,6 +75,7 @@ for fields in ({"rows": 3}, {"allocation": "waterfill", "output_scale": True}):
     states = plan.state_tensors()
     states["codes"] = torch.zeros(plan.bit_breakdown()["states"] // 8, dtype=torch.uint8)
     querying.query(states, plan, torch.bfloat16)
+    error_sums(torch.zeros(plan.shape), states, plan)
     for tokens, dtype in ((1, "bfloat16"), (8, "bfloat16"), (100, "bfloat16"), (200, "bfloat16"), (100, "float32")):
         x = torch.zeros(tokens, 4096, dtype=getattr(torch, dtype))
         products.sketch_linear(x, states, plan)
@@ -108,7 +110,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_every_kernel_compiles(compiled: Any) -> None:
-    products = {"few_tokens_kernel", "input_gradient_kernel", "many_tokens_kernel"}
+    products = {"error_sums_kernel", "few_tokens_kernel", "input_gradient_kernel", "many_tokens_kernel"}
     assert set(compiled[0]) == {*MAKING_STATES_OR_WEIGHTS, *products}
 
 

@@ -108,7 +108,10 @@ class SketchedLinear(nn.Module):
         latent = self.weight if latent is None else latent
         winners = self._room_for_winners(self.plan)
         sums = torch.empty(2, self.in_features, device=self.importance.device)
-        dtype = torch.float32 if self._decoded is None else self._decoded.dtype  # what the next forward will ask for
+        kept = self.keeps_decoded and latent.device.type in DECODED_ON
+        dtype = torch.bfloat16  # of what is dropped: the least to write
+        if kept:  # what the next forward pass will ask for
+            dtype = torch.float32 if self._decoded is None else self._decoded.dtype
         self._decoded = None  # makes room for the next one
         fresh, decoded = project_query(latent, self.plan, self.importance, dtype=dtype, winners=winners, sums=sums)
         before, now = self._winners, winners
@@ -121,7 +124,7 @@ class SketchedLinear(nn.Module):
         for name, tensor in fresh.items():
             self.get_buffer(f"state_{name}").copy_(tensor)
         self._projected = True
-        self._decoded = decoded if self.keeps_decoded and decoded.device.type in DECODED_ON else None
+        self._decoded = decoded if kept else None
         error, energy = sums @ self.importance
         return Reprojection(change, error / energy.clamp_min(1e-30))
 

@@ -9,6 +9,7 @@ from usllm.sketch import Plan
 from usllm.sketch.codec import States
 from usllm_kernels.project.triton import project
 from usllm_kernels.project_query.reference import add_up_
+from usllm_kernels.project_query.sums import error_sums
 from usllm_kernels.query.triton import query
 
 
@@ -20,9 +21,12 @@ def project_query(
     winners: Tensor | None,
     sums: Tensor | None,
 ) -> tuple[States, Tensor]:
-    """States, and the decoded weight [out, in]. The sums, which are only logged, take a query in fp32 of their own."""
+    """States, and the decoded weight [out, in]."""
     states = project(weight, plan, moment, winners)
     decoded = query(states, plan, dtype)
     if sums is not None:
-        add_up_(sums, weight, decoded if dtype == torch.float32 else query(states, plan))
+        if plan.blocks:
+            sums.copy_(error_sums(weight, states, plan))
+        else:
+            add_up_(sums, weight, decoded)
     return states, decoded
