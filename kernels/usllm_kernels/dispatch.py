@@ -36,8 +36,6 @@ def choose(device: torch.device, backend: str | None = None) -> str:
         if device.type == "cuda":
             return "triton" if installed("triton") else "torch"
         return "numba" if device.type == "cpu" and installed("numba") else "torch"
-    if asked != "torch" and not installed(asked):
-        raise ValueError(f"{source}, but {asked} is not installed: pip install {asked}, or leave the choice at auto")
     if asked == "numba" and device.type != "cpu":
         raise ValueError(f"{source} computes on the CPU only, the tensors are on {device.type}: leave it at auto")
     if asked == "triton" and device.type != "cuda" and not interpreted():
@@ -45,6 +43,8 @@ def choose(device: torch.device, backend: str | None = None) -> str:
             f"{source} needs CUDA tensors, these are on {device.type}: leave it at auto, or set TRITON_INTERPRET=1"
             " before the start to have the kernels interpreted, which is slow"
         )
+    if asked != "torch" and not installed(asked):
+        raise ValueError(f"{source}, but {asked} is not installed: pip install {asked}, or leave the choice at auto")
     return asked
 
 

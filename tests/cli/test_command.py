@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from usllm.cli.command import expand_model, quote_values, report_errors
+from usllm.cli.command import EXIT_USER_ERROR, expand_model, quote_values, report_errors
 from usllm.errors import UserError
 
 
@@ -41,6 +41,21 @@ def test_user_error_is_a_message_and_status_two(
         report_errors("usllm-train", task)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "usllm-train: error: sketch.rows=0: too few\n"
+
+
+@pytest.mark.parametrize(("choice", "advice"), [("triton", "leave it at auto"), ("tritn", "choose one of")])
+def test_kernels_that_cannot_run_are_refused_before_any_work(
+    choice: str, advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("USLLM_KERNELS", choice)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        report_errors("usllm-train", lambda: pytest.fail("work was begun"))
+    assert stopped.value.code == EXIT_USER_ERROR
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"usllm-train: error: USLLM_KERNELS={choice}")
+    assert advice in line
 
 
 def test_full_disk_is_a_message_and_another_failure_of_the_system_is_not(

@@ -50,6 +50,7 @@ def report_errors(program: str, task: Callable[[], T], in_sweep: bool = False, r
         resumes: the program can continue what was interrupted, and says how.
     """
     try:
+        _check_kernels()
         return task()
     except (UserError, OSError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -71,6 +72,29 @@ def report_errors(program: str, task: Callable[[], T], in_sweep: bool = False, r
     except KeyboardInterrupt:
         print(f"{program}: interrupted{'; the same command with resume=true continues' * resumes}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _check_kernels() -> None:
+    """Refuse a choice of kernels that no device here can run, before anything is read or written.
+
+    Raises:
+        UserError: says what to choose instead.
+    """
+    if not os.environ.get("USLLM_KERNELS"):  # what follows is slow to import
+        return
+    import torch
+
+    from usllm_kernels import choose
+
+    refused = None
+    for kind in ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",):
+        try:
+            choose(torch.device(kind))
+        except ValueError as error:
+            refused = error
+        else:
+            return
+    raise UserError(str(refused))
 
 
 def quiet_environment() -> None:

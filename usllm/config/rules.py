@@ -148,7 +148,12 @@ def check_trainer(trainer: dict[str, Any], warmup_steps: int, problems: Problems
             problems.number(f"trainer.{key}", value, above=0)
     if isinstance(steps, int) and steps > 0:
         fits = warmup_steps <= steps
-        problems.require(fits, "optimizer.warmup_steps", warmup_steps, f"longer than trainer.max_steps={steps}")
+        problems.require(
+            fits,
+            "optimizer.warmup_steps",
+            warmup_steps,
+            f"longer than trainer.max_steps={steps}: make it shorter, 0 for none",
+        )
     accumulate = trainer.get("accumulate_grad_batches", 1)
     is_count = isinstance(accumulate, int) and not isinstance(accumulate, bool) and accumulate >= 1
     problems.require(is_count, "trainer.accumulate_grad_batches", accumulate, "must be a whole number of at least 1")
