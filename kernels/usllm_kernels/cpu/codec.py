@@ -69,7 +69,7 @@ def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, winners: T
     quantize_states(values.numpy(), keys, tables.channel_block, scales, nearest, states["codes"].numpy())
     if plan.config.output_scale:
         flat, pitch = _flat(weight)
-        of_channels = torch.ones(plan.shape[1]) if moment is None else moment.float()
+        of_channels = torch.ones(plan.shape[1]) if moment is None else moment.float().contiguous()
         product, square = torch.empty(2, plan.shape[0], dtype=torch.float64)
         decoded = decode(states, plan).numpy()
         output_sums(flat.numpy(), pitch, decoded, of_channels.numpy(), product.numpy(), square.numpy())
