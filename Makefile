@@ -24,17 +24,18 @@ test-oldest: $(OLDEST)/.tools ## what depends on transformers, under the oldest 
 test-slow: $(VENV)/.tools ## all tests, those that take minutes included
 	$(BIN)/python -m pytest -m '' $(ARGS)
 
-lint: $(VENV)/.tools ## ruff and mypy
+lint: $(VENV)/.tools ## ruff, mypy and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: $(VENV)/.tools ## let ruff put the sources in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## remove the environment and everything that tools left behind (runs/ stays)
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: it is most of the download, and a CPU build that is already there is kept.

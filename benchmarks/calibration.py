@@ -13,10 +13,10 @@ import time
 import torch
 
 from usllm.calibration import SecondMoments
+from usllm.compress import swap_linears_
 from usllm.models import ModelSpec
 from usllm.models.loading import load_dense
-from usllm.nn import swap_linears_
-from usllm.runs.machine import choose_precision, machine, machine_line
+from usllm.system.machine import choose_precision, machine, machine_line
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).parent))  # run as a script, the folder is there already
 from kernels_model import model_step
 
-from usllm.runs.machine import machine, machine_line
 from usllm.sketch import Plan, SketchConfig, States, build_plan, channel_scales
+from usllm.system.machine import machine, machine_line
 from usllm_kernels import (
     choose,
     folded_linear,
@@ -160,7 +160,7 @@ def codec_rows(arguments: argparse.Namespace, device: torch.device, speed: float
 
 def linear_rows(arguments: argparse.Namespace, device: torch.device, speed: float) -> Iterator[tuple[str, ...]]:
     """sketch_linear from packed states against the dense bf16 product, for few tokens and for a prompt."""
-    from usllm.packed.layer import pack_layer
+    from usllm.sketch.layer_bytes import pack_layer
 
     for way, config in [*ways(arguments), ("waterfill", waterfill(arguments.bits))]:
         for shape in shapes(arguments):

@@ -11,11 +11,11 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from usllm.nn import allocate_, reproject_, sketched_layers, swap_linears_
+from usllm.compress import allocate_, reproject_, sketched_layers, swap_linears_
 from usllm.packed.config import PackedLayerEntry
-from usllm.packed.layer import pack_layer
 from usllm.packed.linear import PackedLinear, keep_decoded_
 from usllm.sketch import SketchConfig
+from usllm.sketch.layer_bytes import pack_layer
 
 NEW_TOKENS = 8
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::matmul")

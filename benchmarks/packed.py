@@ -56,16 +56,16 @@ def peak_resident() -> int:
 
 def prepare(root: Path, rates: list[float]) -> dict[str, dict[str, Any]]:
     """Pack all variants; what each takes on disk, and the seconds of the export itself."""
-    from usllm.callbacks.importance_calibration import measure_importance
+    from usllm.calibration.measure import measure_importance
+    from usllm.compress import allocate_, compress_, swap_linears_
     from usllm.config import DataConfig
     from usllm.data import SourceSpec
     from usllm.models import ModelSpec
     from usllm.models.gguf_file import packaged_gguf
     from usllm.models.loading import load_config, load_dense, load_tokenizer
-    from usllm.nn import allocate_, compress_, swap_linears_
     from usllm.packed.export import ModelFiles, RestStorage, export
     from usllm.packed.source import from_model
-    from usllm.runs.finetune import build_data
+    from usllm.runs.inputs import build_data
     from usllm.sketch import SketchConfig
 
     spec = ModelSpec()
@@ -118,7 +118,7 @@ def main() -> None:
         folder, dtype, keep = arguments.generate
         print(json.dumps(generate(folder, dtype, int(keep), arguments.tokens)))
         return
-    from usllm.runs.machine import machine, machine_line
+    from usllm.system.machine import machine, machine_line
 
     print(machine_line(machine()))
     with tempfile.TemporaryDirectory() as folder:

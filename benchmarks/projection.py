@@ -17,12 +17,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from usllm.compress import SketchedLinear, allocate_, sketched_layers, swap_linears_
+from usllm.compress.parallel import over_layers
 from usllm.models import ModelSpec
 from usllm.models.loading import load_dense
-from usllm.nn import SketchedLinear, allocate_, sketched_layers, swap_linears_
-from usllm.nn.parallel import over_layers
-from usllm.runs.machine import machine, machine_line
 from usllm.sketch import Plan, SketchConfig
+from usllm.system.machine import machine, machine_line
 from usllm_kernels import project_query, query
 
 

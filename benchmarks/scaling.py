@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-from usllm.nn import SketchedLinear, sketched_layers, swap_linears_
+from usllm.compress import SketchedLinear, sketched_layers, swap_linears_
 from usllm.sketch import SketchConfig, build_plan
 from usllm.training.sharding import units
 

@@ -18,11 +18,11 @@ import time
 
 import torch
 
+from usllm.compress import allocate_, reproject_, sketched_layers, swap_linears_
 from usllm.models import ModelSpec
 from usllm.models.loading import load_dense
-from usllm.nn import allocate_, reproject_, sketched_layers, swap_linears_
-from usllm.runs.machine import choose_precision, machine, machine_line
 from usllm.sketch import SketchConfig
+from usllm.system.machine import choose_precision, machine, machine_line
 from usllm.training.objectives import CrossEntropy
 
 

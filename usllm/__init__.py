@@ -1,7 +1,7 @@
 """usllm: finetune Llama models through a sub-1-bit weight sketch, and run what is left from its packed form.
 
-Nothing heavy is imported here: ``usllm.sketch``, ``usllm.nn`` and ``usllm.calibration`` need torch alone. Importing
-usllm lets ``transformers`` read packed models.
+Nothing heavy is imported here: ``usllm.sketch`` and ``usllm.compress`` need torch alone. Importing usllm lets
+``transformers`` read packed models.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from usllm.packed.registration import register
+from usllm.system.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["__version__", "load"]
 
 register()

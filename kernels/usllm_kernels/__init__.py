@@ -7,11 +7,11 @@ operators of torch (``torch.ops.usllm``), so that ``torch.compile`` takes them w
 from usllm_kernels.dispatch import choose
 from usllm_kernels.folded.op import folded_linear, folds
 from usllm_kernels.matrix_form.query import matrix_query
+from usllm_kernels.ops.project.op import project
+from usllm_kernels.ops.project_query.op import project_query
+from usllm_kernels.ops.query.op import query
+from usllm_kernels.ops.sketch_linear.op import sketch_linear
 from usllm_kernels.plans import packed_states
-from usllm_kernels.project.op import project
-from usllm_kernels.project_query.op import project_query
-from usllm_kernels.query.op import query
-from usllm_kernels.sketch_linear.op import sketch_linear
 
 __all__ = [
     "choose",

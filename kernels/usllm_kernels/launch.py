@@ -12,7 +12,7 @@ from usllm.sketch import Plan
 from usllm.sketch.codec import States
 from usllm_kernels.dispatch import interpreted
 from usllm_kernels.tables import SpanTables, Tables, tables
-from usllm_kernels.tile import Groups, Sketch
+from usllm_kernels.triton_tile import Groups, Sketch
 
 _COMBINATIONS = {"absmaxmin": 0, "countmin": 2, "mean": 3}
 
@@ -54,7 +54,7 @@ def combination(plan: Plan) -> int:
 
 
 def target(out: Tensor) -> dict[str, Any]:
-    """A tensor that a kernel writes through :func:`usllm_kernels.tile.as_stored`."""
+    """A tensor that a kernel writes through :func:`usllm_kernels.triton_tile.as_stored`."""
     is_bfloat16 = out.dtype == torch.bfloat16
     return {"out": out.view(torch.int16) if is_bfloat16 else out, "BFLOAT16": is_bfloat16}
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from usllm.sketch import Plan, SketchConfig
-from usllm.sketch.allocation import ChannelClass
+from usllm.sketch.classes import ChannelClass
 from usllm.sketch.codec import States
 from usllm.sketch.hash import HASHES
 from usllm.sketch.operators import OPERATORS

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks import scaling
+from usllm.compress import compress_, sketched_layers
 from usllm.models.random_model import random_model
-from usllm.nn import compress_, sketched_layers
 
 
 def test_page_holds_what_the_script_counts() -> None:

@@ -10,9 +10,10 @@ import torch
 from tiny_run import Settings, load_model
 from torch import Tensor, nn
 
-from usllm.callbacks import ImportanceCalibration, importance_calibration, measure_importance
-from usllm.errors import UserError
-from usllm.nn import DEFAULT_PATTERNS, sketched_layers, swap_linears_
+from usllm.calibration.measure import measure_importance
+from usllm.callbacks import ImportanceCalibration, importance_calibration
+from usllm.compress import DEFAULT_PATTERNS, sketched_layers, swap_linears_
+from usllm.system.errors import UserError
 
 
 def batches(count: int = 3) -> list[dict[str, Tensor]]:

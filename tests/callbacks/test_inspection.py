@@ -21,10 +21,10 @@ from usllm.callbacks.inspection import Inspection
 from usllm.callbacks.layer_table import COLUMNS, layer_rows
 from usllm.callbacks.sketch_histograms import importance_histogram, state_histogram
 from usllm.callbacks.text_samples import continuations
-from usllm.errors import UserError
+from usllm.compress import allocate_, compression_report, reproject_, sketched_layers, swap_linears_
 from usllm.models.random_model import byte_tokenizer, random_model
-from usllm.nn import allocate_, compression_report, reproject_, sketched_layers, swap_linears_
 from usllm.sketch import SketchConfig
+from usllm.system.errors import UserError
 
 SETTINGS = Settings()  # 6 steps of 2 micro batches, validation after steps 2, 4 and 6
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from tiny_run import Settings
 
 from usllm.callbacks.nan_guard import first_nonfinite_tensor
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 from usllm.training import latest_checkpoint
 
 SETTINGS = Settings(accumulate=1)  # checkpoints behind steps 2, 4 and 6

@@ -15,7 +15,7 @@ import torch
 from tiny_run import Killed, Send, Settings, differences, final_checkpoint, record
 
 from usllm.callbacks import Preempted, Preemption
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 from usllm.training import latest_checkpoint
 
 # 6 steps of 2 micro batches, a checkpoint every 4 steps, validation after micro batches 4, 8 and 12.

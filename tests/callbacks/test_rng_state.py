@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from tiny_run import Settings
 
-from usllm.callbacks.rng_state import preserved_rng, restore, snapshot
+from usllm.system.rng import preserved_rng, restore, snapshot
 
 
 def draw() -> list[float]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from usllm.callbacks.running_loss import SMOOTHING, RunningLoss, read_losses
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 
 def after(*losses: float) -> RunningLoss:

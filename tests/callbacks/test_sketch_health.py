@@ -16,7 +16,7 @@ from tiny_run import Settings
 from usllm.callbacks import SketchHealth, sketch_health
 from usllm.callbacks.running_loss import RunningLoss
 from usllm.callbacks.sketch_health import explosion_cause
-from usllm.nn import CompressionReport, LayerReport
+from usllm.compress import CompressionReport, LayerReport
 from usllm.training import SketchFinetuner
 
 QUIET = {"perplexity_max": 1e9, "occupancy_min": 0.0, "allocation_variation_max": 1e9, "warmup_steps": 0}

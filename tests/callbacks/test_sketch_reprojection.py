@@ -12,9 +12,9 @@ from tiny_run import Settings
 from torch import Tensor
 
 from usllm.callbacks import SketchReprojection, sketch_reprojection
-from usllm.errors import UserError
-from usllm.nn import sketched_layers
+from usllm.compress import sketched_layers
 from usllm.sketch import project
+from usllm.system.errors import UserError
 from usllm.training import SketchFinetuner
 
 LAYER = "model.layers.0.mlp.up_proj"

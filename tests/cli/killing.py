@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 
 class KillAt(Callback):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from usllm.cli.command import EXIT_USER_ERROR, expand_model, quote_values, report_errors
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 
 def test_model_places_become_options(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from usllm.callbacks import NanGuard
 from usllm.cli import train
-from usllm.runs.lock import sole_user
+from usllm.system.lock import sole_user
 from usllm.training import load_checkpoint
 
 EVERY_TWO_STEPS = "callbacks.checkpoint.every_n_train_steps=2"

@@ -57,7 +57,7 @@ def test_fresh_process_gives_the_same_logits(run_dir: Path, packed: Path, tmp_pa
 
     from usllm.models import ModelSpec
     from usllm.models.loading import load_dense
-    from usllm.runs.evaluate import find_checkpoint, load_sketched_
+    from usllm.runs.saved_run import find_checkpoint, load_sketched_
     from usllm.training import load_checkpoint
 
     model = load_dense(ModelSpec(kind="random", name="llama"))

@@ -174,7 +174,7 @@ def test_launcher_and_sweeper_compose(choice: str) -> None:
 
 def test_user_error_of_a_job_reaches_hydra_as_one_message(capsys: Any) -> None:
     from usllm.cli.command import report_errors
-    from usllm.errors import UserError
+    from usllm.system.errors import UserError
 
     def task() -> None:
         raise UserError("sketch.rows=0: too few")

@@ -191,7 +191,7 @@ def test_unknown_option_and_key_are_explained_without_traceback(tmp_path: Path) 
 
 
 def test_traceback_is_there_when_asked_for(tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from usllm.errors import UserError
+    from usllm.system.errors import UserError
 
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(UserError, match=r"optimizer\.lr"):

@@ -9,7 +9,7 @@ import usllm.conf
 from composing import composed
 
 from usllm.config import check_eval, check_train, sketch_config
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 CONF = Path(usllm.conf.__path__[0])
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))

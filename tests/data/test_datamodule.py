@@ -10,8 +10,8 @@ import torch
 
 from usllm.data import SourceSpec
 from usllm.data.datamodule import TextDataModule
-from usllm.errors import UserError
 from usllm.models.random_model import byte_tokenizer
+from usllm.system.errors import UserError
 
 
 def _text(path: Path, name: str, documents: int = 40) -> SourceSpec:

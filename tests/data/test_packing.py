@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from usllm.data import packing
 from usllm.data.packing import pack
-from usllm.errors import UserError
 from usllm.models.random_model import byte_tokenizer
+from usllm.system.errors import UserError
 
 END = 256
 

@@ -14,11 +14,11 @@ from tiny_packed import pack, sketched_model
 
 from usllm.cli import eval as evaluation
 from usllm.cli import train
-from usllm.errors import UserError
 from usllm.eval import harness
 from usllm.eval.harness import find_tasks, harness_tables, run_harness
 from usllm.models.random_model import byte_tokenizer, random_model
 from usllm.packed.export import RestStorage
+from usllm.system.errors import UserError
 
 QUESTIONS = [
     {"question": f"the {animal} sat on the", "choices": [" mat", " river", " of"], "answer": index % 3}

@@ -16,9 +16,9 @@ from tokenizers import processors
 from torch import nn
 
 from usllm.data import SourceSpec
-from usllm.errors import UserError
 from usllm.eval.perplexity import bos_rule, evaluate, perplexity, tokenise_test_sets
 from usllm.models.random_model import byte_tokenizer, random_model
+from usllm.system.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

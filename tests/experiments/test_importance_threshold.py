@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from usllm.compress import sketched_layers, swap_linears_
 from usllm.experiments.importance_threshold import kept_channels, zeroed
-from usllm.nn import sketched_layers, swap_linears_
 from usllm.sketch import SketchConfig, build_plan
 
 SETTINGS = ("study.thresholds=[0,0.9,50]", "study.sequences=4", "sketch.bits_per_weight=6")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from usllm.errors import UserError
+from usllm.compress import swap_linears_
 from usllm.experiments.layer_error import COLUMNS, column, shared_inputs, short_name, waterfill_lowest
 from usllm.models.random_model import random_model
-from usllm.nn import swap_linears_
+from usllm.system.errors import UserError
 
 NAMES = [column(allocation, rows, scaled) for allocation, rows in COLUMNS for scaled in (False, True)]
 

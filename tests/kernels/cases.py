@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from usllm.sketch import Plan, SketchConfig, States, build_plan, project
-from usllm.sketch.allocation.problem import EMPTY
 from usllm.sketch.bitstream import pack
+from usllm.sketch.classes import EMPTY
 from usllm_kernels.dispatch import interpreted
 
 FIELDS: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {

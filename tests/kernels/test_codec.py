@@ -83,7 +83,7 @@ def test_matrix_form_decodes_alike(name: str) -> None:
 
 @every_case
 def test_packed_layer_is_read_where_it_lies(name: str) -> None:
-    from usllm.packed.layer import pack_layer
+    from usllm.sketch.layer_bytes import pack_layer
 
     layer = case(name)
     packed = pack_layer(layer.plan, layer.states)

@@ -59,10 +59,10 @@ JITFunction.run = compile_only
 
 from cases import case
 from usllm.sketch import SketchConfig, build_plan
-from usllm_kernels.project import triton as projection
-from usllm_kernels.project_query.sums import error_sums
-from usllm_kernels.query import triton as querying
-from usllm_kernels.sketch_linear import triton as products
+from usllm_kernels.ops.project import triton as projection
+from usllm_kernels.ops.project_query.triton_sums import error_sums
+from usllm_kernels.ops.query import triton as querying
+from usllm_kernels.ops.sketch_linear import triton as products
 
 for name in ("plain", "mean"):
     layer = case(name)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from usllm.nn import SketchedLinear, sketched_linear
+from usllm.compress import SketchedLinear, sketched_linear
 from usllm.packed import linear as packed_linear
 from usllm.packed.config import PackedLayerEntry
-from usllm.packed.layer import pack_layer
 from usllm.packed.linear import PackedLinear
 from usllm.sketch import SketchConfig, build_plan
+from usllm.sketch.layer_bytes import pack_layer
 
 SHAPE = (40, 24)
 CONFIG = SketchConfig(bits_per_weight=3.0, allocation="waterfill", output_scale=True, group_size=16)

@@ -13,9 +13,9 @@ from usllm_kernels.dispatch import interpreted
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
-from usllm_kernels.project import triton as projection  # noqa: E402
-from usllm_kernels.sketch_linear import triton as products  # noqa: E402  # needs triton
-from usllm_kernels.tile import as_multiplied, as_stored  # noqa: E402
+from usllm_kernels.ops.project import triton as projection  # noqa: E402
+from usllm_kernels.ops.sketch_linear import triton as products  # noqa: E402  # needs triton
+from usllm_kernels.triton_tile import as_multiplied, as_stored  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() or interpreted()),

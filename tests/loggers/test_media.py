@@ -11,7 +11,6 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from matplotlib.figure import Figure
 
-from usllm.errors import UserError
 from usllm.loggers import (
     attach_folder,
     log_figure,
@@ -21,7 +20,8 @@ from usllm.loggers import (
     log_table,
     takes_media,
 )
-from usllm.runs.directory import write_json
+from usllm.system.errors import UserError
+from usllm.system.files import write_json
 
 
 class Recorder:

@@ -10,10 +10,10 @@ import pytest
 import torch
 import wandb
 
-from usllm.errors import UserError
 from usllm.loggers import WANDB_ID_FILE, WandbRunLogger
-from usllm.loggers.code_version import code_version
 from usllm.loggers.wandb_run import kept_id
+from usllm.system.code_version import code_version
+from usllm.system.errors import UserError
 from usllm.training import StepCheckpoint
 
 

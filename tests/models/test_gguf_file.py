@@ -9,10 +9,10 @@ import torch
 from tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM
 
-from usllm.errors import UserError
 from usllm.models import ModelSpec
 from usllm.models.gguf_file import check_llama, decoded_folder, packaged_gguf
 from usllm.models.loading import load_config, load_dense, load_tokenizer
+from usllm.system.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPConfig, PretrainedConfig
 
-from usllm.errors import UserError
 from usllm.models import ModelSpec
 from usllm.models.loading import check_context_length, load_config, load_dense, load_tokenizer
 from usllm.models.random_model import byte_tokenizer, random_model
+from usllm.system.errors import UserError
 
 
 @pytest.fixture

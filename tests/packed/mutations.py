@@ -213,8 +213,8 @@ class Cases:
         """Read and decode a damaged layer."""
         import torch
 
-        from usllm.packed.layer import read_plan, read_states
         from usllm.sketch import query
+        from usllm.sketch.layer_bytes import read_plan, read_states
 
         draw = random.Random(number)
         name = draw.choice(sorted(self.layers))
@@ -252,7 +252,7 @@ class Cases:
         return self._outcome(f"{kind}, loaded", attempt)
 
     def _outcome(self, kind: str, attempt: Callable[[], Any]) -> str:
-        from usllm.packed.layer import PackedFormatError
+        from usllm.system.errors import PackedFormatError
 
         try:
             attempt()

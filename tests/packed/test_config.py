@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from strategies import configs
 
 from usllm.packed.config import BlockEntry, PackedConfig, PackedLayerEntry
-from usllm.packed.layer import PackedFormatError
 from usllm.sketch import SketchConfig
+from usllm.system.errors import PackedFormatError
 
 CONFIG = PackedConfig(
     SketchConfig(),

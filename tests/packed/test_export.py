@@ -18,10 +18,9 @@ from tiny_packed import SKETCH, logits, pack, random_config, sketched_model
 from transformers import GenerationConfig
 
 import usllm
-from usllm.errors import UserError
+from usllm.compress import compression_report
 from usllm.models import ModelSpec
 from usllm.models.loading import load_tokenizer
-from usllm.nn import compression_report
 from usllm.packed import export as exporting
 from usllm.packed.export import ModelFiles, RestStorage, export
 from usllm.packed.inspection import inspect_folder
@@ -29,6 +28,7 @@ from usllm.packed.new_folder import new_folder
 from usllm.packed.quantizer import can_be_blocks
 from usllm.packed.source import PackingSource, from_model
 from usllm.sketch import SketchConfig, build_plan
+from usllm.system.errors import UserError
 
 RESTS = [RestStorage(), RestStorage("float32"), RestStorage("bfloat16", 8, 4), RestStorage("float16", 4, 8)]
 
@@ -225,7 +225,7 @@ def export_of(layers: int, out: Path, shard: int, monkeypatch: pytest.MonkeyPatc
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    from usllm.nn import compress_
+    from usllm.compress import compress_
 
     compress_(model, SketchConfig(**SKETCH))
     inner = from_model(model)

@@ -18,7 +18,7 @@ import usllm
 from usllm.packed.export import RestStorage
 from usllm.packed.folder import is_packed, open_folder
 from usllm.packed.inspection import inspect_folder
-from usllm.packed.layer import PackedFormatError
+from usllm.system.errors import PackedFormatError
 
 LAYER = "model.layers.0.mlp.up_proj"
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"

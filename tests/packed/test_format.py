@@ -19,11 +19,11 @@ from tiny_packed import pack, sketched_model
 import usllm
 import usllm.packed
 from usllm.packed.config import FORMAT_VERSION
-from usllm.packed.layer import WIDTHS, pack_layer
 from usllm.packed.linear import packed_layers
 from usllm.sketch import Plan, SketchConfig, project, query
-from usllm.sketch.allocation import ChannelClass
+from usllm.sketch.classes import ChannelClass
 from usllm.sketch.hash import HASH_VERSION, HASHES
+from usllm.sketch.layer_bytes import WIDTHS, pack_layer
 
 
 def same_bits(found: np.ndarray, expected: torch.Tensor) -> bool:

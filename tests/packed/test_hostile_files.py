@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import usllm
 from usllm.packed.export import RestStorage
 from usllm.packed.inspection import inspect_folder
-from usllm.packed.layer import PackedFormatError
+from usllm.system.errors import PackedFormatError
 
 LAYER = "model.layers.0.mlp.up_proj"
 

@@ -11,10 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny_packed import logits, pack, sketched_model
 
 import usllm
-from usllm.errors import UserError
 from usllm.packed.export import RestStorage
-from usllm.packed.layer import PackedFormatError
 from usllm.packed.linear import keep_decoded_, packed_layers
+from usllm.system.errors import PackedFormatError, UserError
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from usllm.nn import compress_
+from usllm.compress import compress_
 from usllm.packed.export import ModelFiles, export
 from usllm.packed.source import from_model
 from usllm.sketch import SketchConfig

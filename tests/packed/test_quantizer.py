@@ -17,8 +17,8 @@ from usllm.models import ModelSpec
 from usllm.models.loading import load_dense
 from usllm.packed.block_layers import BlockLinear
 from usllm.packed.export import RestStorage
-from usllm.packed.layer import PackedFormatError
 from usllm.packed.linear import PackedLinear, packed_layers
+from usllm.system.errors import PackedFormatError
 
 EXACT = RestStorage("float32")
 STORAGES = [EXACT, RestStorage(), RestStorage("bfloat16", 8, 8), RestStorage("float16", 4, 16)]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from usllm.compress import compress_
 from usllm.models import ModelSpec
 from usllm.models.loading import load_config, load_dense, load_tokenizer
-from usllm.nn import compress_
 from usllm.packed.export import ModelFiles, RestStorage, export
 from usllm.packed.source import from_model
 from usllm.sketch import SketchConfig

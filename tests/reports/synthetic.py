@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from usllm.runs.directory import write_json
+from usllm.system.files import write_json
 
 RATES, ROWS, ALLOCATIONS = (0.5, 1.0), (1, 3), ("proportional", "waterfill")
 BLOCKS = 30

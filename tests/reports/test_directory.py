@@ -8,11 +8,11 @@ import pytest
 import yaml
 from synthetic import DENSE, STEPS, config, report, write_curves, write_run, write_sweep
 
-from usllm.errors import UserError
 from usllm.reports.directory import read_folder, read_run
 from usllm.reports.runs import Run, TestText
-from usllm.runs.directory import write_json
-from usllm.runs.lock import sole_user
+from usllm.system.errors import UserError
+from usllm.system.files import write_json
+from usllm.system.lock import sole_user
 
 TEXT = TestText("wikitext2", 512, 8, 301_948)
 

@@ -10,11 +10,11 @@ import pytest
 from omegaconf import OmegaConf
 from synthetic import config, write_run
 
-from usllm.errors import UserError
 from usllm.reports.labels import texts_of
 from usllm.reports.runs import Run
 from usllm.reports.settings import ReferenceSettings, check_report, read_runs, references
-from usllm.runs.directory import write_json
+from usllm.system.errors import UserError
+from usllm.system.files import write_json
 
 
 def row(name: str, window: int = 512, windows: int = 8, perplexity: float = 33.0) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import pytest
 import wandb
 from synthetic import config
 
-from usllm.errors import UserError
 from usllm.reports.runs import TestText
 from usllm.reports.wandb_project import read_project
 from usllm.reports.writing import ReportWriter
+from usllm.system.errors import UserError
 
 
 @dataclass

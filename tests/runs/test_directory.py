@@ -9,16 +9,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usllm.errors import UserError
-from usllm.runs.directory import (
-    FAILURE_FILE,
-    finished_report,
-    noting_failure,
-    read_json,
-    refuse_used,
-    run_id,
-    write_json,
-)
+from usllm.runs.directory import finished_report, noting_failure, refuse_used, run_id
+from usllm.system.errors import UserError
+from usllm.system.files import read_json, write_json
+from usllm.system.run_files import FAILURE_FILE
 
 
 def test_no_overrides_is_the_default_run() -> None:

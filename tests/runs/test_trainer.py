@@ -9,8 +9,8 @@ from composing import composed
 from lightning.pytorch.callbacks import LearningRateMonitor
 
 from usllm.config import check_train
-from usllm.errors import UserError
 from usllm.runs.trainer import build_nodes, build_trainer, devices_in
+from usllm.system.errors import UserError
 
 
 def test_nodes_are_built_by_name_and_null_is_left_out() -> None:

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from usllm.sketch import SketchConfig, build_plan
-from usllm.sketch.allocation import ChannelClass
-from usllm.sketch.blocks import rotate
+from usllm.sketch.classes import ChannelClass
 from usllm.sketch.hash import HASHES, first_rotation, layer_key, mix32
 from usllm.sketch.plan import Plan
+from usllm.sketch.rotation import rotate
 
 
 def one_class_plan(

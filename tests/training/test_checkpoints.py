@@ -10,7 +10,7 @@ import tiny_run
 import torch
 from tiny_run import Settings
 
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 from usllm.training import AtomicCheckpointIO, StepCheckpoint, latest_checkpoint, load_checkpoint
 
 

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from tiny_run import Settings
 
-from usllm.errors import UserError
-from usllm.nn import sketched_layers
+from usllm.compress import sketched_layers
 from usllm.sketch import SketchConfig
+from usllm.system.errors import UserError
 from usllm.training import CrossEntropy, OptimizerConfig, SketchFinetuner, next_token_loss, sketch_finetuner
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 from usllm.training import OptimizerConfig, build_optimizer, build_schedule
 
 

@@ -1,4 +1,4 @@
-"""Statistics of a dense model's activations. Needs torch alone."""
+"""Statistics of a dense model's activations, and the passes that measure them. This file needs torch alone."""
 
 from usllm.calibration.second_moments import SecondMoments
 

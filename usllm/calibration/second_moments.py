@@ -13,7 +13,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from usllm.ranks import sum_over_ranks_
+from usllm.system.ranks import sum_over_ranks_
 
 
 class SecondMoments:

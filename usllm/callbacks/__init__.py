@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from usllm.calibration.measure import measure_importance
 from usllm.callbacks.allocation_picture import AllocationPicture
-from usllm.callbacks.importance_calibration import ImportanceCalibration, measure_importance
+from usllm.callbacks.importance_calibration import ImportanceCalibration
 from usllm.callbacks.layer_table import LayerTable
 from usllm.callbacks.nan_guard import NanGuard
 from usllm.callbacks.preemption import Preempted, Preemption

@@ -9,8 +9,8 @@ import numpy as np
 from lightning.pytorch import Trainer
 
 from usllm.callbacks.inspection import Inspection
+from usllm.compress import sketched_layers
 from usllm.loggers import log_figure
-from usllm.nn import sketched_layers
 from usllm.sketch import Plan
 from usllm.training.module import SketchFinetuner
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from usllm.callbacks.rng_state import preserved_rng
-from usllm.errors import UserError
 from usllm.loggers import axis_step, takes_media
+from usllm.system.errors import UserError
+from usllm.system.rng import preserved_rng
 from usllm.training.module import SketchFinetuner, sketch_finetuner
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from usllm.callbacks.inspection import Inspection
 from usllm.callbacks.sketch_reprojection import SketchReprojection
+from usllm.compress import Reprojection, SketchedLinear, sketched_layers
 from usllm.loggers import log_scalars, log_table
-from usllm.nn import Reprojection, SketchedLinear, sketched_layers
 from usllm.training.module import SketchFinetuner
 
 COLUMNS = (

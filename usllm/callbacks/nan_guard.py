@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from usllm.callbacks.rng_state import preserved_rng
-from usllm.errors import UserError
+from usllm.system.errors import UserError
+from usllm.system.rng import preserved_rng
 
 
 class NanGuard(Callback):

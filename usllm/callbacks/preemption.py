@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 from usllm.training.checkpoints import StepCheckpoint
 
 EX_TEMPFAIL = 75

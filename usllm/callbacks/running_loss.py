@@ -6,7 +6,7 @@ import csv
 import math
 from pathlib import Path
 
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 SMOOTHING = 0.9
 """Weight of the past in the running means of the loss and of its step-to-step changes."""

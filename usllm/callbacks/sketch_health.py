@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from usllm.callbacks.running_loss import RunningLoss, read_losses
-from usllm.nn import CompressionReport, compression_report, sketched_layers
+from usllm.compress import CompressionReport, compression_report, sketched_layers
 from usllm.sketch import Plan
 from usllm.training.module import SketchFinetuner, sketch_finetuner
 from usllm.training.objectives import CrossEntropy

@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from usllm.callbacks.inspection import Inspection
+from usllm.compress import SketchedLinear, sketched_layers
 from usllm.loggers import log_histogram
-from usllm.nn import SketchedLinear, sketched_layers
 from usllm.sketch.quantize import largest_code
 from usllm.training.module import SketchFinetuner
 

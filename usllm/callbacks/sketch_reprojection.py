@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from usllm.callbacks.importance_calibration import measure_in_trainer
-from usllm.errors import UserError
-from usllm.nn import Reprojection, allocate_, recall_winners_, reproject_
+from usllm.compress import Reprojection, allocate_, recall_winners_, reproject_
+from usllm.system.errors import UserError
 from usllm.training.module import sketch_finetuner
 
 

@@ -11,8 +11,8 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from usllm.callbacks.inspection import Inspection
-from usllm.errors import UserError
 from usllm.loggers import log_table
+from usllm.system.errors import UserError
 from usllm.training.module import SketchFinetuner
 
 COLUMNS = ("step", "prompt", "continuation")

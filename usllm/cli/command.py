@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 T = TypeVar("T")
 

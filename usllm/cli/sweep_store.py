@@ -10,7 +10,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 _SQLITE = "sqlite:///"
 
@@ -45,7 +45,7 @@ class SweepStore(Callback):
         from optuna import load_study
         from optuna.logging import WARNING, set_verbosity
 
-        from usllm.runs.lock import sole_user
+        from usllm.system.lock import sole_user
 
         set_verbosity(WARNING)
         if storage.startswith(_SQLITE):

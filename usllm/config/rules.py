@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,10 @@ from usllm.models import ModelSpec
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 RESERVED_TRAINER_KEYS = ("callbacks", "logger", "default_root_dir", "max_epochs")
+
+PERPLEXITY = "perplexity"
+METRICS = (PERPLEXITY, f"{PERPLEXITY}/<test set>/<window>", "bits_per_weight", "model_bytes")
+"""What ``optimized_metric`` may name."""
 
 
 class Problems(list[str]):
@@ -183,3 +187,12 @@ def check_nodes(group: str, nodes: dict[str, Any] | None, problems: Problems) ->
             problems.append(
                 f"{group}.{name}={node}: needs a _target_ (the dotted name of a class), or null to remove it"
             )
+
+
+def metric_problem(names: Any) -> str | None:
+    """What is wrong with ``optimized_metric``, before anything ran: a line, or ``None``."""
+    given = [names] if isinstance(names, str) else names
+    usable = isinstance(given, Sequence) and bool(given)
+    if usable and all(isinstance(n, str) and (n in METRICS or n.startswith(f"{PERPLEXITY}/")) for n in given):
+        return None
+    return f"optimized_metric={names}: choose one of {', '.join(METRICS)}, or a list of them"

@@ -95,7 +95,7 @@ class TrainConfig:
 
     With a ``study`` (its ``name`` and settings, :mod:`usllm.experiments`) the rest describes what the study varies.
     ``optimized_metric`` is what a sweep optimises, :mod:`usllm.runs.sweeps`; ``reuse_statistics`` shares what a dense
-    model alone decides with other runs, :mod:`usllm.runs.statistics`.
+    model alone decides with other runs, :mod:`usllm.system.results`.
     """
 
     name: str

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 T = TypeVar("T")
 NEEDS_A_VALUE = ": needs a value"

@@ -10,12 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from usllm.config import rules
-from usllm.config.rules import Problems
+from usllm.config.rules import Problems, metric_problem
 from usllm.config.schema import AllocationConfig, EvalConfig, TrainConfig
 from usllm.config.structure import NEEDS_A_VALUE, built, merge_typed, merge_values
-from usllm.errors import UserError
-from usllm.runs.sweeps import metric_problem
 from usllm.sketch import SketchConfig
+from usllm.sketch.allocation import ALLOCATIONS
+from usllm.system.errors import UserError
 
 T = TypeVar("T")
 
@@ -127,6 +127,7 @@ def check_sketch(given: dict[str, Any], allocation: AllocationConfig, problems: 
     """As :func:`sketch_config_of`, collecting the problems."""
     values = merge_values(SketchConfig, given or {}, problems, "sketch.", exclude=_ALLOCATION_KEYS)
     values |= {field: getattr(allocation, key) for field, key in _ALLOCATION_KEYS.items()}
+    problems.choice("allocation.name", allocation.name, ALLOCATIONS)
     found: list[str] = []
     sketch = built(lambda: SketchConfig(**values), found)
     for line in found:

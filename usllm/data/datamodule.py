@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from usllm.data.packing import pack
 from usllm.data.sampler import FILLER, DealtSampler, UnrolledSampler
 from usllm.data.sources import SourceSpec, read_documents
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from usllm.cache import published
-from usllm.errors import UserError
+from usllm.system.cache import published
+from usllm.system.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from usllm.errors import UserError
-from usllm.ranks import dealt, ranks, sum_over_ranks_
+from usllm.system.errors import UserError
+from usllm.system.ranks import dealt, ranks, sum_over_ranks_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 STUDIES = ("collision_rate", "importance_threshold", "layer_error", "quality", "ste_convergence")
 

@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from usllm.compress import LayerReport, allocate_, compression_report, sketched_layers
 from usllm.config import TrainConfig, check_train, plain_config, sketch_config
-from usllm.errors import UserError
 from usllm.experiments.inputs import check_sequences, importance_of, model_of, study_settings, text_of
 from usllm.experiments.results import kept_result, new_picture, save_picture, write_csv, write_result
-from usllm.nn import LayerReport, allocate_, compression_report, sketched_layers
-from usllm.runs.machine import machine
 from usllm.sketch import Plan
 from usllm.sketch.hash import HASHES
+from usllm.system.errors import UserError
+from usllm.system.machine import machine
 
 FILE = "collision_rate.json"
 UNOCCUPIED_LIMIT = 0.02

@@ -22,14 +22,14 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
+from usllm.compress import allocate_, sketched_layers
 from usllm.config import TrainConfig, check_train, plain_config, sketch_config
-from usllm.errors import UserError
 from usllm.experiments.inputs import check_sequences, importance_of, model_of, study_settings, text_of
 from usllm.experiments.results import kept_result, new_picture, number, save_picture, write_result
-from usllm.nn import allocate_, sketched_layers
-from usllm.runs.finetune import token_streams
-from usllm.runs.machine import machine
+from usllm.runs.inputs import token_streams
 from usllm.runs.measure import measure
+from usllm.system.errors import UserError
+from usllm.system.machine import machine
 
 FILE = "importance_threshold.json"
 STAGES = ("zeroed", "sketched")

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from usllm.callbacks.importance_calibration import kept_importance, measure_importance
+from usllm.calibration.measure import kept_importance, measure_importance
+from usllm.compress import swap_linears_
 from usllm.config import TrainConfig
 from usllm.config.structure import merge_typed
 from usllm.config.validation import user_error
 from usllm.data.datamodule import TextDataModule
-from usllm.errors import UserError
 from usllm.models.loading import check_context_length, load_config, load_dense, load_tokenizer
-from usllm.nn import swap_linears_
-from usllm.runs.finetune import build_data
-from usllm.runs.machine import choose_precision
+from usllm.runs.inputs import build_data
+from usllm.system.errors import UserError
+from usllm.system.machine import choose_precision
 
 T = TypeVar("T")
 

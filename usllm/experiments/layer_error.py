@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from usllm.calibration import SecondMoments
+from usllm.compress import sketched_layers
 from usllm.config import TrainConfig, check_train, plain_config, sketch_config
 from usllm.data.datamodule import Batch, TextDataModule
-from usllm.errors import UserError
 from usllm.eval.layer_error import rate_distortion_bound, relative_output_error
 from usllm.experiments.inputs import check_sequences, model_of, precision_context, study_settings, text_of
 from usllm.experiments.results import kept_result, new_picture, save_picture, write_csv, write_result
-from usllm.nn import sketched_layers
-from usllm.runs.machine import machine
 from usllm.sketch import SketchConfig, build_plan
+from usllm.system.errors import UserError
+from usllm.system.machine import machine
 from usllm_kernels import project_query
 
 FILE = "layer_error.json"

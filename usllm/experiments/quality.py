@@ -10,11 +10,11 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from usllm.errors import UserError
 from usllm.experiments.inputs import study_settings
 from usllm.experiments.variants import run_variants
-from usllm.runs.directory import write_json
 from usllm.runs.report import human_bytes
+from usllm.system.errors import UserError
+from usllm.system.files import write_json
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usllm.config import TrainConfig
-from usllm.errors import UserError
-from usllm.runs.directory import read_json, write_json
+from usllm.system.errors import UserError
+from usllm.system.files import read_json, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

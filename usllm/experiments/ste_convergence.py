@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from usllm.config import check_train, plain_config
-from usllm.errors import UserError
 from usllm.experiments.inputs import study_settings
 from usllm.experiments.results import new_picture, number, save_picture, write_result
 from usllm.experiments.variants import metric_curve, run_variants
-from usllm.runs.finetune import VALIDATION_SET
-from usllm.runs.machine import machine
+from usllm.runs.inputs import VALIDATION_SET
+from usllm.system.errors import UserError
+from usllm.system.machine import machine
 
 FILE = "ste_convergence.json"
 

@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from usllm.config import TrainConfig, check_train, plain_config
-from usllm.errors import UserError
 from usllm.runs.finetune import finetune
+from usllm.system.errors import UserError
 
 # Without these three a run finetunes the dense model.
 DENSE = {"callbacks": {"importance_calibration": None, "sketch_reprojection": None, "sketch_health": None}}

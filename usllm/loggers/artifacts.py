@@ -9,9 +9,10 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from usllm.errors import UserError
 from usllm.loggers.wandb_run import WandbRunLogger
-from usllm.runs.directory import REPORT_FILE, read_json
+from usllm.system.errors import UserError
+from usllm.system.files import read_json
+from usllm.system.run_files import REPORT_FILE
 
 
 def log_folder(

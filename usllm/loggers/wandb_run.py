@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
-from usllm.errors import UserError
-from usllm.loggers.code_version import code_version
-from usllm.runs.directory import write_text
+from usllm.system.code_version import code_version
+from usllm.system.errors import UserError
+from usllm.system.files import write_text
 
 if TYPE_CHECKING:
     from wandb import Run

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from usllm.cache import cache_root, published
-from usllm.errors import UserError
+from usllm.system.cache import cache_root, published
+from usllm.system.errors import UserError
 
 
 def packaged_gguf(distribution: str) -> Path:

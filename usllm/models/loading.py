@@ -18,13 +18,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from usllm.errors import UserError, first_line
 from usllm.models.gguf_file import decoded_folder, packaged_gguf
 from usllm.models.random_model import byte_tokenizer, random_config, random_model
 from usllm.models.spec import ModelSpec
 from usllm.packed.config import QUANT_METHOD
-from usllm.packed.layer import PackedFormatError
 from usllm.packed.loading import load
+from usllm.system.errors import PackedFormatError, UserError, first_line
 
 T = TypeVar("T")
 _SAFE = {"trust_remote_code": False}  # transformers would ask on the screen whether to run a stranger's code

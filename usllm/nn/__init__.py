@@ -1,35 +1,19 @@
-"""Layers that compute with their sketch, and the surgery that puts them into a model. Needs torch alone."""
+"""Public names of :mod:`usllm.compress` at the place where users of earlier versions import them from."""
 
-from usllm.nn.parallel import over_layers
-from usllm.nn.report import CompressionReport, LayerReport, compression_report
-from usllm.nn.sketched_linear import Reprojection, SketchedLinear, sketched_layers
-from usllm.nn.straight_through import straight_through
-from usllm.nn.surgery import (
-    DEFAULT_PATTERNS,
-    allocate_,
+from usllm.compress import (
+    CompressionReport,
+    SketchedLinear,
     compress_,
-    load_plans_,
-    recall_winners_,
+    compression_report,
     reproject_,
-    save_plans,
-    swap_linears_,
+    sketched_layers,
 )
 
 __all__ = [
-    "DEFAULT_PATTERNS",
     "CompressionReport",
-    "LayerReport",
-    "Reprojection",
     "SketchedLinear",
-    "allocate_",
     "compress_",
     "compression_report",
-    "load_plans_",
-    "over_layers",
-    "recall_winners_",
     "reproject_",
-    "save_plans",
     "sketched_layers",
-    "straight_through",
-    "swap_linears_",
 ]

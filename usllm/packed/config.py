@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from usllm.packed.layer import CLASS_BYTES, HEADER_BYTES, MAX_DIMENSION, PackedFormatError
 from usllm.sketch import SketchConfig
 from usllm.sketch.hash import HASH_VERSION
+from usllm.sketch.layer_bytes import CLASS_BYTES, HEADER_BYTES, MAX_DIMENSION
+from usllm.system.errors import PackedFormatError
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "usllm"

@@ -16,16 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from usllm.errors import UserError
 from usllm.packed.blocks import fits, pack_blocks
 from usllm.packed.config import BlockEntry, PackedConfig, PackedLayerEntry
 from usllm.packed.description import ModelFiles, write_description
 from usllm.packed.folder import INDEX_FILE
 from usllm.packed.inspection import Inspection, inspect_folder
-from usllm.packed.layer import pack_layer
 from usllm.packed.new_folder import new_folder
 from usllm.packed.quantizer import can_be_blocks, swap_packed_
 from usllm.packed.source import PackingSource
+from usllm.sketch.layer_bytes import pack_layer
+from usllm.system.errors import UserError
 
 REST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from usllm.packed.config import QUANT_METHOD, PackedConfig, is_name
-from usllm.packed.layer import PackedFormatError
+from usllm.system.errors import PackedFormatError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

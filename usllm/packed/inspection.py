@@ -9,9 +9,10 @@ from typing import Any
 
 from usllm.packed.blocks import check_blocks
 from usllm.packed.folder import PackedFolder, open_folder
-from usllm.packed.layer import PackedFormatError, read_plan
-from usllm.sketch.allocation import ChannelClass
 from usllm.sketch.bits import bit_breakdown
+from usllm.sketch.classes import ChannelClass
+from usllm.sketch.layer_bytes import read_plan
+from usllm.system.errors import PackedFormatError
 
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 

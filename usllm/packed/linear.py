@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from usllm.packed.config import PackedLayerEntry
-from usllm.packed.layer import read_plan
 from usllm.sketch import Plan, SketchConfig
+from usllm.sketch.layer_bytes import read_plan
 from usllm_kernels import packed_states, query, sketch_linear
 
 
@@ -18,7 +18,7 @@ class PackedLinear(nn.Module):
     """``y = x Ŵᵀ + b`` with ``Ŵ`` decoded from bytes for each call and released after it.
 
     Its only state is a buffer of bytes, which no cast of the model touches. The decoded weight is that of the trained
-    :class:`usllm.nn.SketchedLinear`, bit for bit, in the dtype that is computed with.
+    :class:`usllm.compress.SketchedLinear`, bit for bit, in the dtype that is computed with.
 
     Args:
         entry: Shape and bytes of the layer.

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from usllm.errors import UserError, first_line
 from usllm.packed.folder import CONFIG_FILE, PackedFolder, open_folder
-from usllm.packed.layer import PackedFormatError
 from usllm.packed.linear import keep_decoded_
+from usllm.system.errors import PackedFormatError, UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

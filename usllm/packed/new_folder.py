@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from usllm.errors import UserError
 from usllm.packed.folder import is_packed
+from usllm.system.errors import UserError
 
 _PARTIAL, _OLD = ".partial", ".old"
 _numbers = itertools.count()

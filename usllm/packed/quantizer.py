@@ -22,8 +22,8 @@ from usllm.packed.block_layers import BlockEmbedding, BlockLinear
 from usllm.packed.blocks import check_blocks
 from usllm.packed.config import QUANT_METHOD, BlockEntry, PackedConfig
 from usllm.packed.folder import refuse_files
-from usllm.packed.layer import PackedFormatError
 from usllm.packed.linear import PackedLinear, packed_layers
+from usllm.system.errors import PackedFormatError
 
 if TYPE_CHECKING:  # this module is loaded while transformers still is
     from transformers import PreTrainedModel

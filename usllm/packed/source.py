@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from usllm.errors import UserError
-from usllm.nn import sketched_layers
+from usllm.compress import sketched_layers
 from usllm.sketch import Plan, SketchConfig
 from usllm.sketch.codec import States
+from usllm.system.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -77,5 +77,5 @@ def from_model(model: nn.Module) -> PackingSource:
     """
     plans = {name: layer.plan for name, layer in sketched_layers(model).items() if layer.plan is not None}
     if not plans:
-        raise UserError(f"{type(model).__name__} has no sketched layers: call usllm.nn.compress_ first")
+        raise UserError(f"{type(model).__name__} has no sketched layers: call usllm.compress.compress_ first")
     return PackingSource(model.state_dict(), plans, next(iter(plans.values())).config)

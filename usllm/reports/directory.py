@@ -9,13 +9,14 @@ from typing import Any
 
 import yaml
 
-from usllm.errors import UserError
 from usllm.reports.curves import read_curves
 from usllm.reports.runs import FAILED, FINISHED, INTERRUPTED, RUNNING, Run, record, with_short_names
-from usllm.runs.directory import CHECKPOINT_FOLDER, FAILURE_FILE, REPORT_FILE, read_json
+from usllm.system.errors import UserError
+from usllm.system.files import read_json
+from usllm.system.run_files import CHECKPOINT_FOLDER, FAILURE_FILE, REPORT_FILE
 
 BASELINE_FILE = "baseline.json"  # usllm.runs.measure, which needs torch, writes it
-LOCK_FILE = ".lock"  # usllm.runs.lock, which needs lightning
+LOCK_FILE = ".lock"  # usllm.system.lock, which needs lightning
 HYDRA_FOLDER = ".hydra"
 # Folders of a run that hold no runs; a large tree is walked quickly without them.
 _CLOSED = {CHECKPOINT_FOLDER, "csv", "wandb", HYDRA_FOLDER}
@@ -129,7 +130,7 @@ def _flat(values: Any, key: str = "") -> list[str]:
 
 
 def _locked(path: Path) -> bool:
-    """Whether a process holds the run's directory (:func:`usllm.runs.lock.sole_user`)."""
+    """Whether a process holds the run's directory (:func:`usllm.system.lock.sole_user`)."""
     try:
         import fcntl
 

@@ -11,11 +11,11 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from usllm.errors import UserError
 from usllm.reports.figures import Reference
 from usllm.reports.labels import by_model, texts_of
 from usllm.reports.runs import Run, TestText, with_short_names
-from usllm.runs.directory import read_json
+from usllm.system.errors import UserError
+from usllm.system.files import read_json
 
 WANDB = "wandb:"
 

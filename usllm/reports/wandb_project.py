@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from usllm.errors import UserError
 from usllm.reports.curve_figures import TRAINING, VALIDATION
 from usllm.reports.curves import Curve, add_points, curves_of
 from usllm.reports.runs import FAILED, FINISHED, INTERRUPTED, RUNNING, Run, record, with_short_names
+from usllm.system.errors import UserError
 
 STEP = "trainer/global_step"  # what Lightning's logger draws over
 _STATES = {"finished": FINISHED, "running": RUNNING, "failed": FAILED}

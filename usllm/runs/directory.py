@@ -7,8 +7,6 @@ finds its run again.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,11 +15,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from usllm.errors import UserError
+from usllm.system.errors import UserError
+from usllm.system.files import read_json, write_json
+from usllm.system.run_files import FAILURE_FILE, REPORT_FILE, checkpoint_folder
 
-REPORT_FILE = "report.json"
-FAILURE_FILE = "failure.json"
-CHECKPOINT_FOLDER = "checkpoints"
 MAX_NAME_BYTES = 120  # far below the 255 that file systems allow: checkpoints and tables are named after it
 
 
@@ -49,11 +46,6 @@ def run_id(override_dirname: str) -> str:
 def register_resolvers() -> None:
     """Make ``${usllm.run_id:...}`` known to OmegaConf; call before a configuration is composed."""
     OmegaConf.register_new_resolver("usllm.run_id", run_id, replace=True)
-
-
-def checkpoint_folder(run_dir: Path) -> Path:
-    """Where the run keeps its checkpoints."""
-    return run_dir / CHECKPOINT_FOLDER
 
 
 def finished_report(run_dir: Path) -> dict[str, Any] | None:
@@ -91,40 +83,3 @@ def noting_failure(run_dir: Path) -> Iterator[None]:
         with suppress(OSError):  # a full disk, say: the error itself matters more
             write_json(path, {"error": type(error).__name__, "message": str(error)})
         raise
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` so that a reader never sees half a file, also when the process dies."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """As :func:`write_json`, for any text; a disk that runs full leaves the old file and nothing else."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; ``None`` when there is no such file.
-
-    Raises:
-        UserError: The file is damaged.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it to go on") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (not an object); delete it to go on")
-    return content

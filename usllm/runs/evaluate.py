@@ -8,23 +8,22 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedModel
 
+from usllm.compress import compression_report, sketched_layers
 from usllm.config import DataConfig, EvalConfig, EvaluationConfig, section_of
-from usllm.errors import UserError
 from usllm.eval.harness import find_tasks, harness_tables, run_harness
 from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.models import ModelSpec
 from usllm.models.loading import check_context_length, load_config, load_dense, load_packed, load_tokenizer
-from usllm.nn import compression_report, load_plans_, sketched_layers, swap_linears_
 from usllm.packed.inspection import inspect_folder
-from usllm.runs.directory import checkpoint_folder, write_json
-from usllm.runs.finetune import build_data, token_streams
-from usllm.runs.machine import choose_autocast, machine, machine_line
+from usllm.runs.inputs import build_data, token_streams
 from usllm.runs.measure import measure
 from usllm.runs.report import perplexity_table, print_facts
-from usllm.sketch import SketchConfig
-from usllm.training import latest_checkpoint, load_checkpoint
+from usllm.runs.saved_run import find_checkpoint, load_sketched_
+from usllm.system.errors import UserError
+from usllm.system.files import write_json
+from usllm.system.machine import choose_autocast, machine, machine_line
+from usllm.training import load_checkpoint
 from usllm.training.module import CHECKPOINT_KEY
 
 RESULT_FILE = "evaluation.json"
@@ -105,43 +104,6 @@ def evaluate(config: EvalConfig, command: str, own_evaluation: bool = True) -> d
     write_json(path, result)
     print_result(result, path)
     return result
-
-
-def find_checkpoint(ckpt: str) -> Path:
-    """The checkpoint file that ``ckpt`` stands for: itself, or the newest readable one of a run's directory.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = Path(ckpt).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        for folder in (checkpoint_folder(path), path):
-            if (found := latest_checkpoint(folder)) is not None:
-                return found
-        raise UserError(f"ckpt={ckpt}: the folder holds no checkpoint; give the directory of a run, or a .ckpt file")
-    raise UserError(f"ckpt={ckpt}: no such file or folder")
-
-
-def load_sketched_(model: PreTrainedModel, saved: dict[str, Any]) -> None:
-    """Turn a dense model into the sketched one of a checkpoint, in place.
-
-    Raises:
-        UserError: the checkpoint belongs to another model.
-    """
-    section = saved[CHECKPOINT_KEY]
-    swap_linears_(model, section["patterns"])
-    load_plans_(model, section["plans"], SketchConfig(**section["sketch"]))
-    prefix = "model."
-    weights = {
-        name.removeprefix(prefix): tensor for name, tensor in saved["state_dict"].items() if name.startswith(prefix)
-    }
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"the checkpoint does not fit the model that it names ({reason})") from error
 
 
 def print_result(result: dict[str, Any], path: Path) -> None:

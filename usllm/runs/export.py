@@ -11,24 +11,25 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from usllm.compress import allocate_, swap_linears_
 from usllm.config import DataConfig, EvaluationConfig, section_of, sketch_config_of
 from usllm.config.packed import ExportConfig, size_in_bytes
-from usllm.errors import UserError
 from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.models import ModelSpec
 from usllm.models.loading import load_config, load_dense, load_generation_config, load_tokenizer
-from usllm.nn import allocate_, swap_linears_
 from usllm.packed.card import CardFacts, model_card
 from usllm.packed.export import ModelFiles, RestStorage, export
 from usllm.packed.inspection import Inspection
 from usllm.packed.loading import load
 from usllm.packed.source import PackingSource, from_checkpoint, from_model
-from usllm.runs.directory import CHECKPOINT_FOLDER, REPORT_FILE, read_json
-from usllm.runs.evaluate import find_checkpoint
-from usllm.runs.finetune import build_data, program, token_streams
-from usllm.runs.machine import choose_autocast, machine, machine_line
+from usllm.runs.inputs import build_data, program, token_streams
 from usllm.runs.measure import measure, merge_stages
 from usllm.runs.report import human_bytes, print_facts
+from usllm.runs.saved_run import find_checkpoint
+from usllm.system.errors import UserError
+from usllm.system.files import read_json
+from usllm.system.machine import choose_autocast, machine, machine_line
+from usllm.system.run_files import CHECKPOINT_FOLDER, REPORT_FILE
 from usllm.training import load_checkpoint
 from usllm.training.module import CHECKPOINT_KEY
 
@@ -125,7 +126,7 @@ def _from_run(ckpt: str) -> _Origin:
 
 
 def _from_dense(config: ExportConfig) -> _Origin:
-    from usllm.callbacks.importance_calibration import measure_importance
+    from usllm.calibration.measure import measure_importance
 
     sketch = sketch_config_of(config.sketch, config.allocation)
     data = build_data(config.data, load_tokenizer(config.model), config.seed)

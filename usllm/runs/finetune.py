@@ -6,8 +6,6 @@ Only composition happens here; what is composed lives in ``models``, ``data``, `
 from __future__ import annotations
 
 import contextlib
-import shutil
-import sys
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -19,39 +17,31 @@ from lightning.pytorch.callbacks import LearningRateMonitor, Timer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from usllm.callbacks import Preemption, SketchHealth
-from usllm.config import DataConfig, EvaluationConfig, TrainConfig, sketch_config
-from usllm.data.datamodule import TextDataModule
-from usllm.errors import UserError
-from usllm.eval.perplexity import bos_rule, check_long_enough, tokenise_test_sets, tokenizer_name
+from usllm.compress import compression_report, sketched_layers
+from usllm.config import TrainConfig, sketch_config
+from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.loggers import axis_step
-from usllm.loggers.code_version import code_version
 from usllm.models.loading import check_context_length, load_config, load_dense, load_tokenizer
-from usllm.nn import compression_report, sketched_layers
-from usllm.runs.directory import (
-    REPORT_FILE,
-    checkpoint_folder,
-    finished_report,
-    noting_failure,
-    refuse_used,
-    write_json,
-)
+from usllm.runs.directory import finished_report, noting_failure, refuse_used
+from usllm.runs.inputs import build_data, program, token_streams
 from usllm.runs.launched import ending_together
-from usllm.runs.lock import sole_user
-from usllm.runs.machine import machine
 from usllm.runs.measure import BaselinePerplexity, measure, merge_stages
 from usllm.runs.report import print_outcome, print_report
 from usllm.runs.tracking import finishing, log_results
 from usllm.runs.trainer import build_nodes, build_trainer, devices_in
+from usllm.system.code_version import code_version
+from usllm.system.errors import UserError
+from usllm.system.files import write_json
+from usllm.system.lock import sole_user
+from usllm.system.machine import machine
+from usllm.system.run_files import REPORT_FILE, checkpoint_folder
 from usllm.training import SketchFinetuner, build_objective, latest_checkpoint
 from usllm.training.differences import run_differences
-
-VALIDATION_SET = "validation"
-"""Name of the held-out split among the test sets."""
 
 
 def finetune(config: TrainConfig, plain: Mapping[str, Any], command: str, brief: bool = False) -> dict[str, Any]:
@@ -204,45 +194,6 @@ def refuse_other_configuration(finished: Mapping[str, Any], config: TrainConfig,
         )
 
 
-def build_data(section: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> TextDataModule:
-    """The data module of a run, with its text read and packed.
-
-    Raises:
-        UserError: a source is missing, empty or too short.
-    """
-    data = TextDataModule(
-        tokenizer,
-        section.train,
-        section.validation,
-        validation_fraction=section.validation_fraction,
-        context_length=section.context_length,
-        max_sequences=section.max_sequences,
-        batch_size=section.batch_size,
-        num_workers=section.num_workers,
-        num_proc=section.num_proc,
-        cache_dir=section.cache_dir,
-        seed=seed,
-    )
-    data.setup()
-    return data
-
-
-def token_streams(
-    evaluation: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, data: TextDataModule | None
-) -> dict[str, Tensor]:
-    """Token streams ``[n]`` of all test sets; the held-out split of ``data`` first, where it is asked for.
-
-    Raises:
-        UserError: a text is missing or shorter than a window.
-    """
-    streams = {}
-    if evaluation.validation_split and data is not None:
-        streams[VALIDATION_SET] = data.validation_tokens()
-        for window in evaluation.windows:
-            check_long_enough(streams[VALIDATION_SET], window, VALIDATION_SET)
-    return streams | tokenise_test_sets(evaluation.test_sets, tokenizer, evaluation.windows)
-
-
 def sizes(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
     """Bits and bytes for the report; a model that was finetuned dense (no calibration, no plans) has none."""
     if any(layer.plan is None for layer in sketched_layers(model).values()):
@@ -268,14 +219,6 @@ def next_commands(config: TrainConfig, command: str) -> list[str]:
         f"{program('usllm-eval')} ckpt={config.run_dir}",
         " ".join([program("usllm-train"), *words, f"sketch.bits_per_weight={half}"]),
     ]
-
-
-def program(name: str) -> str:
-    """How to call an installed command: its name, or its path where the environment is not activated."""
-    beside = Path(sys.executable).parent / name
-    if shutil.which(name) is not None or not beside.exists():
-        return name
-    return str(beside.relative_to(Path.cwd())) if beside.is_relative_to(Path.cwd()) else str(beside)
 
 
 def _seconds(timer: Timer, invocation: float) -> dict[str, float]:

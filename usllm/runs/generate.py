@@ -12,12 +12,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from usllm.config import section_of
 from usllm.config.packed import GenerateConfig, size_in_bytes
-from usllm.errors import UserError, first_line
 from usllm.models import ModelSpec
 from usllm.models.loading import load_dense, load_tokenizer
-from usllm.packed.layer import PackedFormatError
 from usllm.packed.loading import load
-from usllm.runs.evaluate import choose_device, find_checkpoint, load_sketched_
+from usllm.runs.evaluate import choose_device
+from usllm.runs.saved_run import find_checkpoint, load_sketched_
+from usllm.system.errors import PackedFormatError, UserError, first_line
 from usllm.training import load_checkpoint
 from usllm.training.module import CHECKPOINT_KEY
 

@@ -9,13 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from usllm.config.packed import InspectConfig
-from usllm.errors import UserError
 from usllm.packed.folder import open_folder
 from usllm.packed.inspection import InspectedLayer, Inspection, inspect_folder
-from usllm.packed.layer import PackedFormatError
 from usllm.packed.loading import check_against_model
-from usllm.runs.directory import write_json
 from usllm.runs.report import print_facts
+from usllm.system.errors import PackedFormatError, UserError
+from usllm.system.files import write_json
 
 TABLE_WIDTH = 132
 """Columns that the widest table takes."""

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from usllm.config import EvaluationConfig
 from usllm.eval.perplexity import PerplexityResult, evaluate
 from usllm.models.identity import weights_digest
-from usllm.ranks import failing_together
-from usllm.runs.directory import read_json, write_json
-from usllm.runs.machine import choose_autocast
-from usllm.runs.statistics import arithmetic, kept_rows, tokens_digest
+from usllm.system.files import read_json, write_json
+from usllm.system.machine import choose_autocast
+from usllm.system.ranks import failing_together
+from usllm.system.results import arithmetic, kept_rows, tokens_digest
 
 BASELINE_FILE = "baseline.json"
 _MEASURED_ON = "measured_on"  # beside the stages in that file

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from usllm.runs.machine import machine_line
+from usllm.system.machine import machine_line
 
 # Columns of the perplexity table: key in the report, heading.
 _STAGES = (("dense", "dense"), ("before", "sketched"), ("after", "finetuned"))

@@ -7,20 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from usllm.errors import UserError
-
-PERPLEXITY = "perplexity"
-METRICS = (PERPLEXITY, f"{PERPLEXITY}/<test set>/<window>", "bits_per_weight", "model_bytes")
-"""What ``optimized_metric`` may name."""
-
-
-def metric_problem(names: Any) -> str | None:
-    """What is wrong with ``optimized_metric``, before anything ran: a line, or ``None``."""
-    given = [names] if isinstance(names, str) else names
-    usable = isinstance(given, Sequence) and bool(given)
-    if usable and all(isinstance(n, str) and (n in METRICS or n.startswith(f"{PERPLEXITY}/")) for n in given):
-        return None
-    return f"optimized_metric={names}: choose one of {', '.join(METRICS)}, or a list of them"
+from usllm.config.rules import PERPLEXITY
+from usllm.system.errors import UserError
 
 
 def optimized_values(report: Mapping[str, Any], names: str | Sequence[str]) -> float | list[float]:

@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from usllm.config import TrainConfig
-from usllm.errors import UserError
-from usllm.runs.machine import choose_precision
+from usllm.system.errors import UserError
+from usllm.system.machine import choose_precision
 from usllm.training import build_strategy
 
 

@@ -3,6 +3,7 @@
 from usllm.sketch.allocation import layer_rates
 from usllm.sketch.codec import States, channel_scales, project, query
 from usllm.sketch.config import SketchConfig
-from usllm.sketch.plan import Plan, build_plan
+from usllm.sketch.plan import Plan
+from usllm.sketch.planning import build_plan
 
 __all__ = ["Plan", "SketchConfig", "States", "build_plan", "channel_scales", "layer_rates", "project", "query"]

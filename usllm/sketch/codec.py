@@ -17,10 +17,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from usllm.sketch.blocks import chunks, rotate, unrotate_
 from usllm.sketch.layout import Span
 from usllm.sketch.plan import ClassBlock, Plan
 from usllm.sketch.quantize import ChannelSums, best_scale, channel_statistics, channel_sums, quantize
+from usllm.sketch.rotation import chunks, rotate, unrotate_
 from usllm.sketch.scale import CHANNEL_MANTISSA, OUTPUT_MANTISSA, base_exponent, decode_scale, encode_scale
 
 States = dict[str, Tensor]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from usllm.sketch.allocation import ALLOCATIONS
 from usllm.sketch.hash import HASHES
 from usllm.sketch.operators import OPERATORS
 
@@ -85,7 +84,6 @@ class SketchConfig:
         choice("hash", tuple(HASHES))
         choice("state_bits", STATE_BITS)
         choice("rounding", ("toward_zero", "nearest"))
-        choice("allocation", tuple(ALLOCATIONS))
         choice("layer_budget", ("equal", "importance"))
         if self.query != "magnitude_max" and self.operator != "absmaxmin":
             found.append(f"sketch.query={self.query!r} is a variant of absmaxmin: leave it at magnitude_max")

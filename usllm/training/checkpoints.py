@@ -19,7 +19,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 SUFFIX = ".ckpt"
 PARTIAL_SUFFIX = ".part"

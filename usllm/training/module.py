@@ -12,10 +12,10 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from usllm.errors import UserError
-from usllm.nn import DEFAULT_PATTERNS, load_plans_, save_plans, swap_linears_
-from usllm.ranks import failing_together
+from usllm.compress import DEFAULT_PATTERNS, load_plans_, save_plans, swap_linears_
 from usllm.sketch import SketchConfig
+from usllm.system.errors import UserError
+from usllm.system.ranks import failing_together
 from usllm.training.differences import run_differences, sketch_differences
 from usllm.training.objectives import Batch, Objective, next_token_loss
 from usllm.training.objectives.base import NO_TARGET

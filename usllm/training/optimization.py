@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """``optimizer.schedule`` -> name in ``transformers.get_scheduler``."""

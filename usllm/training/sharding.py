@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from usllm.nn import sketched_layers
-from usllm.ranks import failing_together
+from usllm.compress import sketched_layers
+from usllm.system.ranks import failing_together
 
 M = TypeVar("M", bound=nn.Module)
 

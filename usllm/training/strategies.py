@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from usllm.ranks import failing_together
+from usllm.system.ranks import failing_together
 from usllm.training.checkpoints import load_checkpoint
 
 

@@ -1,6 +1,6 @@
 """Projection and query on the CPU, compiled: the same integers as :mod:`usllm.sketch.codec`, at the speed of the cache.
 
-The loops release the interpreter lock, so that layers run side by side (:mod:`usllm.nn.parallel`).
+The loops release the interpreter lock, so that layers run side by side (:mod:`usllm.compress.parallel`).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def query(states: States, plan: Plan, dtype: torch.dtype = torch.float32) -> Ten
 def project_query(
     weight: Tensor, plan: Plan, moment: Tensor | None, dtype: torch.dtype, winners: Tensor | None, sums: Tensor | None
 ) -> tuple[States, Tensor]:
-    """:func:`usllm_kernels.project_query` of an fp32 weight [out, in] on the CPU."""
+    """:func:`usllm_kernels.ops.project_query` of an fp32 weight [out, in] on the CPU."""
     states = project(weight, plan, moment, winners)
     if sums is None:
         return states, query(states, plan, dtype)

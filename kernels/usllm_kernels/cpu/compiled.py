@@ -16,8 +16,8 @@ from typing import Any
 from numba import config as _config
 from numba import njit
 
-from usllm.cache import cache_root
 from usllm.sketch import scale
+from usllm.system.cache import cache_root
 
 numba_settings: Any = _config  # its names are made at run time
 _HERE = Path(__file__).parent

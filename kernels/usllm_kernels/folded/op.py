@@ -16,8 +16,8 @@ from torch import Tensor
 
 from usllm.sketch import Plan, channel_scales
 from usllm.sketch.codec import States
+from usllm_kernels.ops.query.reference import unpacked
 from usllm_kernels.plans import check_states, flatten, list_states, name_states, unflatten
-from usllm_kernels.query.reference import unpacked
 
 
 def folds(plan: Plan) -> bool:

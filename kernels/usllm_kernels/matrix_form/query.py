@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from usllm.sketch import Plan, channel_scales
-from usllm.sketch.blocks import unrotate_
 from usllm.sketch.codec import States
+from usllm.sketch.rotation import unrotate_
 
 
 def matrix_query(states: States, plan: Plan, dtype: torch.dtype = torch.float32) -> Tensor:

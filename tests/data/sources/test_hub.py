@@ -9,7 +9,7 @@ import pytest
 
 from usllm.data import SourceSpec
 from usllm.data.sources import read_documents, read_text
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 SPEC = SourceSpec(kind="hub", name="Salesforce/wikitext", config="wikitext-2-raw-v1", document_start="^ = [^=].* = $")
 ROWS = ["", " = One = \n", "", " text \n", " = Two = \n", " end \n"]

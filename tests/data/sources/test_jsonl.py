@@ -10,7 +10,7 @@ import pytest
 
 from usllm.data import SourceSpec
 from usllm.data.sources import read_documents, read_text
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 
 def _write(path: Path, *records: object) -> SourceSpec:

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from usllm.data import SourceSpec
 from usllm.data.sources import read_documents, read_text
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 
 def _write(path: Path, columns: dict[str, list[object]]) -> SourceSpec:

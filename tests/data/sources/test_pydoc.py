@@ -9,7 +9,7 @@ import pytest
 
 from usllm.data import SourceSpec
 from usllm.data.sources import pydoc
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 
 @pytest.fixture

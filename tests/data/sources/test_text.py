@@ -11,7 +11,7 @@ import pytest
 
 from usllm.data import SourceSpec
 from usllm.data.sources import read_documents, read_text
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 TEXT = "first\nline\n\nsecond é\n\n\n\n"
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny_run import load_model
 from torch import Tensor, nn
 
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 from usllm.training.objectives import Distill, base, next_token_loss
 from usllm.training.objectives.distill import hidden_state_error
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_run import load_model
 
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 from usllm.training.objectives import CrossEntropy, Distill, build_objective, next_token_loss
 
 

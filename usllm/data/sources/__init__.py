@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from usllm.data.sources.spec import SourceSpec
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 
 def existing(paths: tuple[str, ...]) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from usllm.data.sources.boundaries import group_rows
 from usllm.data.sources.spec import SourceSpec
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 
 def documents(spec: SourceSpec) -> list[str]:

@@ -7,7 +7,7 @@ import json
 from usllm.data.sources.boundaries import group_rows
 from usllm.data.sources.files import existing, opened
 from usllm.data.sources.spec import SourceSpec
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 
 def documents(spec: SourceSpec) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from usllm.data.sources.boundaries import group_rows
 from usllm.data.sources.files import existing
 from usllm.data.sources.spec import SourceSpec
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 
 def documents(spec: SourceSpec) -> list[str]:

@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 
 from usllm.data.sources.spec import SourceSpec
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 
 # Not documentation of the library: installed packages, tests and their data.
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

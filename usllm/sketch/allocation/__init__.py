@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from usllm.sketch.allocation import proportional, uniform, waterfill
 from usllm.sketch.allocation.layers import layer_rates
-from usllm.sketch.allocation.problem import AllocationProblem, AllocationTable, ChannelClass
+from usllm.sketch.allocation.problem import AllocationProblem, AllocationTable
+from usllm.sketch.classes import ChannelClass
 
 ALLOCATIONS: dict[str, Callable[[AllocationProblem], AllocationTable]] = {
     "uniform": uniform.allocate,

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from usllm.sketch.allocation.problem import EMPTY, AllocationProblem, ChannelClass
+from usllm.sketch.allocation.problem import AllocationProblem
+from usllm.sketch.classes import EMPTY, ChannelClass
 
 if TYPE_CHECKING:
     from usllm.sketch.config import SketchConfig

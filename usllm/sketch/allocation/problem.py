@@ -11,31 +11,14 @@ import torch
 from torch import Tensor
 
 from usllm.sketch.bits import CLASS_BITS, available_bits, code_bits
+from usllm.sketch.classes import ChannelClass
 from usllm.sketch.layout import Span, spans, states_per_channel
 from usllm.sketch.scale import SCALE_BITS
 
 if TYPE_CHECKING:
     from usllm.sketch.config import SketchConfig
 
-MAX_CLASSES = 16
 _TABLE_SHARE = 0.125  # of the budget: a table that costs more takes fewer classes
-
-
-class ChannelClass(NamedTuple):
-    """What all channels of one class store.
-
-    Attributes:
-        rows: Hash functions in use.
-        states: States K per row and group (a shorter group holds no more than its size).
-        bits: Width of a state.
-    """
-
-    rows: int
-    states: int
-    bits: int
-
-
-EMPTY = ChannelClass(0, 0, 0)
 
 
 class AllocationTable(NamedTuple):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from usllm.sketch.allocation.problem import EMPTY, AllocationProblem, AllocationTable, ChannelClass, fill, table
+from usllm.sketch.allocation.problem import AllocationProblem, AllocationTable, fill, table
+from usllm.sketch.classes import EMPTY, ChannelClass
 
 
 def allocate(problem: AllocationProblem) -> AllocationTable:

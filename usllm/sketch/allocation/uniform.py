@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from usllm.sketch.allocation.problem import AllocationProblem, AllocationTable, ChannelClass, fill, table
+from usllm.sketch.allocation.problem import AllocationProblem, AllocationTable, fill, table
+from usllm.sketch.classes import ChannelClass
 
 
 def allocate(problem: AllocationProblem) -> AllocationTable:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from usllm.sketch.allocation.distortion import Option, convex_options
-from usllm.sketch.allocation.problem import EMPTY, AllocationProblem, AllocationTable, ChannelClass, fill, table
+from usllm.sketch.allocation.problem import AllocationProblem, AllocationTable, fill, table
+from usllm.sketch.classes import EMPTY, ChannelClass
 
 _NEGLIGIBLE = 0.01
 

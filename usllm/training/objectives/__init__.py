@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 from usllm.training.objectives.base import Batch, Objective, next_token_loss
 from usllm.training.objectives.cross_entropy import CrossEntropy
 from usllm.training.objectives.distill import Distill

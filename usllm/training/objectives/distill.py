@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from usllm.errors import UserError
+from usllm.system.errors import UserError
 from usllm.training.objectives.base import Batch, Objective, next_token_loss, sum_over_chunks
 
 ENERGY_FLOOR = 0.1

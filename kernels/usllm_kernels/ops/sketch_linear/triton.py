@@ -1,0 +1,70 @@
+"""Products with the decoded weight on CUDA; only channels that hold states are multiplied.
+
+Up to eight tokens, and up to one tile of tokens, each weight is decoded where it is used and never written. Beyond,
+every tile of tokens would decode all weights: there they are decoded once, a slab at a time, and multiplied by the
+library. Slabs are cut along what is not summed up, so that no rounded parts are added.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# Annotations mean something else to Triton.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from usllm.sketch import Plan
+from usllm.sketch.codec import States
+from usllm_kernels.ops.query.triton import query_groups
+from usllm_kernels.ops.sketch_linear.triton_few_tokens import few_tokens
+from usllm_kernels.ops.sketch_linear.triton_input_gradient import few_tokens_gradient
+from usllm_kernels.ops.sketch_linear.triton_many_tokens import many_tokens
+from usllm_kernels.tables import tables
+
+FEW_TOKENS = 8
+TILE_TOKENS = 128
+SLAB = 1 << 25  # weights decoded at once: 64 MiB in bfloat16
+
+
+def sketch_linear(x: Tensor, states: States, plan: Plan) -> Tensor:
+    """``x Ŵᵀ``, [tokens, out], in the dtype of ``x`` [tokens, in]; accumulated in float32."""
+    tokens, outputs = len(x), plan.shape[0]
+    if not plan.blocks or not tokens:
+        return x.new_zeros(tokens, outputs)
+    if tokens <= FEW_TOKENS:
+        return few_tokens(x.contiguous(), states, plan)
+    if tokens <= TILE_TOKENS:
+        return many_tokens(x, states, plan, TILE_TOKENS)
+    held = x.index_select(1, tables(plan, x.device).channel)
+    out = x.new_empty(tokens, outputs)
+    for number, span in enumerate(plan.spans):
+        step = max(SLAB // (span.size * plan.num_scales), 1)
+        for first in range(0, span.groups, step):
+            groups = range(first, min(first + step, span.groups))
+            slab = x.new_empty(len(groups) * span.size, plan.num_scales)
+            query_groups(states, plan, number, groups, slab, range(plan.num_scales))
+            start = span.start + first * span.size
+            torch.mm(held, slab.t(), out=out[:, start : start + len(slab)])
+    return out
+
+
+def input_gradient(gradient: Tensor, states: States, plan: Plan) -> Tensor:
+    """``dy Ŵ``, [tokens, in], in the dtype of ``gradient`` [tokens, out]; accumulated in float32."""
+    gradient = gradient.contiguous()  # that of a sum is one number expanded
+    tokens, outputs = gradient.shape
+    found = gradient.new_zeros(tokens, plan.shape[1])
+    if not plan.blocks or not tokens:
+        return found
+    channel = tables(plan, gradient.device).channel
+    if tokens <= TILE_TOKENS:
+        held = few_tokens_gradient(gradient, states, plan, TILE_TOKENS).to(gradient.dtype)
+        return found.index_copy_(1, channel.long(), held)
+    step = max(SLAB // outputs, 1)
+    for first in range(0, plan.num_scales, step):
+        numbers = range(first, min(first + step, plan.num_scales))
+        slab = gradient.new_empty(outputs, len(numbers))
+        for number, span in enumerate(plan.spans):
+            rows = slab[span.start : span.start + span.groups * span.size]
+            query_groups(states, plan, number, range(span.groups), rows, numbers)
+        found.index_copy_(1, channel[first : numbers.stop].long(), gradient @ slab)
+    return found

@@ -1,0 +1,147 @@
+"""What was compressed and what it takes: the one source of every bit figure that users see."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from usllm.compress.sketched_linear import SketchedLinear, sketched_layers
+
+REST_BITS = 16  # what is not compressed is counted at bf16, as it is stored
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One compressed layer.
+
+    Attributes:
+        name: Layer name.
+        shape: ``(out, in)``.
+        bits: Bits of the packed layer, metadata included.
+        bits_per_weight: ``bits`` over the layer's weights.
+        states: Number of states.
+        occupancy: Share of states with a member.
+        load: Fewest, mean and most members per state.
+        importance: Mean E[a²] of the input channels.
+        relative_error: ``‖Ŵ - W‖² / ‖W‖²`` with channels weighted by E[a²].
+        sections: Bits of each section of the packed layer.
+        classes: The allocation: ``(rows, states per group, bits per state, channels)`` of each class of channels;
+            classes without states hold the channels that were dropped.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    bits_per_weight: float
+    states: int
+    occupancy: float
+    load: tuple[int, float, int]
+    importance: float
+    relative_error: float
+    sections: dict[str, int]
+    classes: tuple[tuple[int, int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """A compressed model.
+
+    Attributes:
+        layers: The compressed layers.
+        compressed_weights: Weights in them.
+        other_parameters: All other parameters, tied ones once; counted at 16 bits.
+    """
+
+    layers: tuple[LayerReport, ...]
+    compressed_weights: int
+    other_parameters: int
+
+    @property
+    def total_bits(self) -> int:
+        """Bits of the compressed layers."""
+        return sum(layer.bits for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per compressed weight, metadata included."""
+        return self.total_bits / self.compressed_weights
+
+    @property
+    def model_bits(self) -> int:
+        """Bits of the whole model."""
+        return self.total_bits + REST_BITS * self.other_parameters
+
+    @property
+    def model_bits_per_weight(self) -> float:
+        """Bits per parameter of the whole model."""
+        return self.model_bits / (self.compressed_weights + self.other_parameters)
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of the whole model."""
+        return -(-self.model_bits // 8)
+
+    @property
+    def occupancy(self) -> float:
+        """Share of all states with a member."""
+        states = sum(layer.states for layer in self.layers)
+        return sum(layer.occupancy * layer.states for layer in self.layers) / states if states else 1.0
+
+    @property
+    def allocation_variation(self) -> float:
+        """Coefficient of variation of the layers' bits per weight (the paper's readers ask for at most 0.2)."""
+        rates = torch.tensor([layer.bits_per_weight for layer in self.layers], dtype=torch.float64)
+        return float(rates.std(correction=0) / rates.mean())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python, for JSON."""
+        totals = ("total_bits", "bits_per_weight", "model_bits", "model_bits_per_weight", "model_bytes", "occupancy")
+        return {
+            **{name: getattr(self, name) for name in (*totals, "allocation_variation")},
+            "compressed_weights": self.compressed_weights,
+            "other_parameters": self.other_parameters,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+
+def compression_report(model: nn.Module) -> CompressionReport:
+    """Report of a model whose sketched layers are planned and projected.
+
+    Raises:
+        RuntimeError: If a sketched layer has no plan.
+    """
+    layers = sketched_layers(model)
+    latent = {id(layer.weight) for layer in layers.values()}
+    rest = {id(p): p.numel() for p in model.parameters() if id(p) not in latent}
+    return CompressionReport(
+        layers=tuple(_layer_report(layer) for layer in layers.values()),
+        compressed_weights=sum(layer.weight.numel() for layer in layers.values()),
+        other_parameters=sum(rest.values()),
+    )
+
+
+@torch.no_grad()
+def _layer_report(layer: SketchedLinear) -> LayerReport:
+    plan = layer.plan
+    if plan is None:
+        raise RuntimeError(f"{layer.name} has no plan yet: calibrate and allocate first")
+    latent = layer.latent_weight()
+    error = (layer.decoded_weight() - latent).square().sum(0) @ layer.importance
+    energy = latent.square().sum(0) @ layer.importance
+    channels = torch.bincount(plan.channel_class.long(), minlength=len(plan.classes)).tolist()
+    return LayerReport(
+        name=layer.name,
+        shape=plan.shape,
+        bits=plan.total_bits,
+        bits_per_weight=plan.bits_per_weight,
+        states=plan.num_states,
+        occupancy=plan.occupancy(),
+        load=plan.load(),
+        importance=float(layer.importance.double().mean()),
+        relative_error=float(error / energy.clamp_min(1e-30)),
+        sections=plan.bit_breakdown(),
+        classes=tuple((*choice, count) for choice, count in zip(plan.classes, channels, strict=True)),
+    )

@@ -1,0 +1,139 @@
+"""Projection of sharded latent weights: each rank projects its share of the layers, all get the states.
+
+FSDP2 cuts a weight [out, in] into runs of output rows, and cuts groups with it. So a weight is gathered for its
+projection, on one rank only: in each turn every rank receives the shards of one layer, its own of that turn, projects
+it, and sends the states, which are small, to the others. A rank holds one whole latent weight at a time, the work is
+split over the ranks, and of all latents it receives only its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from usllm.compress.sketched_linear import Reprojection, SketchedLinear
+
+
+class Turn(NamedTuple):
+    """One turn: as many layers as there are ranks, or fewer in the last one; the rank of a layer is its position.
+
+    Attributes:
+        layers: The layers.
+        owners: Global ranks.
+        mine: The layer of this rank, if it has one.
+        latent: Its whole latent weight, fp32 [out, in].
+    """
+
+    layers: Sequence[SketchedLinear]
+    owners: Sequence[int]
+    mine: SketchedLinear | None
+    latent: Tensor | None
+
+
+def is_sharded(layers: Mapping[str, SketchedLinear]) -> bool:
+    """Whether the latent weights are spread over ranks."""
+    return any(isinstance(layer.weight, DTensor) for layer in layers.values())
+
+
+def reproject_sharded(layers: Mapping[str, SketchedLinear]) -> dict[str, Reprojection]:
+    """Project all layers; every rank ends with the same states and the same account of what changed."""
+    changes: dict[str, Reprojection] = {}
+    for turn in _turns(layers):
+        done = None
+        if turn.mine is not None:
+            done = turn.mine.reproject(turn.latent)
+        for layer, owner in zip(turn.layers, turn.owners, strict=True):
+            account = torch.zeros(2, device=layer.importance.device)
+            if layer is turn.mine:
+                assert done is not None
+                account = torch.stack([value.float() for value in done])
+            _broadcast_([*layer.states.values(), account], owner)
+            if layer is not turn.mine:
+                layer.states_arrived()
+            changes[layer.name] = Reprojection(*account.unbind())
+    return changes
+
+
+def channel_energy_sharded(layers: Mapping[str, SketchedLinear]) -> dict[str, Tensor]:
+    """E[w²] per input channel of each layer, fp32 [in], as :func:`channel_energy` gives it for a whole weight."""
+    energies: dict[str, Tensor] = {}
+    for turn in _turns(layers):
+        for layer, owner in zip(turn.layers, turn.owners, strict=True):
+            energy = torch.zeros(layer.in_features, device=layer.importance.device)
+            if layer is turn.mine:
+                assert turn.latent is not None
+                energy = channel_energy(turn.latent)
+            _broadcast_([energy], owner)
+            energies[layer.name] = energy
+    return energies
+
+
+def channel_energy(latent: Tensor) -> Tensor:
+    """E[w²] per input channel of ``latent`` [out, in], fp32 [in]."""
+    return latent.detach().float().square().mean(0)
+
+
+def for_own_layers(work: Callable[[SketchedLinear, Tensor], object], layers: Mapping[str, SketchedLinear]) -> None:
+    """``work(layer, latent)`` for the layers that this rank projects."""
+    for turn in _turns(layers):
+        if turn.mine is not None and turn.latent is not None:
+            work(turn.mine, turn.latent)
+
+
+def _turns(layers: Mapping[str, SketchedLinear]) -> Iterator[Turn]:
+    everything = list(layers.values())
+    if not everything:
+        return
+    weight = everything[0].weight
+    assert isinstance(weight, DTensor)
+    group = weight.device_mesh.get_group()
+    members = dist.get_process_group_ranks(group)
+    for first in range(0, len(everything), len(members)):
+        chunk = everything[first : first + len(members)]
+        position = dist.get_rank(group)
+        mine = chunk[position] if position < len(chunk) else None
+        yield Turn(chunk, members[: len(chunk)], mine, _gather(chunk, position, members, group))
+
+
+@torch.no_grad()
+def _gather(
+    chunk: Sequence[SketchedLinear], position: int, members: Sequence[int], group: dist.ProcessGroup
+) -> Tensor | None:
+    """Send this rank's rows of every layer to its owner; the whole weight of this rank's own layer."""
+    whole: Tensor | None = None
+    transfers = []
+    for owner, layer in enumerate(chunk):
+        weight = layer.weight
+        if not isinstance(weight, DTensor) or tuple(weight.placements) != (Shard(0),):
+            raise RuntimeError(f"{layer.name}: sketched layers can be sharded by output rows only (FSDP2's default)")
+        local = weight.to_local().detach().to(layer.importance.device).float().contiguous()
+        if owner != position:
+            if local.numel():
+                transfers.append(dist.P2POp(dist.isend, local, members[owner], group))
+            continue
+        whole = local.new_empty(tuple(weight.shape))
+        per_rank = -(-weight.shape[0] // len(members))
+        for peer, rows in enumerate(whole.split(per_rank)):
+            if peer == position:
+                rows.copy_(local)
+            else:
+                transfers.append(dist.P2POp(dist.irecv, rows, members[peer], group))
+    for request in dist.batch_isend_irecv(transfers) if transfers else ():
+        request.wait()
+    return whole
+
+
+def _broadcast_(tensors: Sequence[Tensor], source: int) -> None:
+    """Overwrite ``tensors`` with those of the rank ``source``, in one message."""
+    message = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
+    dist.broadcast(message, source)
+    if dist.get_rank() == source:
+        return
+    parts = message.split([tensor.numel() * tensor.element_size() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))  # a copy, because a view must be aligned

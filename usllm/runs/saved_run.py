@@ -1,0 +1,52 @@
+"""A saved run: the one reader of its checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from usllm.compress import load_plans_, swap_linears_
+from usllm.sketch import SketchConfig
+from usllm.system.errors import UserError
+from usllm.system.run_files import checkpoint_folder
+from usllm.training import latest_checkpoint
+from usllm.training.module import CHECKPOINT_KEY
+
+
+def find_checkpoint(ckpt: str) -> Path:
+    """The checkpoint file that ``ckpt`` stands for: itself, or the newest readable one of a run's directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(ckpt).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for folder in (checkpoint_folder(path), path):
+            if (found := latest_checkpoint(folder)) is not None:
+                return found
+        raise UserError(f"ckpt={ckpt}: the folder holds no checkpoint; give the directory of a run, or a .ckpt file")
+    raise UserError(f"ckpt={ckpt}: no such file or folder")
+
+
+def load_sketched_(model: PreTrainedModel, saved: dict[str, Any]) -> None:
+    """Turn a dense model into the sketched one of a checkpoint, in place.
+
+    Raises:
+        UserError: the checkpoint belongs to another model.
+    """
+    section = saved[CHECKPOINT_KEY]
+    swap_linears_(model, section["patterns"])
+    load_plans_(model, section["plans"], SketchConfig(**section["sketch"]))
+    prefix = "model."
+    weights = {
+        name.removeprefix(prefix): tensor for name, tensor in saved["state_dict"].items() if name.startswith(prefix)
+    }
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"the checkpoint does not fit the model that it names ({reason})") from error

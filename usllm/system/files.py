@@ -1,0 +1,47 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from usllm.system.errors import UserError
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` so that a reader never sees half a file, also when the process dies."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """As :func:`write_json`, for any text; a disk that runs full leaves the old file and nothing else."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; ``None`` when there is no such file.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to go on") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (not an object); delete it to go on")
+    return content
