@@ -66,7 +66,6 @@ def test_another_method_is_refused(content: Any) -> None:
         ("hash", "sha256"),
         ("operator", "sum"),
         ("query", "median"),
-        ("allocation", "guess"),
         ("rounding", "up"),
         ("seed", -1),
         ("seed", 2**32),

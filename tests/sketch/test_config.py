@@ -1,13 +1,13 @@
 import pytest
 
-from usllm.sketch import SketchConfig
+from usllm.sketch import SketchConfig, build_plan
 
 
 def test_all_problems_come_in_one_message_with_key_value_and_way_out() -> None:
     with pytest.raises(ValueError, match="sketch") as error:
-        SketchConfig(bits_per_weight=-1, rows=0, operator="median", allocation="greedy", state_bits=5, hash="md5")
+        SketchConfig(bits_per_weight=-1, rows=0, operator="median", state_bits=5, hash="md5")
     lines = str(error.value).splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 5
     assert any("sketch.bits_per_weight=-1" in line and "above 0" in line for line in lines)
     assert any("sketch.operator='median'" in line and "absmaxmin, countmin, mean" in line for line in lines)
 
@@ -28,3 +28,8 @@ def test_all_problems_come_in_one_message_with_key_value_and_way_out() -> None:
 def test_each_bad_value_is_refused(values: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"sketch.{'query' if 'query' in values else next(iter(values))}="):
         SketchConfig(**values)  # type: ignore[arg-type]
+
+
+def test_unknown_allocation_is_refused_where_it_is_used() -> None:
+    with pytest.raises(ValueError, match=r"sketch\.allocation='greedy' is unknown: choose one of"):
+        build_plan((8, 4), None, SketchConfig(allocation="greedy"), "layer")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from usllm import cache
+from usllm.system import cache
 from usllm.system.cache import cache_root, published
 
 

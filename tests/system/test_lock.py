@@ -102,7 +102,7 @@ def test_other_ranks_of_a_distributed_run_are_let_in(tmp_path: Path, monkeypatch
 
 
 def test_file_system_without_locks_refuses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from usllm.runs import lock
+    from usllm.system import lock
 
     def no_locks(*_: object) -> None:
         raise OSError("no locks available")

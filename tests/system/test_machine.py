@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from usllm.runs import machine as module
+from usllm.system import machine as module
 from usllm.system.machine import choose_precision, machine, machine_line
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usllm import ranks as module
+from usllm.system import ranks as module
 from usllm.system.errors import UserError
 from usllm.system.ranks import Ranks, dealt, failing_together, ranks, sum_over_ranks_
 from usllm.training import sharding

@@ -127,7 +127,8 @@ def check_sketch(given: dict[str, Any], allocation: AllocationConfig, problems: 
     """As :func:`sketch_config_of`, collecting the problems."""
     values = merge_values(SketchConfig, given or {}, problems, "sketch.", exclude=_ALLOCATION_KEYS)
     values |= {field: getattr(allocation, key) for field, key in _ALLOCATION_KEYS.items()}
-    problems.choice("allocation.name", allocation.name, ALLOCATIONS)
+    if allocation.name not in ALLOCATIONS:
+        problems.append(f"allocation.name={allocation.name!r} is unknown: choose one of {', '.join(ALLOCATIONS)}")
     found: list[str] = []
     sketch = built(lambda: SketchConfig(**values), found)
     for line in found:
