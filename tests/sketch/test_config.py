@@ -32,4 +32,4 @@ def test_each_bad_value_is_refused(values: dict[str, object]) -> None:
 
 def test_unknown_allocation_is_refused_where_it_is_used() -> None:
     with pytest.raises(ValueError, match=r"sketch\.allocation='greedy' is unknown: choose one of"):
-        build_plan((8, 4), None, SketchConfig(allocation="greedy"), "layer")
+        build_plan((256, 256), None, SketchConfig(allocation="greedy"), "layer")
