@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from usllm.compress import allocate_, reproject_, sketched_layers, swap_linears_
+from usllm.compress import allocate_, compressed_layers, reproject_, swap_linears_
 from usllm.packed.config import PackedLayerEntry
 from usllm.packed.linear import PackedLinear, keep_decoded_
 from usllm.sketch import SketchConfig
@@ -70,7 +70,7 @@ def model_step(device: torch.device, layers: int, width: int, sketch: SketchConf
     dense = min(step(lambda: None)[0] for _ in range(2))
     peak_dense = _peak(device)
     swap_linears_(model)
-    found = sketched_layers(model)
+    found = compressed_layers(model)
     generator = torch.Generator().manual_seed(0)
     importance = {name: torch.rand(layer.in_features, generator=generator) ** 8 + 1e-3 for name, layer in found.items()}
     started = time.perf_counter()
@@ -109,7 +109,7 @@ def model_step(device: torch.device, layers: int, width: int, sketch: SketchConf
 
 def pack_(model: Any) -> None:
     """Trained layers as packed ones, everything else in bfloat16; in place."""
-    for name, layer in sketched_layers(model).items():
+    for name, layer in compressed_layers(model).items():
         packed = pack_layer(layer.plan, {key: value.cpu() for key, value in layer.states.items()})
         inference = PackedLinear(PackedLayerEntry(layer.plan.shape, packed.numel()), layer.plan.config, name)
         inference.packed.copy_(packed)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from usllm.compress import SketchedLinear, allocate_, sketched_layers, swap_linears_
+from usllm.compress import CompressedLinear, allocate_, compressed_layers, swap_linears_
 from usllm.compress.parallel import over_layers
 from usllm.models import ModelSpec
 from usllm.models.loading import load_dense
@@ -81,7 +81,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = load_dense(ModelSpec())
     swap_linears_(model)
-    layers = sketched_layers(model)
+    layers = compressed_layers(model)
     generator = torch.Generator().manual_seed(0)  # a few channels hold most of the energy, as in real activations
     importance = {
         name: torch.rand(layer.in_features, generator=generator) ** 8 + 1e-3 for name, layer in layers.items()
@@ -94,11 +94,11 @@ def main() -> None:
         for target, weight in zip(targets, weights, strict=True):
             target.copy_(weight)
 
-    def project_and_query(layer: SketchedLinear) -> None:
+    def project_and_query(layer: CompressedLinear) -> None:
         assert layer.plan is not None
         project_query(layer.weight, layer.plan)
 
-    def query_alone(layer: SketchedLinear) -> None:
+    def query_alone(layer: CompressedLinear) -> None:
         assert layer.plan is not None
         query(layer.states, layer.plan)
 
@@ -116,7 +116,7 @@ def main() -> None:
     copied = median(copy, arguments.repeat)
     fused = median(lambda: over_layers(project_and_query, layers), arguments.repeat)
     queried = median(lambda: over_layers(query_alone, layers), arguments.repeat)
-    followed = median(lambda: over_layers(SketchedLinear.reproject, layers), arguments.repeat)
+    followed = median(lambda: over_layers(CompressedLinear.reproject, layers), arguments.repeat)
     count = sum(weight.numel() for weight in weights)
     print(f"{machine_line(machine())}; {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     print(f"{count:,} weights, absmaxmin, {arguments.rows} rows, {arguments.bits} bits per weight")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-from usllm.compress import SketchedLinear, sketched_layers, swap_linears_
+from usllm.compress import CompressedLinear, compressed_layers, swap_linears_
 from usllm.sketch import SketchConfig, build_plan
 from usllm.training.sharding import units
 
@@ -134,7 +134,7 @@ def count(model: LlamaForCausalLM, setup: Setup) -> Memory:
     # What waits for the backward pass. Recomputed activations leave the weights of one layer at a time and the head's,
     # but replicas keep all decoded weights from one projection to the next.
     one = model.model.layers[0]
-    decoded = _sizes(one if setup.checkpointing and setup.sharded else model, SketchedLinear)
+    decoded = _sizes(one if setup.checkpointing and setup.sharded else model, CompressedLinear)
     cast = _sizes(one, nn.Linear) + _size(model.lm_head) if setup.checkpointing else _sizes(model, nn.Linear)
     # A sharded unit and the next one are gathered, one has its whole gradient, and the rest of the model is whole.
     gathered = FP32 * (3 * max(parts) + 2 * own) if setup.sharded else 0
@@ -154,7 +154,7 @@ def count(model: LlamaForCausalLM, setup: Setup) -> Memory:
 
 def state_bytes(model: nn.Module, setup: Setup) -> int:
     """States of all layers as the buffers hold them, and the winners of the layers that a rank projects."""
-    layers = list(sketched_layers(model).values())
+    layers = list(compressed_layers(model).values())
     total = 0
     for number, layer in enumerate(layers):
         states, winners = _plan_bytes((layer.out_features, layer.in_features))
@@ -238,7 +238,7 @@ def tables() -> Iterator[str]:
     for name in MODELS:
         model = build(name)
         found = [count(model, setup) for setup in SETUPS]
-        sketched = sum(layer.weight.numel() for layer in sketched_layers(model).values())
+        sketched = sum(layer.weight.numel() for layer in compressed_layers(model).values())
         yield f"**{name}**: {_size(model) / 1e9:.2f} billion weights, {sketched / 1e9:.2f} billion of them sketched\n"
         yield "| GB | " + " | ".join(setup.title for setup in SETUPS) + " |"
         yield "|---|" + "---:|" * len(SETUPS)

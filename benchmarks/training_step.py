@@ -18,7 +18,7 @@ import time
 
 import torch
 
-from usllm.compress import allocate_, reproject_, sketched_layers, swap_linears_
+from usllm.compress import allocate_, compressed_layers, reproject_, swap_linears_
 from usllm.models import ModelSpec
 from usllm.models.loading import load_dense
 from usllm.sketch import SketchConfig
@@ -33,7 +33,7 @@ def measure(mode: str, tokens: int, context: int, steps: int) -> dict[str, float
     if mode == "sketched":
         swap_linears_(model)
         generator = torch.Generator().manual_seed(0)
-        layers = sketched_layers(model)
+        layers = compressed_layers(model)
         importance = {n: torch.rand(layer.in_features, generator=generator) ** 8 + 1e-3 for n, layer in layers.items()}
         allocate_(model, SketchConfig(bits_per_weight=0.5, rows=3), importance)
     model.train()

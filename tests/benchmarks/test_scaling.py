@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import scaling
-from usllm.compress import compress_, sketched_layers
+from usllm.compress import compress_, compressed_layers
 from usllm.models.random_model import random_model
 
 
@@ -18,8 +18,8 @@ def test_page_holds_what_the_script_counts() -> None:
 def test_states_are_counted_as_the_buffers_of_a_compressed_model() -> None:
     model = random_model("llama")
     compress_(model, scaling.SKETCH)
-    held = sum(buffer.nbytes for layer in sketched_layers(model).values() for buffer in layer.buffers())
-    winners = sum(2 * layer.plan.num_states for layer in sketched_layers(model).values() if layer.plan is not None)
+    held = sum(buffer.nbytes for layer in compressed_layers(model).values() for buffer in layer.buffers())
+    winners = sum(2 * layer.plan.num_states for layer in compressed_layers(model).values() if layer.plan is not None)
     one = scaling.Setup("one", 1, sharded=False, checkpointing=False)
     assert scaling.state_bytes(model, one) == held + winners
 

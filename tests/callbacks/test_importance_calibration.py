@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from usllm.calibration.measure import measure_importance
 from usllm.callbacks import ImportanceCalibration, importance_calibration
-from usllm.compress import DEFAULT_PATTERNS, sketched_layers, swap_linears_
+from usllm.compress import DEFAULT_PATTERNS, compressed_layers, swap_linears_
 from usllm.system.errors import UserError
 
 
@@ -41,7 +41,7 @@ def test_importance_is_the_mean_square_of_each_input_channel_without_dropout() -
 
 def test_every_sketched_layer_is_measured() -> None:
     model = dense()
-    assert measure_importance(model, batches(), 6).keys() == sketched_layers(model).keys()
+    assert measure_importance(model, batches(), 6).keys() == compressed_layers(model).keys()
 
 
 def test_model_and_generators_are_left_as_they_were() -> None:
@@ -92,7 +92,7 @@ def test_number_of_sequences_below_one_is_refused() -> None:
 def test_layers_hold_plans_and_the_measured_importance_before_the_first_step(tmp_path: Path) -> None:
     trainer, finetuner = tiny_run.run(tmp_path / "run", Settings(steps=1, validate_every=2))
     calibration = next(c for c in trainer.callbacks if isinstance(c, ImportanceCalibration))  # type: ignore[attr-defined]
-    layers = sketched_layers(finetuner.network)
+    layers = compressed_layers(finetuner.network)
     assert calibration.moments.keys() == layers.keys()
     assert all(layer.plan is not None for layer in layers.values())
     assert all(torch.equal(layer.importance, calibration.moments[name]) for name, layer in layers.items())

@@ -16,12 +16,12 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from tiny_run import Killed, Settings, differences, final_checkpoint, record
 
 from usllm.callbacks import AllocationPicture, LayerTable, SketchHistograms, TextSamples, inspection, text_samples
-from usllm.callbacks.allocation_picture import allocation_figure, allocation_grid, channel_rates
+from usllm.callbacks.allocation_picture import allocation_figure, allocation_grid
 from usllm.callbacks.inspection import Inspection
-from usllm.callbacks.layer_table import COLUMNS, layer_rows
+from usllm.callbacks.layer_table import layer_table
 from usllm.callbacks.sketch_histograms import importance_histogram, state_histogram
 from usllm.callbacks.text_samples import continuations
-from usllm.compress import allocate_, compression_report, reproject_, sketched_layers, swap_linears_
+from usllm.compress import allocate_, compressed_layers, compression_report, reproject_, swap_linears_
 from usllm.models.random_model import byte_tokenizer, random_model
 from usllm.sketch import SketchConfig
 from usllm.system.errors import UserError
@@ -55,7 +55,7 @@ def model() -> Any:
     model = random_model("llama")
     swap_linears_(model)
     generator = torch.Generator().manual_seed(0)
-    importance = {n: torch.rand(x.in_features, generator=generator) ** 4 for n, x in sketched_layers(model).items()}
+    importance = {n: torch.rand(x.in_features, generator=generator) ** 4 for n, x in compressed_layers(model).items()}
     allocate_(model, SketchConfig(bits_per_weight=1.0, rows=2, group_size=64, allocation="waterfill"), importance)
     return model
 
@@ -119,18 +119,18 @@ def test_run_with_everything_shown_is_the_run_without_bit_for_bit(
 def test_row_of_a_layer_agrees_with_the_report(model: Any) -> None:
     report = {layer.name: layer for layer in compression_report(model).layers}
     changes = reproject_(model)
-    for rows, churn in ((layer_rows(model, {}), None), (layer_rows(model, changes), 0.0)):
+    for (columns, rows), churn in ((layer_table(model, {}), None), (layer_table(model, changes), 0.0)):
         assert [row[0] for row in rows] == list(report)
         for row in rows:
-            values, layer = dict(zip(COLUMNS, row, strict=True)), report[row[0]]
+            values, layer = dict(zip(columns, row, strict=True)), report[row[0]]
             assert values["bits_per_weight"] == layer.bits_per_weight
-            assert (values["load_mean"], values["load_max"]) == layer.load[1:]
+            assert all(values[name] == fact.value for name, fact in layer.facts.items())
             assert values["projection_error"] == pytest.approx(layer.relative_error, rel=1e-4)
             assert values["winner_change"] == churn
 
 
 def test_histograms_count_every_state_and_every_channel_once(model: Any) -> None:
-    layers = list(sketched_layers(model).values())
+    layers = list(compressed_layers(model).values())
     counts, edges = state_histogram(layers)
     assert counts.sum() == sum(layer.plan.num_states for layer in layers)
     assert len(edges) == len(counts) + 1
@@ -146,13 +146,13 @@ def test_histograms_count_every_state_and_every_channel_once(model: Any) -> None
 
 
 def test_picture_holds_the_bits_that_the_plans_hold(model: Any) -> None:
-    plans = {name: layer.plan for name, layer in sketched_layers(model).items()}
+    plans = {name: layer.plan for name, layer in compressed_layers(model).items()}
     grid = allocation_grid(plans)
     assert grid.shape == (12, 160)
     for row, plan in zip(grid, plans.values(), strict=True):
         assert np.isnan(row[plan.shape[1] :]).all()
         assert row[: plan.shape[1]].sum() * plan.shape[0] == pytest.approx(plan.bit_breakdown()["states"])
-        np.testing.assert_allclose(row[: plan.shape[1]], channel_rates(plan))
+        np.testing.assert_allclose(row[: plan.shape[1]], plan.channel_rates())
     # Neighbours are averaged where there are more channels than columns.
     np.testing.assert_allclose(allocation_grid(plans, 80)[5], grid[5].reshape(80, 2).mean(1))
     narrow, wide, _ = allocation_figure(plans).axes

@@ -16,7 +16,7 @@ from tiny_run import Settings
 from usllm.callbacks import SketchHealth, sketch_health
 from usllm.callbacks.running_loss import RunningLoss
 from usllm.callbacks.sketch_health import explosion_cause
-from usllm.compress import CompressionReport, LayerReport
+from usllm.compress import CompressionReport, Fact, LayerReport
 from usllm.training import SketchFinetuner
 
 QUIET = {"perplexity_max": 1e9, "occupancy_min": 0.0, "allocation_variation_max": 1e9, "warmup_steps": 0}
@@ -42,13 +42,10 @@ def layer(name: str = "layer", **changes: Any) -> LayerReport:
         "shape": (8, 8),
         "bits": 32,
         "bits_per_weight": 0.5,
-        "states": 8,
-        "occupancy": 1.0,
-        "load": (8, 8.0, 8),
         "importance": 1.0,
         "relative_error": 0.5,
         "sections": {},
-        "classes": ((1, 1, 4, 8),),
+        "facts": {"states": Fact(8), "occupancy": Fact(1.0), "load_mean": Fact(8.0)},
     }
     return LayerReport(**(values | changes))
 
@@ -203,7 +200,7 @@ def test_cause_with_a_layer_worse_than_zero_is_the_initialisation() -> None:
 
 
 def test_cause_otherwise_is_collisions_with_the_worst_layer_s_load() -> None:
-    worst = layer("worst", relative_error=0.9, load=(23, 24.0, 25))
+    worst = layer("worst", relative_error=0.9, facts={"load_mean": Fact(24.0)})
     cause = explosion_cause(losses(9.0), report(layer(), worst), "proportional")
     assert "too many collisions, 24.0 weights share a state on average in worst" in cause
 

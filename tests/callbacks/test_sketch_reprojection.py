@@ -12,7 +12,7 @@ from tiny_run import Settings
 from torch import Tensor
 
 from usllm.callbacks import SketchReprojection, sketch_reprojection
-from usllm.compress import sketched_layers
+from usllm.compress import compressed_layers
 from usllm.sketch import project
 from usllm.system.errors import UserError
 from usllm.training import SketchFinetuner
@@ -21,12 +21,12 @@ LAYER = "model.layers.0.mlp.up_proj"
 
 
 def states_of(module: SketchFinetuner) -> Tensor:
-    return sketched_layers(module.network)[LAYER].states["codes"].clone()
+    return compressed_layers(module.network)[LAYER].states["codes"].clone()
 
 
 def is_projected(module: SketchFinetuner) -> bool:
     """Whether every layer's states are those of its latent weight."""
-    for layer in sketched_layers(module.network).values():
+    for layer in compressed_layers(module.network).values():
         assert layer.plan is not None
         fresh = project(layer.weight.detach(), layer.plan, layer.importance)
         if any(not torch.equal(fresh[name], tensor) for name, tensor in layer.states.items()):
@@ -86,7 +86,7 @@ def test_checkpoint_and_end_of_training_hold_the_sketch_of_the_latents(tmp_path:
     _, module = tiny_run.run(tmp_path / "run", settings)
     assert is_projected(module)
     saved = torch.load(tmp_path / "run" / "checkpoints" / "step=00000003.ckpt", weights_only=True)["state_dict"]
-    layer = sketched_layers(module.network)[LAYER]
+    layer = compressed_layers(module.network)[LAYER]
     assert layer.plan is not None
     name = f"model.{LAYER}"
     fresh = project(saved[f"{name}.weight"], layer.plan, saved[f"{name}.importance"])
@@ -122,7 +122,7 @@ def test_space_is_shared_out_anew_every_m_steps_and_the_optimizer_goes_on(
     assert steps == [2]  # and not behind the last step, where it would only do harm
     assert watch.states[2].shape != watch.states[1].shape or moved(watch.states)[1]
     assert all(watch.projected)
-    weight = sketched_layers(module.network)[LAYER].weight
+    weight = compressed_layers(module.network)[LAYER].weight
     assert trainer.optimizers[0].state[weight]["step"].item() == 4
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from usllm.compress import compress_, compression_report, sketched_layers, swap_linears_
+from usllm.compress import compress_, compressed_layers, compression_report, swap_linears_
+from usllm.compress.methods.sketch import SketchPlan
 from usllm.models.random_model import random_model
 from usllm.sketch import SketchConfig
 
@@ -21,7 +22,7 @@ OTHERS = 264 * 64 + 2 * (64 * 64 + 2 * 64) + 64  # embeddings once, output proje
 def test_bits_are_the_sum_of_the_plans() -> None:
     model = random_model("llama")
     report = compress_(model, CONFIG)
-    plans = {name: layer.plan for name, layer in sketched_layers(model).items()}
+    plans = {name: layer.plan for name, layer in compressed_layers(model).items()}
     assert all(plan is not None for plan in plans.values())
     assert {layer.name: layer.bits for layer in report.layers} == {n: p.total_bits for n, p in plans.items() if p}
     assert report.total_bits == sum(plan.total_bits for plan in plans.values() if plan)
@@ -62,20 +63,23 @@ def test_precision_in_memory_does_not_enter() -> None:
 def test_occupancy_and_load_are_those_of_the_plans() -> None:
     model = random_model("llama")
     report = compress_(model, CONFIG)
-    states, occupied = 0, 0.0
     for layer in report.layers:
-        plan = sketched_layers(model)[layer.name].plan
+        plan = compressed_layers(model)[layer.name].plan
         assert plan is not None
-        assert (layer.states, layer.occupancy, layer.load) == (plan.num_states, plan.occupancy(), plan.load())
-        states, occupied = states + plan.num_states, occupied + plan.num_states * plan.occupancy()
-    assert report.occupancy == pytest.approx(occupied / states)
+        assert isinstance(plan, SketchPlan)
+        shown = tuple(layer.value(name) for name in ("load_min", "load_mean", "load_max"))
+        assert (layer.value("states"), layer.value("occupancy"), shown) == (
+            plan.num_states,
+            plan.occupancy(),
+            plan.load(),
+        )
 
 
 def test_error_weighs_channels_by_importance() -> None:
     model = nn.ModuleDict({"a": nn.Linear(48, 64)})
     importance = torch.rand(48) + 0.1
     report = compress_(model, CONFIG, {"a": importance}, ["a"])
-    (layer,) = sketched_layers(model).values()
+    (layer,) = compressed_layers(model).values()
     latent = layer.weight.detach().double()
     weighted = ((layer.decoded_weight() - latent).square() * importance).sum() / (latent.square() * importance).sum()
     assert report.layers[0].relative_error == pytest.approx(float(weighted), rel=1e-5)
@@ -86,7 +90,7 @@ def test_error_is_that_of_the_states_not_of_a_fresh_projection() -> None:
     model = random_model("llama")
     before = compress_(model, CONFIG)
     with torch.no_grad():
-        for layer in sketched_layers(model).values():
+        for layer in compressed_layers(model).values():
             layer.weight.neg_()
     after = compression_report(model)
     assert all(new.relative_error > old.relative_error for new, old in zip(after.layers, before.layers, strict=True))
@@ -116,13 +120,14 @@ def test_model_without_plans_has_no_report() -> None:
         compression_report(model)
 
 
-def test_classes_are_the_plans_allocation() -> None:
+def test_classes_are_said_in_words() -> None:
     model = random_model("llama")
     report = compress_(model, CONFIG)
     for layer in report.layers:
-        plan = sketched_layers(model)[layer.name].plan
-        assert plan is not None
-        assert [entry[:3] for entry in layer.classes] == [tuple(choice) for choice in plan.classes]
-        assert sum(entry[3] for entry in layer.classes) == layer.shape[1]
-        states = sum(rows * states * -(-layer.shape[0] // 32) * channels for rows, states, _, channels in layer.classes)
-        assert states == layer.states  # all groups are of 32 rows
+        plan = compressed_layers(model)[layer.name].plan
+        assert isinstance(plan, SketchPlan)
+        channels = plan.channel_class.bincount(minlength=len(plan.classes)).tolist()
+        words = layer.value("classes")
+        for choice, count in zip(plan.classes, channels, strict=True):
+            said = f"{count} x ({choice.rows} row" if choice.rows else f"{count} empty"
+            assert said in words

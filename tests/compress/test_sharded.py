@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from usllm.compress import allocate_, recall_winners_, reproject_, sketched_layers, swap_linears_
+from usllm.compress import allocate_, compressed_layers, recall_winners_, reproject_, swap_linears_
 from usllm.sketch import SketchConfig
 
 RANKS = 3
@@ -34,7 +34,7 @@ def build() -> nn.Module:
 
 def trained_(model: nn.Module) -> dict[str, Any]:
     """Allocate, change the latents a little, project again; everything that came of it, the same for all ranks."""
-    layers = sketched_layers(model)
+    layers = compressed_layers(model)
     with torch.no_grad():
         allocate_(model, SKETCH, {name: torch.arange(1.0, layer.in_features + 1) for name, layer in layers.items()})
         first = {name: {key: value.clone() for key, value in layer.states.items()} for name, layer in layers.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from usllm.compress import straight_through
+from usllm.compress.straight_through import straight_through
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from usllm.compress import (
     DEFAULT_PATTERNS,
-    SketchedLinear,
+    CompressedLinear,
     allocate_,
     compress_,
+    compressed_layers,
     compression_report,
     load_plans_,
     reproject_,
     save_plans,
-    sketched_layers,
     swap_linears_,
 )
 from usllm.models.random_model import random_model
@@ -41,7 +41,7 @@ def model_of(architecture: str) -> nn.Module:
     return model
 
 
-def uneven_importance(layers: Iterable[SketchedLinear]) -> dict[str, Tensor]:
+def uneven_importance(layers: Iterable[CompressedLinear]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(2)
     return {layer.name: torch.rand(layer.in_features, generator=generator) + 0.1 for layer in layers}
 
@@ -68,7 +68,7 @@ def test_only_the_named_linears_are_swapped(architecture: str) -> None:
     left = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert {name.rpartition(".")[2] for name in linears - left} == set(DEFAULT_PATTERNS)
     assert {name.rpartition(".")[2] for name in left} == {"o_proj", "lm_head"}
-    assert set(sketched_layers(model)) == linears - left
+    assert set(compressed_layers(model)) == linears - left
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -78,7 +78,7 @@ def test_compressed_model_is_the_dense_one_at_its_decoded_weights(architecture: 
     dense = logits(model)
     compress_(model, CONFIG)
     with torch.no_grad():
-        for name, layer in sketched_layers(model).items():
+        for name, layer in compressed_layers(model).items():
             reference.get_submodule(name).weight.copy_(layer.decoded_weight())
     assert torch.equal(logits(model), logits(reference))
     assert not torch.equal(logits(model), dense)
@@ -112,7 +112,7 @@ def test_tied_embeddings_stay_tied_and_learn_together(architecture: str) -> None
     model(input_ids=ids, labels=ids).loss.backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert embedding.weight is head.weight
-    assert all(layer.weight.grad is not None and layer.weight.grad.any() for layer in sketched_layers(model).values())
+    assert all(layer.weight.grad is not None and layer.weight.grad.any() for layer in compressed_layers(model).values())
 
 
 def test_gradients_of_a_model_do_not_change_with_gradient_checkpointing() -> None:
@@ -149,7 +149,7 @@ def test_tied_weight_is_refused_and_nothing_was_swapped() -> None:
     model = model_of("llama")
     with pytest.raises(UserError, match="matches lm_head, whose weight is tied"):
         compress_(model, CONFIG, patterns=["q_proj", "lm_head"])
-    assert not sketched_layers(model)
+    assert not compressed_layers(model)
 
 
 def test_linear_under_two_names_is_refused() -> None:
@@ -182,9 +182,9 @@ def test_rate_without_room_for_the_tables_is_refused_naming_the_layer() -> None:
 def test_without_importance_all_channels_count_the_same() -> None:
     model, explicit = model_of("llama"), model_of("llama")
     compress_(model, CONFIG)
-    ones = {name: torch.ones(layer.in_features) for name, layer in sketched_layers(model).items()}
+    ones = {name: torch.ones(layer.in_features) for name, layer in compressed_layers(model).items()}
     compress_(explicit, CONFIG, ones)
-    for ours, theirs in zip(sketched_layers(model).values(), sketched_layers(explicit).values(), strict=True):
+    for ours, theirs in zip(compressed_layers(model).values(), compressed_layers(explicit).values(), strict=True):
         assert torch.equal(ours.importance, torch.ones(ours.in_features))
         assert all(torch.equal(ours.states[name], theirs.states[name]) for name in theirs.states)
 
@@ -193,7 +193,7 @@ def test_importance_decides_which_channels_get_states() -> None:
     model = linears_of({"a": (512, 320)})
     importance = torch.where(torch.arange(320) < 32, 100.0, 0.01)
     compress_(model, SketchConfig(bits_per_weight=0.5, rows=1), {"a": importance}, ["a"])
-    (layer,) = sketched_layers(model).values()
+    (layer,) = compressed_layers(model).values()
     assert torch.equal(layer.importance, importance)
     errors = (layer.decoded_weight() - layer.weight).square().sum(0) / layer.weight.square().sum(0)
     assert errors[:32].max() < 0.2 < 0.9 < errors[32:].min()
@@ -222,10 +222,10 @@ def test_reprojection_covers_every_layer() -> None:
     model = model_of("llama")
     compress_(model, CONFIG)
     with torch.no_grad():
-        for layer in sketched_layers(model).values():
+        for layer in compressed_layers(model).values():
             layer.weight.copy_(layer.weight.roll(1, 0))
     changed = reproject_(model)
-    assert list(changed) == list(sketched_layers(model))
+    assert list(changed) == list(compressed_layers(model))
     assert all(float(change.winner_change) > 0 for change in changed.values())
     assert all(float(change.winner_change) == 0 for change in reproject_(model).values())
 
@@ -248,7 +248,7 @@ def test_states_and_plans_survive_a_checkpoint(allocation: str, tmp_path: Path) 
     restored.load_state_dict(saved["state_dict"])
     assert torch.equal(logits(restored), logits(model))
     assert compression_report(restored) == compression_report(model)
-    for ours, theirs in zip(sketched_layers(restored).values(), layers.values(), strict=True):
+    for ours, theirs in zip(compressed_layers(restored).values(), layers.values(), strict=True):
         assert all(torch.equal(ours.states[name], theirs.states[name]) for name in theirs.states)
     reproject_(model)
     reproject_(restored)

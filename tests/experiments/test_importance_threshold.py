@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from usllm.compress import sketched_layers, swap_linears_
+from usllm.compress import compressed_layers, swap_linears_
 from usllm.experiments.importance_threshold import kept_channels, zeroed
 from usllm.sketch import SketchConfig, build_plan
 
@@ -71,7 +71,7 @@ def test_zeroed_weights_come_back_also_after_an_error() -> None:
     model = nn.Sequential(nn.Linear(4, 3))
     (layer,) = swap_linears_(model, ["0"]).values()
     before = layer.weight.detach().clone()
-    kept = {name: torch.tensor([True, False, True, False]) for name in sketched_layers(model)}
+    kept = {name: torch.tensor([True, False, True, False]) for name in compressed_layers(model)}
 
     def failing() -> None:
         with zeroed(model, kept):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from usllm.compress import SketchedLinear, sketched_linear
+from usllm.compress import CompressedLinear
+from usllm.compress.methods.sketch import SketchPlan, computing
 from usllm.packed import linear as packed_linear
 from usllm.packed.config import PackedLayerEntry
 from usllm.packed.linear import PackedLinear
@@ -24,16 +25,16 @@ def _chosen(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USLLM_KERNELS", backend)
 
 
-def layer(device: torch.device) -> SketchedLinear:
+def layer(device: torch.device) -> CompressedLinear:
     torch.manual_seed(0)
-    made = SketchedLinear(nn.Linear(SHAPE[1], SHAPE[0]), "layer").to(device)
+    made = CompressedLinear(nn.Linear(SHAPE[1], SHAPE[0]), "layer").to(device)
     importance = torch.rand(SHAPE[1]) ** 4
-    made.set_plan(build_plan(SHAPE, importance, CONFIG, "layer"), importance)
+    made.set_plan(computing(build_plan(SHAPE, importance, CONFIG, "layer")), importance)
     made.reproject()
     return made
 
 
-def step(made: SketchedLinear, x: Tensor, autocast: bool) -> list[Tensor]:
+def step(made: CompressedLinear, x: Tensor, autocast: bool) -> list[Tensor]:
     x = x.clone().requires_grad_()
     with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
         y = made(x)
@@ -49,9 +50,9 @@ def test_fused_training_is_that_with_a_decoded_copy(
 ) -> None:
     made = layer(device)
     x = torch.randn(1, tokens, SHAPE[1], generator=torch.Generator().manual_seed(tokens)).to(device)
-    monkeypatch.setattr(sketched_linear, "DECODED_ON", frozenset({device.type}))
+    monkeypatch.setattr(SketchPlan, "decodes_on", frozenset({device.type}))
     expected = step(copy.deepcopy(made), x, autocast)
-    monkeypatch.setattr(sketched_linear, "DECODED_ON", frozenset())
+    monkeypatch.setattr(SketchPlan, "decodes_on", frozenset())
     fused = copy.deepcopy(made)
     found = step(fused, x, autocast)
     for one, other in zip(found, expected, strict=True):
@@ -61,7 +62,7 @@ def test_fused_training_is_that_with_a_decoded_copy(
 
 
 def test_fused_layers_keep_no_decoded_weight(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sketched_linear, "DECODED_ON", frozenset())
+    monkeypatch.setattr(SketchPlan, "decodes_on", frozenset())
     made = layer(device)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):

@@ -37,7 +37,7 @@ def test_a_finished_run_has_all_that_its_report_says(runs: list[Run]) -> None:
     assert run.overrides == ("sketch.bits_per_weight=0.5", "sketch.rows=3", "allocation=proportional")
     assert len(run.layers) == 180
     assert (run.layers[0].block, run.layers[0].projection) == (0, "q")
-    assert run.layers[0].kept == pytest.approx(60 / 64)
+    assert run.layers[0].facts["channels_with_states"] == pytest.approx(60 / 64)
     assert run.machine["cpu"] == "AMD EPYC"
     assert "perplexity 3786" in run.warnings[0]
 

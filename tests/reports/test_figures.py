@@ -14,7 +14,7 @@ from synthetic import NASTY
 from usllm.reports.axes import plain_number
 from usllm.reports.curve_figures import training_curves
 from usllm.reports.figures import Reference, pareto_front, perplexity_by_bytes, perplexity_by_rate
-from usllm.reports.heat_maps import ERROR, KEPT, RATE, STATES, STRIPS, grid, heat_maps, quantities
+from usllm.reports.heat_maps import ERROR, RATE, STRIPS, grid, heat_maps, quantities
 from usllm.reports.labels import texts_of
 from usllm.reports.runs import Layer, Run
 from usllm.reports.style import png, shortened, spread, svg, themed
@@ -154,14 +154,14 @@ def test_heat_maps_have_a_strip_for_each_run_with_layers(runs: list[Run]) -> Non
 def test_many_runs_take_several_figures_with_one_scale(runs: list[Run]) -> None:
     finished = [run for run in runs if run.layers]
     many = [replace(run, name=f"{run.name}-{copy}") for copy in range(3) for run in finished]
-    figures = heat_maps(many, STATES)
+    figures = heat_maps(many, ERROR)
     assert len(figures) == -(-len(many) // STRIPS) == 2
     scales = {axes.images[0].get_clim() for figure in figures for axes in figure.axes if axes.images}
     assert len(scales) == 1
 
 
 def test_grid_orders_projections_and_marks_what_is_missing() -> None:
-    layers = [Layer(f"layers.{b}.{p}_proj", b, p, 8, 1.0, 8, 0.5) for b, p in ((0, "down"), (0, "q"), (2, "q"))]
+    layers = [Layer(f"layers.{b}.{p}_proj", b, p, 8, 1.0, 0.5) for b, p in ((0, "down"), (0, "q"), (2, "q"))]
     projections, blocks, values = grid(layers, lambda layer: layer.relative_error)
     assert (projections, blocks) == (["q", "down"], [0, 2])
     assert values[0] == [0.5, 0.5]
@@ -170,11 +170,16 @@ def test_grid_orders_projections_and_marks_what_is_missing() -> None:
 
 
 def test_quantities_that_do_not_vary_have_no_figure(runs: list[Run]) -> None:
-    assert quantities(runs) == [ERROR, STATES]
+    rank = {"facts": {"rank": 8.0}, "drawn": ("rank",)}
+    alike = [replace(run, layers=tuple(replace(x, **rank) for x in run.layers)) for run in runs]
+    assert [quantity.key for quantity in quantities(alike)] == [ERROR.key]
     uneven = [replace(run, layers=tuple(replace(x, bits_per_weight=x.block + 1.0) for x in run.layers)) for run in runs]
     assert RATE in quantities(uneven)
-    dropped = [replace(run, layers=tuple(replace(x, kept=1 / (1 + x.block)) for x in run.layers)) for run in runs]
-    assert KEPT in quantities(dropped)
+    ranks = [
+        replace(run, layers=tuple(replace(x, facts={"rank": 1.0 + x.block}, drawn=("rank",)) for x in run.layers))
+        for run in runs
+    ]
+    assert "rank" in [quantity.key for quantity in quantities(ranks)]
 
 
 @pytest.mark.parametrize("name", [NASTY, "_hidden $\\frac{", "日本語 " * 80])

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from usllm.compress import as_compressor, to_section
 from usllm.sketch import SketchConfig
-from usllm.training.differences import run_differences, sketch_differences
+from usllm.training.differences import compression_differences, run_differences
 
 RUN: dict[str, Any] = {
     "seed": 0,
@@ -130,11 +131,22 @@ def test_same_run_has_no_differences() -> None:
 
 def test_sketch_keys_are_called_as_the_configuration_calls_them() -> None:
     saved = {"sketch": dataclasses.asdict(SketchConfig(rows=2)), "patterns": ["q_proj", "k_proj"]}
-    found = sketch_differences(saved, SketchConfig(rows=3, min_importance=0.5, layer_budget="importance"), ["q_proj"])
+    found = compression_differences(
+        saved, as_compressor(SketchConfig(rows=3, min_importance=0.5, layer_budget="importance")), ["q_proj"]
+    )
     assert [line.partition(":")[0] for line in found] == [
         "allocation.layer_budget",
         "allocation.min_importance",
         "sketch.rows",
         "model.patterns",
     ]
-    assert sketch_differences(saved, SketchConfig(rows=2), ["k_proj", "q_proj"]) == []
+    assert compression_differences(saved, as_compressor(SketchConfig(rows=2)), ["k_proj", "q_proj"]) == []
+
+
+def test_checkpoints_of_both_formats_say_the_same() -> None:
+    ours = as_compressor(SketchConfig(rows=2))
+    patterns = ["q_proj"]
+    old = {"sketch": dataclasses.asdict(SketchConfig(rows=2)), "patterns": patterns}
+    del old["sketch"]["layer_budget"]  # an option that came later counts as its default
+    new = {"compressor": to_section(ours), "patterns": patterns}
+    assert compression_differences(old, ours, patterns) == compression_differences(new, ours, patterns) == []

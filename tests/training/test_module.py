@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from tiny_run import Settings
 
-from usllm.compress import sketched_layers
+from usllm.compress import compressed_layers
 from usllm.sketch import SketchConfig
 from usllm.system.errors import UserError
 from usllm.training import CrossEntropy, OptimizerConfig, SketchFinetuner, next_token_loss, sketch_finetuner
@@ -54,7 +54,7 @@ def test_model_is_the_dense_one_until_it_is_calibrated() -> None:
     input_ids = torch.randint(0, 256, (2, 9))
     dense = tiny_run.load_model().eval()(input_ids=input_ids).logits
     torch.testing.assert_close(finetuner.eval()(input_ids), dense)
-    assert all(layer.plan is None for layer in sketched_layers(finetuner.network).values())
+    assert all(layer.plan is None for layer in compressed_layers(finetuner.network).values())
 
 
 def test_model_is_loaded_once_and_trains() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from usllm.calibration.second_moments import SecondMoments
-from usllm.compress import sketched_layers
+from usllm.compress import compressed_layers
 from usllm.models.identity import weights_digest
 from usllm.system.errors import UserError
 from usllm.system.ranks import dealt, ranks
@@ -51,7 +51,7 @@ def measure_importance(
     Raises:
         UserError: there was no sequence, or a layer's input is not finite.
     """
-    layers = sketched_layers(model)
+    layers = compressed_layers(model)
     forward = _smallest_forward(model, layers.values())
     training, seen = model.training, 0
     model.eval()
@@ -111,7 +111,7 @@ def kept_importance(
     """
     key = {
         "weights": weights_digest(model),
-        "layers": sorted(sketched_layers(model)),
+        "layers": sorted(compressed_layers(model)),
         "tokens": tokens_digest(batch["input_ids"] for batch in batches),
         "arithmetic": arithmetic(device, autocast),
     }

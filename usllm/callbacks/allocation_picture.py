@@ -9,9 +9,8 @@ import numpy as np
 from lightning.pytorch import Trainer
 
 from usllm.callbacks.inspection import Inspection
-from usllm.compress import sketched_layers
+from usllm.compress import LayerPlan, compressed_layers
 from usllm.loggers import log_figure
-from usllm.sketch import Plan
 from usllm.training.module import SketchFinetuner
 
 if TYPE_CHECKING:
@@ -26,11 +25,13 @@ class AllocationPicture(Inspection):
 
     def __init__(self, every_n_validations: int = 1) -> None:
         super().__init__(every_n_validations)
-        self._drawn: list[Plan] = []
+        self._drawn: list[LayerPlan] = []
 
     def show(self, trainer: Trainer, module: SketchFinetuner, step: int) -> None:
         """Draw, unless nothing was allocated since the last picture."""
-        plans = {name: layer.plan for name, layer in sketched_layers(module.network).items() if layer.plan is not None}
+        plans = {
+            name: layer.plan for name, layer in compressed_layers(module.network).items() if layer.plan is not None
+        }
         now = list(plans.values())
         same = len(now) == len(self._drawn) and all(a is b for a, b in zip(now, self._drawn, strict=True))
         if not plans or same:
@@ -39,15 +40,7 @@ class AllocationPicture(Inspection):
         log_figure(trainer.loggers, "allocation", allocation_figure(plans), step)
 
 
-def channel_rates(plan: Plan) -> np.ndarray:
-    """Bits of states per weight of each input channel, float64 [in]; 0 for channels that hold none."""
-    rates = np.zeros(plan.shape[1])
-    for block in plan.blocks:
-        rates[block.channels.numpy()] = block.states_per_channel * block.choice.bits / plan.shape[0]
-    return rates
-
-
-def allocation_grid(plans: Mapping[str, Plan], max_columns: int = MAX_COLUMNS) -> np.ndarray:
+def allocation_grid(plans: Mapping[str, LayerPlan], max_columns: int = MAX_COLUMNS) -> np.ndarray:
     """Channel rates of all layers, float64 [layers, columns].
 
     The columns are input channels in their order; where there are more than ``max_columns``, neighbours are averaged.
@@ -57,13 +50,15 @@ def allocation_grid(plans: Mapping[str, Plan], max_columns: int = MAX_COLUMNS) -
     per_column = -(-widest // max_columns)
     grid = np.full((len(plans), -(-widest // per_column)), np.nan)
     for row, plan in enumerate(plans.values()):
-        rates = channel_rates(plan)
+        found = plan.channel_rates()
+        assert found is not None
+        rates = found.double().numpy()
         starts = np.arange(0, len(rates), per_column)
         grid[row, : len(starts)] = np.add.reduceat(rates, starts) / np.diff([*starts, len(rates)])
     return grid
 
 
-def allocation_figure(plans: Mapping[str, Plan]) -> Figure:
+def allocation_figure(plans: Mapping[str, LayerPlan]) -> Figure:
     """The grid as a picture, one panel for the layers of each width: bits per weight by colour, no states black."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm

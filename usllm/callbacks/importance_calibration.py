@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from usllm.calibration.measure import kept_importance, measure_importance
-from usllm.compress import allocate_, sketched_layers
+from usllm.compress import allocate_, compressed_layers
 from usllm.system.errors import UserError
 from usllm.training.module import sketch_finetuner
 
@@ -49,7 +49,7 @@ class ImportanceCalibration(Callback):
             UserError: see ``measure_importance``.
         """
         module = sketch_finetuner(pl_module)
-        if all(layer.plan is not None for layer in sketched_layers(module.network).values()):
+        if all(layer.plan is not None for layer in compressed_layers(module.network).values()):
             return
         measure = partial(measure_in_trainer, trainer, pl_module, self.sequences, progress=_shows_progress(trainer))
         if self.reuse and trainer.world_size == 1 and not isinstance(module.network, FSDPModule):
@@ -60,7 +60,7 @@ class ImportanceCalibration(Callback):
             self.moments = kept_importance(model, batches, module.device, autocast, measure)
         else:
             self.moments = measure()
-        allocate_(module.network, module.sketch, self.moments)
+        allocate_(module.network, module.compressor, self.moments)
 
 
 def measure_in_trainer(

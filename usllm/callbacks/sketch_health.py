@@ -10,8 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from usllm.callbacks.running_loss import RunningLoss, read_losses
-from usllm.compress import CompressionReport, compression_report, sketched_layers
-from usllm.sketch import Plan
+from usllm.compress import CompressionReport, LayerPlan, LayerReport, compressed_layers, compression_report
 from usllm.training.module import SketchFinetuner, sketch_finetuner
 from usllm.training.objectives import CrossEntropy
 
@@ -69,7 +68,7 @@ class SketchHealth(Callback):
         self._validation_perplexity: float | None = None
         self._window: Tensor | float = 0.0
         self._seen_step = 0
-        self._plans: list[Plan | None] = []
+        self._plans: list[LayerPlan | None] = []
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs in order to give the same report."""
@@ -139,16 +138,17 @@ class SketchHealth(Callback):
     def _check_structure(self, trainer: Trainer, module: SketchFinetuner) -> None:
         self._plans = _plans(module)
         report = compression_report(module.network)
-        worst = min(report.layers, key=lambda layer: layer.occupancy)
-        if worst.occupancy < self.occupancy_min:
+        worst = least_occupied(report)
+        if worst is not None and worst.value("occupancy") < self.occupancy_min:
+            spread = getattr(module.compressor.options, "hash", None)
             self._warn(
                 "occupancy",
                 trainer,
-                f"{1 - worst.occupancy:.1%} of the states of {worst.name} have no member (limit "
-                f"{1 - self.occupancy_min:.1%}). Likely cause: sketch.hash={module.sketch.hash} "
+                f"{1 - worst.value('occupancy'):.1%} of the states of {worst.name} have no member (limit "
+                f"{1 - self.occupancy_min:.1%}). Likely cause: sketch.hash={spread} "
                 + (
                     "leaves buckets empty by chance; sketch.hash=balanced leaves none"
-                    if module.sketch.hash != "balanced"
+                    if spread != "balanced"
                     else "is balanced, so this layer's plan has more states than weights: lower sketch.bits_per_weight"
                 ),
             )
@@ -158,13 +158,14 @@ class SketchHealth(Callback):
                 trainer,
                 f"bits per weight vary by {report.allocation_variation:.0%} across layers (limit "
                 f"{self.allocation_variation_max:.0%}). Likely cause: allocation.layer_budget="
-                f"{module.sketch.layer_budget}; allocation.layer_budget=equal gives all layers the same",
+                f"{module.compressor.options.layer_budget}; allocation.layer_budget=equal gives all layers the same",
             )
 
     def _check_perplexity(self, trainer: Trainer, module: SketchFinetuner, value: float, source: str) -> None:
         if value <= self.perplexity_max or self._warned("perplexity"):
             return
-        cause = explosion_cause(self._loss, compression_report(module.network), module.sketch.allocation)
+        allocation = getattr(module.compressor.options, "allocation", None)
+        cause = explosion_cause(self._loss, compression_report(module.network), allocation)
         self._warn(
             "perplexity", trainer, f"perplexity {value:.0f} ({source}), limit {self.perplexity_max:.0f}. {cause}"
         )
@@ -199,16 +200,17 @@ class SketchHealth(Callback):
 
     def _report(self, module: SketchFinetuner) -> None:
         report = compression_report(module.network)
-        worst = min(report.layers, key=lambda layer: layer.occupancy)
+        worst = least_occupied(report)
+        occupancy = None if worst is None else worst.value("occupancy")
         perplexity, source = self._validation_perplexity, "validation"
         if perplexity is None and isinstance(module.objective, CrossEntropy) and self._loss.steps:
             perplexity, source = _exp(self._loss.mean), "training loss"
         checks = {
             "occupancy": {
-                "value": worst.occupancy,
+                "value": occupancy,
                 "limit": self.occupancy_min,
-                "ok": worst.occupancy >= self.occupancy_min,
-                "layer": worst.name,
+                "ok": None if occupancy is None else occupancy >= self.occupancy_min,
+                "layer": None if worst is None else worst.name,
             },
             "allocation_variation": _at_most(report.allocation_variation, self.allocation_variation_max),
             "perplexity": {**_at_most(perplexity, self.perplexity_max), "source": source},
@@ -218,10 +220,12 @@ class SketchHealth(Callback):
         self.health = {**checks, "warnings": list(self._warnings), "healthy": healthy}
 
 
-def explosion_cause(loss: RunningLoss, report: CompressionReport, allocation: str) -> str:
+def explosion_cause(loss: RunningLoss, report: CompressionReport, allocation: str | None) -> str:
     """The likely cause of a perplexity explosion, in one or two sentences."""
-    worst = max(report.layers, key=lambda layer: layer.relative_error)
-    layer = f"The layer with the largest projection error is {worst.name} ({worst.relative_error:.2f})"
+    errors = {layer.name: layer.relative_error for layer in report.layers if layer.relative_error is not None}
+    name = max(errors, key=errors.__getitem__, default="")
+    error = errors.get(name, 0.0)
+    layer = f"The layer with the largest projection error is {name} ({error:.2f})" if name else ""
     if loss.steps and loss.mean - loss.best > math.log(RISE):
         return (
             f"Likely cause: divergence, the loss rose from {loss.best:.2f} at step {loss.best_step} to {loss.mean:.2f}"
@@ -232,20 +236,28 @@ def explosion_cause(loss: RunningLoss, report: CompressionReport, allocation: st
             "Likely cause: allocation.name=uniform gives the few channels that carry most of the activation energy no "
             f"more states than the others; use proportional or waterfill. {layer}"
         )
-    if worst.relative_error >= 1:
+    if error >= 1:
         return (
-            f"Likely cause: a broken initialisation, {worst.name} is further from its weights than zero would be "
-            f"(relative error {worst.relative_error:.2f}); check the calibration text and sketch.state_bits"
+            f"Likely cause: a broken initialisation, {name} is further from its weights than zero would be "
+            f"(relative error {error:.2f}); check the calibration text and sketch.state_bits"
         )
-    _, load, _ = worst.load
+    load = next((each.value("load_mean") for each in report.layers if each.name == name), None)
+    if load is None:
+        return "Likely cause: too few bits; raise sketch.bits_per_weight, or train longer"
     return (
-        f"Likely cause: too many collisions, {load:.1f} weights share a state on average in {worst.name}; raise "
+        f"Likely cause: too many collisions, {load:.1f} weights share a state on average in {name}; raise "
         f"sketch.bits_per_weight, lower sketch.rows, or train longer. {layer}"
     )
 
 
-def _plans(module: SketchFinetuner) -> list[Plan | None]:
-    return [layer.plan for layer in sketched_layers(module.network).values()]
+def least_occupied(report: CompressionReport) -> LayerReport | None:
+    """The layer with the lowest occupancy; ``None`` for methods that have none."""
+    counted = [layer for layer in report.layers if "occupancy" in layer.facts]
+    return min(counted, key=lambda layer: layer.value("occupancy"), default=None)
+
+
+def _plans(module: SketchFinetuner) -> list[LayerPlan | None]:
+    return [layer.plan for layer in compressed_layers(module.network).values()]
 
 
 def _at_most(value: float | None, limit: float) -> dict[str, Any]:

@@ -9,9 +9,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from usllm.callbacks.inspection import Inspection
-from usllm.compress import SketchedLinear, sketched_layers
+from usllm.compress import CompressedLinear, compressed_layers
 from usllm.loggers import log_histogram
-from usllm.sketch.quantize import largest_code
 from usllm.training.module import SketchFinetuner
 
 STATE_BINS = 65
@@ -33,18 +32,19 @@ class SketchHistograms(Inspection):
 
     def show(self, trainer: Trainer, module: SketchFinetuner, step: int) -> None:
         """Log the histograms."""
-        layers = {name: layer for name, layer in sketched_layers(module.network).items() if layer.plan is not None}
+        layers = {name: layer for name, layer in compressed_layers(module.network).items() if layer.plan is not None}
         groups = {"": list(layers.values())}
         if self.per_layer:
             groups |= {f"/{name}": [layer] for name, layer in layers.items()}
         for suffix, members in groups.items():
             counts, edges = state_histogram(members)
-            log_histogram(trainer.loggers, f"histograms/states{suffix}", counts, edges, step)
+            if counts.any():  # not every method has codes
+                log_histogram(trainer.loggers, f"histograms/states{suffix}", counts, edges, step)
             counts, edges = importance_histogram(members)
             log_histogram(trainer.loggers, f"histograms/importance{suffix}", counts, edges, step)
 
 
-def state_histogram(layers: Iterable[SketchedLinear]) -> tuple[np.ndarray, np.ndarray]:
+def state_histogram(layers: Iterable[CompressedLinear]) -> tuple[np.ndarray, np.ndarray]:
     """Counts of the state codes over the largest code of their width: -1 and 1 are states that sit at the clip.
 
     Returns:
@@ -54,15 +54,13 @@ def state_histogram(layers: Iterable[SketchedLinear]) -> tuple[np.ndarray, np.nd
     counts = np.zeros(STATE_BINS, dtype=np.int64)
     for layer in layers:
         assert layer.plan is not None
-        codes = layer.states["codes"]
-        for block in layer.plan.blocks:
-            part = codes[block.first_state : block.first_state + block.num_states].float()
-            found = torch.histc(part / largest_code(block.choice.bits), STATE_BINS, -half, half)
-            counts += found.cpu().numpy().astype(np.int64)
+        codes = layer.plan.normalised_codes(layer.current_states())
+        if codes is not None:
+            counts += torch.histc(codes, STATE_BINS, -half, half).cpu().numpy().astype(np.int64)
     return counts, np.linspace(-half, half, STATE_BINS + 1)
 
 
-def importance_histogram(layers: Iterable[SketchedLinear]) -> tuple[np.ndarray, np.ndarray]:
+def importance_histogram(layers: Iterable[CompressedLinear]) -> tuple[np.ndarray, np.ndarray]:
     """Counts of channels by log10 of their E[a²] over the mean of their layer; what lies outside is in the outer bins.
 
     Returns:

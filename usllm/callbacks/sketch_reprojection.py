@@ -73,7 +73,7 @@ class SketchReprojection(Callback):
         if self.reallocate_every_n_steps and step % self.reallocate_every_n_steps == 0 and not last_step:
             moments = measure_in_trainer(trainer, pl_module, self.calibration_sequences)
             module = sketch_finetuner(pl_module)
-            allocate_(module.network, module.sketch, moments)
+            allocate_(module.network, module.compressor, moments)
             self._projected_step = step
         elif step % self.every_n_steps == 0:
             self._project(trainer, pl_module)

@@ -1,14 +1,16 @@
-"""Layers that compute with their sketch, and the surgery that puts them into a model. Needs torch alone."""
+"""The seam: compression methods, layers that compute with any of them, and surgery on models. Needs torch alone."""
 
+from usllm.compress.base import Compressor, Encoded, Fact, LayerPlan, Spec, Statistics
+from usllm.compress.layer import CompressedLinear, Reprojection, compressed_layers
 from usllm.compress.parallel import over_layers
+from usllm.compress.registry import METHODS, as_compressor, from_section, method, to_section
 from usllm.compress.report import CompressionReport, LayerReport, compression_report
-from usllm.compress.sketched_linear import Reprojection, SketchedLinear, sketched_layers
-from usllm.compress.straight_through import straight_through
 from usllm.compress.surgery import (
     DEFAULT_PATTERNS,
     allocate_,
     compress_,
     load_plans_,
+    plan_,
     recall_winners_,
     reproject_,
     save_plans,
@@ -17,19 +19,30 @@ from usllm.compress.surgery import (
 
 __all__ = [
     "DEFAULT_PATTERNS",
+    "METHODS",
+    "CompressedLinear",
     "CompressionReport",
+    "Compressor",
+    "Encoded",
+    "Fact",
+    "LayerPlan",
     "LayerReport",
     "Reprojection",
-    "SketchedLinear",
+    "Spec",
+    "Statistics",
     "allocate_",
+    "as_compressor",
     "compress_",
+    "compressed_layers",
     "compression_report",
+    "from_section",
     "load_plans_",
+    "method",
     "over_layers",
+    "plan_",
     "recall_winners_",
     "reproject_",
     "save_plans",
-    "sketched_layers",
-    "straight_through",
     "swap_linears_",
+    "to_section",
 ]

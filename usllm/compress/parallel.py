@@ -12,15 +12,15 @@ from typing import TypeVar
 
 import torch
 
-from usllm.compress.sketched_linear import SketchedLinear
+from usllm.compress.layer import CompressedLinear
 
 T = TypeVar("T")
 
 
-def over_layers(work: Callable[[SketchedLinear], T], layers: Mapping[str, SketchedLinear]) -> dict[str, T]:
+def over_layers(work: Callable[[CompressedLinear], T], layers: Mapping[str, CompressedLinear]) -> dict[str, T]:
     """``work`` on every layer, by name; the layers are independent, so the result does not depend on the threads."""
     threads = torch.get_num_threads()
-    on_cpu = all(layer.weight.device.type == "cpu" for layer in layers.values())
+    on_cpu = all(layer.importance.device.type == "cpu" for layer in layers.values())
     if threads == 1 or not on_cpu or len(layers) < 2:
         return {name: work(layer) for name, layer in layers.items()}
     try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from usllm.compress.sketched_linear import SketchedLinear, sketched_layers
+from usllm.compress.base import Fact
+from usllm.compress.layer import CompressedLinear, compressed_layers
 
 REST_BITS = 16  # what is not compressed is counted at bf16, as it is stored
 
@@ -22,27 +23,29 @@ class LayerReport:
         shape: ``(out, in)``.
         bits: Bits of the packed layer, metadata included.
         bits_per_weight: ``bits`` over the layer's weights.
-        states: Number of states.
-        occupancy: Share of states with a member.
-        load: Fewest, mean and most members per state.
         importance: Mean E[a²] of the input channels.
-        relative_error: ``‖Ŵ - W‖² / ‖W‖²`` with channels weighted by E[a²].
+        relative_error: ``‖Ŵ - W‖² / ‖W‖²`` with channels weighted by E[a²]; ``None`` where no latent is a weight.
         sections: Bits of each section of the packed layer.
-        classes: The allocation: ``(rows, states per group, bits per state, channels)`` of each class of channels;
-            classes without states hold the channels that were dropped.
+        facts: Figures of its method, by name (:meth:`usllm.compress.base.LayerPlan.facts`).
     """
 
     name: str
     shape: tuple[int, int]
     bits: int
     bits_per_weight: float
-    states: int
-    occupancy: float
-    load: tuple[int, float, int]
     importance: float
-    relative_error: float
+    relative_error: float | None
     sections: dict[str, int]
-    classes: tuple[tuple[int, int, int, int], ...]
+    facts: dict[str, Fact]
+
+    def value(self, name: str) -> Any:
+        """Value of a fact; ``None`` where the method has none of that name."""
+        return self.facts[name].value if name in self.facts else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python, for JSON."""
+        plain = {**{f.name: getattr(self, f.name) for f in fields(self)}, "shape": list(self.shape)}
+        return {**plain, "facts": {name: fact._asdict() for name, fact in self.facts.items()}}
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,6 @@ class CompressionReport:
         return -(-self.model_bits // 8)
 
     @property
-    def occupancy(self) -> float:
-        """Share of all states with a member."""
-        states = sum(layer.states for layer in self.layers)
-        return sum(layer.occupancy * layer.states for layer in self.layers) / states if states else 1.0
-
-    @property
     def allocation_variation(self) -> float:
         """Coefficient of variation of the layers' bits per weight (the paper's readers ask for at most 0.2)."""
         rates = torch.tensor([layer.bits_per_weight for layer in self.layers], dtype=torch.float64)
@@ -98,50 +95,49 @@ class CompressionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python, for JSON."""
-        totals = ("total_bits", "bits_per_weight", "model_bits", "model_bits_per_weight", "model_bytes", "occupancy")
+        totals = ("total_bits", "bits_per_weight", "model_bits", "model_bits_per_weight", "model_bytes")
         return {
             **{name: getattr(self, name) for name in (*totals, "allocation_variation")},
             "compressed_weights": self.compressed_weights,
             "other_parameters": self.other_parameters,
-            "layers": [asdict(layer) for layer in self.layers],
+            "layers": [layer.to_dict() for layer in self.layers],
         }
 
 
 def compression_report(model: nn.Module) -> CompressionReport:
-    """Report of a model whose sketched layers are planned and projected.
+    """Report of a model whose compressed layers are planned and projected.
 
     Raises:
-        RuntimeError: If a sketched layer has no plan.
+        RuntimeError: If a compressed layer has no plan.
     """
-    layers = sketched_layers(model)
-    latent = {id(layer.weight) for layer in layers.values()}
+    layers = compressed_layers(model)
+    latent = {id(tensor) for layer in layers.values() for tensor in layer.latents.values()}
     rest = {id(p): p.numel() for p in model.parameters() if id(p) not in latent}
     return CompressionReport(
         layers=tuple(_layer_report(layer) for layer in layers.values()),
-        compressed_weights=sum(layer.weight.numel() for layer in layers.values()),
+        compressed_weights=sum(layer.out_features * layer.in_features for layer in layers.values()),
         other_parameters=sum(rest.values()),
     )
 
 
 @torch.no_grad()
-def _layer_report(layer: SketchedLinear) -> LayerReport:
+def _layer_report(layer: CompressedLinear) -> LayerReport:
     plan = layer.plan
     if plan is None:
         raise RuntimeError(f"{layer.name} has no plan yet: calibrate and allocate first")
-    latent = layer.latent_weight()
-    error = (layer.decoded_weight() - latent).square().sum(0) @ layer.importance
-    energy = latent.square().sum(0) @ layer.importance
-    channels = torch.bincount(plan.channel_class.long(), minlength=len(plan.classes)).tolist()
+    error = None
+    if set(layer.latents) == {"weight"}:
+        latent = layer.latent_weight()
+        difference = (layer.decoded_weight() - latent).square().sum(0) @ layer.importance
+        energy = latent.square().sum(0) @ layer.importance
+        error = float(difference / energy.clamp_min(1e-30))
     return LayerReport(
         name=layer.name,
         shape=plan.shape,
         bits=plan.total_bits,
         bits_per_weight=plan.bits_per_weight,
-        states=plan.num_states,
-        occupancy=plan.occupancy(),
-        load=plan.load(),
         importance=float(layer.importance.double().mean()),
-        relative_error=float(error / energy.clamp_min(1e-30)),
-        sections=plan.bit_breakdown(),
-        classes=tuple((*choice, count) for choice, count in zip(plan.classes, channels, strict=True)),
+        relative_error=error,
+        sections=plan.sections(),
+        facts=plan.facts(),
     )

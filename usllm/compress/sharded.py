@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from usllm.compress.sketched_linear import Reprojection, SketchedLinear
+from usllm.compress.layer import CompressedLinear, Reprojection
 
 
 class Turn(NamedTuple):
@@ -29,24 +29,25 @@ class Turn(NamedTuple):
         latent: Its whole latent weight, fp32 [out, in].
     """
 
-    layers: Sequence[SketchedLinear]
+    layers: Sequence[CompressedLinear]
     owners: Sequence[int]
-    mine: SketchedLinear | None
+    mine: CompressedLinear | None
     latent: Tensor | None
 
 
-def is_sharded(layers: Mapping[str, SketchedLinear]) -> bool:
+def is_sharded(layers: Mapping[str, CompressedLinear]) -> bool:
     """Whether the latent weights are spread over ranks."""
     return any(isinstance(layer.weight, DTensor) for layer in layers.values())
 
 
-def reproject_sharded(layers: Mapping[str, SketchedLinear]) -> dict[str, Reprojection]:
+def reproject_sharded(layers: Mapping[str, CompressedLinear]) -> dict[str, Reprojection]:
     """Project all layers; every rank ends with the same states and the same account of what changed."""
     changes: dict[str, Reprojection] = {}
     for turn in _turns(layers):
         done = None
         if turn.mine is not None:
-            done = turn.mine.reproject(turn.latent)
+            assert turn.latent is not None
+            done = turn.mine.reproject({"weight": turn.latent})
         for layer, owner in zip(turn.layers, turn.owners, strict=True):
             account = torch.zeros(2, device=layer.importance.device)
             if layer is turn.mine:
@@ -59,7 +60,7 @@ def reproject_sharded(layers: Mapping[str, SketchedLinear]) -> dict[str, Reproje
     return changes
 
 
-def channel_energy_sharded(layers: Mapping[str, SketchedLinear]) -> dict[str, Tensor]:
+def channel_energy_sharded(layers: Mapping[str, CompressedLinear]) -> dict[str, Tensor]:
     """E[w²] per input channel of each layer, fp32 [in], as :func:`channel_energy` gives it for a whole weight."""
     energies: dict[str, Tensor] = {}
     for turn in _turns(layers):
@@ -78,14 +79,14 @@ def channel_energy(latent: Tensor) -> Tensor:
     return latent.detach().float().square().mean(0)
 
 
-def for_own_layers(work: Callable[[SketchedLinear, Tensor], object], layers: Mapping[str, SketchedLinear]) -> None:
+def for_own_layers(work: Callable[[CompressedLinear, Tensor], object], layers: Mapping[str, CompressedLinear]) -> None:
     """``work(layer, latent)`` for the layers that this rank projects."""
     for turn in _turns(layers):
         if turn.mine is not None and turn.latent is not None:
             work(turn.mine, turn.latent)
 
 
-def _turns(layers: Mapping[str, SketchedLinear]) -> Iterator[Turn]:
+def _turns(layers: Mapping[str, CompressedLinear]) -> Iterator[Turn]:
     everything = list(layers.values())
     if not everything:
         return
@@ -102,7 +103,7 @@ def _turns(layers: Mapping[str, SketchedLinear]) -> Iterator[Turn]:
 
 @torch.no_grad()
 def _gather(
-    chunk: Sequence[SketchedLinear], position: int, members: Sequence[int], group: dist.ProcessGroup
+    chunk: Sequence[CompressedLinear], position: int, members: Sequence[int], group: dist.ProcessGroup
 ) -> Tensor | None:
     """Send this rank's rows of every layer to its owner; the whole weight of this rank's own layer."""
     whole: Tensor | None = None

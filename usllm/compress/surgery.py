@@ -1,18 +1,19 @@
-"""Swap a model's linear layers for sketched ones, share the bits out, and save or restore the plans.
-
-The compressor is reached only through its configuration's plans, so anything that can plan, project and query a
-weight matrix goes through the same surgery, bit count and report.
-"""
+"""Swap a model's linear layers for compressed ones, share the bits out, and save or restore the plans."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatch
 from typing import Any
 
 from torch import Tensor, nn
 
+from usllm.compress.base import Compressor, Statistics
+from usllm.compress.budgets import BUDGETS, BudgetProblem, LayerDemand
+from usllm.compress.layer import CompressedLinear, Reprojection, compressed_layers
 from usllm.compress.parallel import over_layers
+from usllm.compress.registry import as_compressor
 from usllm.compress.report import CompressionReport, compression_report
 from usllm.compress.sharded import (
     channel_energy,
@@ -21,22 +22,23 @@ from usllm.compress.sharded import (
     is_sharded,
     reproject_sharded,
 )
-from usllm.compress.sketched_linear import Reprojection, SketchedLinear, sketched_layers
-from usllm.sketch import Plan, SketchConfig, build_plan, layer_rates
 from usllm.system.errors import UserError
 
 DEFAULT_PATTERNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
 
+POLICY: dict[type[nn.Module], Callable[[Any, str], CompressedLinear]] = {nn.Linear: CompressedLinear}
+"""Replacement of each type of module, called with the module and its stable name. Fused projections are linear too."""
 
-def swap_linears_(model: nn.Module, patterns: Iterable[str] = DEFAULT_PATTERNS) -> dict[str, SketchedLinear]:
-    """Replace the linear layers that match by sketched layers without a plan; in place.
+
+def swap_linears_(model: nn.Module, patterns: Iterable[str] = DEFAULT_PATTERNS) -> dict[str, CompressedLinear]:
+    """Replace the linear layers that match by compressed layers without a plan; in place.
 
     Args:
         model: Any model of ``nn.Linear`` layers.
         patterns: Shell patterns, matched against the last part of a layer's name and against the full name.
 
     Returns:
-        The sketched layers by name.
+        The compressed layers by name.
 
     Raises:
         UserError: If no layer matches, or one that matches shares its weight with another module.
@@ -48,91 +50,140 @@ def swap_linears_(model: nn.Module, patterns: Iterable[str] = DEFAULT_PATTERNS) 
         for parameter in module._parameters.values()
         if parameter is not None
     ]
-    found: dict[str, nn.Linear] = {}
+    found: dict[str, Any] = {}
     # A linear layer that two places share comes up under both names; swapping it in one would untie them.
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, nn.Linear) or not _matches(name, patterns):
+        if not _matches(name, patterns) or not any(isinstance(module, kind) for kind in POLICY):
             continue
-        if owners.count(id(module.weight)) > 1:
+        if owners.count(id(module._parameters["weight"])) > 1:
             raise UserError(
                 f"model.patterns matches {name}, whose weight is tied to another module: leave it out of the patterns"
             )
         found[name] = module
     if not found:
-        linears = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        linears = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, tuple(POLICY))})
         raise UserError(
             f"model.patterns={list(patterns)} matches no linear layer of {type(model).__name__}: "
             f"its linear layers are named {', '.join(linears) or '(none)'}"
         )
-    sketched = {}
-    for name, linear in found.items():  # only now: a model that is refused is left as it was
-        sketched[name] = SketchedLinear(linear, name)
-        model.set_submodule(name, sketched[name])
-    return sketched
+    compressed = {}
+    for name, module in found.items():  # only now: a model that is refused is left as it was
+        make = next(make for kind, make in POLICY.items() if isinstance(module, kind))
+        compressed[name] = make(module, name)
+        model.set_submodule(name, compressed[name])
+    return compressed
 
 
-def allocate_(model: nn.Module, config: SketchConfig, importance: Mapping[str, Tensor] | None = None) -> None:
-    """Plan all sketched layers under one budget and project them; in place.
+def plan_(model: nn.Module, compressor: Compressor, statistics: Mapping[str, Statistics]) -> None:
+    """Plan all compressed layers under one budget and start their latents; in place. Their states are not made yet.
 
     Args:
-        model: A model with sketched layers.
-        config: The sketch configuration.
-        importance: E[a²] per input channel by layer name, each [in]; ``None`` keeps what the layers hold.
+        model: A model with compressed layers whose latents are still the dense weights.
+        compressor: The method and its configuration.
+        statistics: By layer name; weight energies are measured here where they are missing.
+
+    Raises:
+        UserError: If a layer has no statistics, or its bits leave no room.
+    """
+    layers = compressed_layers(model)
+    if missing := sorted(set(layers) - set(statistics)):
+        raise UserError(
+            f"no importance was measured for {missing[0]} ({len(missing)} layers in all): calibrate them too"
+        )
+    for line in compressor.problems():
+        raise UserError(line)
+    sharded = is_sharded(layers)
+    energies = channel_energy_sharded(layers) if sharded else {}
+    bits = layer_bits(layers, compressor, statistics)
+    for name, layer in layers.items():
+        known = statistics[name]
+        if known.weight_energy is None and compressor.needs:
+            energy = energies[name] if sharded else channel_energy(layer.weight)
+            known = replace(known, weight_energy=energy)
+        try:
+            plan = compressor.plan(layer.shape, name, known, bits[name])
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        latents = None
+        if set(plan.latent_specs()) != {"weight"}:
+            if sharded:
+                raise RuntimeError(f"{name}: latents of {compressor.method} are started before the model is sharded")
+            latents = plan.start(layer.weight.detach(), known)
+        layer.set_plan(plan, known.energy, latents)
+
+
+def layer_bits(
+    layers: Mapping[str, CompressedLinear], compressor: Compressor, statistics: Mapping[str, Statistics]
+) -> dict[str, int]:
+    """Ceiling in bits of each layer, by the rule over layers that the compressor's options name.
+
+    Raises:
+        UserError: There is no such rule.
+    """
+    rule, rate = compressor.options.layer_budget, compressor.options.bits_per_weight
+    if rate is None:  # a method that is asked by its width: a layer takes what it takes
+        return {name: compressor.most_bits(layer.shape) for name, layer in layers.items()}
+    if rule not in BUDGETS:
+        raise UserError(f"allocation.layer_budget={rule!r} is unknown: choose one of {', '.join(BUDGETS)}")
+    demands = {}
+    for name, layer in layers.items():
+        energy = statistics[name].energy
+        demands[name] = LayerDemand(
+            weights=layer.out_features * layer.in_features,
+            importance=1.0 if energy is None else float(energy.double().mean()),
+            least_bits=compressor.least_bits(layer.shape),
+            most_bits=compressor.most_bits(layer.shape),
+        )
+    return BUDGETS[rule](BudgetProblem(demands, rate))
+
+
+def allocate_(model: nn.Module, config: Any, importance: Mapping[str, Tensor | Statistics] | None = None) -> None:
+    """Plan all compressed layers under one budget, start their latents and make their states; in place.
+
+    Args:
+        model: A model with compressed layers.
+        config: A compressor, or the options of a method, such as :class:`usllm.sketch.SketchConfig`.
+        importance: By layer name, E[a²] per input channel [in], or all statistics; ``None`` keeps what the layers hold.
 
     Raises:
         UserError: If a layer has no importance, or its bits leave no room for its tables.
     """
-    layers = sketched_layers(model)
-    missing = sorted(set(layers) - set(importance)) if importance is not None else []
-    if missing:
-        raise UserError(
-            f"no importance was measured for {missing[0]} ({len(missing)} layers in all): calibrate them too"
-        )
-    values = {name: (layer.importance if importance is None else importance[name]) for name, layer in layers.items()}
-    means = {name: float(value.double().mean()) for name, value in values.items()}
-    rates = layer_rates({name: layer.weight.numel() for name, layer in layers.items()}, means, config)
-    sharded = is_sharded(layers)
-    energies = channel_energy_sharded(layers) if sharded else {}
-    for name, layer in layers.items():
-        energy = energies[name] if sharded else channel_energy(layer.weight)
-        shape = (layer.out_features, layer.in_features)
-        try:
-            plan = build_plan(shape, values[name], config, name, weight_energy=energy, bits_per_weight=rates[name])
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        layer.set_plan(plan, values[name])
-        if not sharded:
-            layer.reproject()
-    if sharded:
-        reproject_sharded(layers)
+    layers = compressed_layers(model)
+    given: Mapping[str, Tensor | Statistics]
+    given = {name: layer.importance for name, layer in layers.items()} if importance is None else importance
+    statistics = {
+        name: value if isinstance(value, Statistics) else Statistics(energy=value) for name, value in given.items()
+    }
+    plan_(model, as_compressor(config), statistics)
+    reproject_(model)
 
 
 def reproject_(model: nn.Module) -> dict[str, Reprojection]:
-    """Project all sketched layers; what changed, by layer name."""
-    layers = sketched_layers(model)
-    return reproject_sharded(layers) if is_sharded(layers) else over_layers(SketchedLinear.reproject, layers)
+    """Project all layers that store states; what changed, by layer name."""
+    layers = _with_stored_states(model)
+    return reproject_sharded(layers) if is_sharded(layers) else over_layers(CompressedLinear.reproject, layers)
 
 
 def recall_winners_(model: nn.Module) -> None:
-    """After a checkpoint was loaded, find the winners of all layers' states again."""
-    layers = sketched_layers(model)
+    """After a checkpoint was loaded, find again what the next projections compare with."""
+    layers = _with_stored_states(model)
     if is_sharded(layers):
-        for_own_layers(SketchedLinear.recall_winners, layers)
+        for_own_layers(lambda layer, latent: layer.recall_memory({"weight": latent}), layers)
     else:
-        over_layers(SketchedLinear.recall_winners, layers)
+        over_layers(CompressedLinear.recall_memory, layers)
 
 
 def compress_(
     model: nn.Module,
-    config: SketchConfig,
-    importance: Mapping[str, Tensor] | None = None,
+    config: Any,
+    importance: Mapping[str, Tensor | Statistics] | None = None,
     patterns: Iterable[str] = DEFAULT_PATTERNS,
 ) -> CompressionReport:
-    """Sketch a model in place: swap, allocate, project.
+    """Compress a model in place: swap, plan, start, project.
 
     Args:
         model: Any decoder whose linear layers match.
-        config: The sketch configuration.
+        config: A compressor, or the options of a method, such as :class:`usllm.sketch.SketchConfig`.
         importance: E[a²] per input channel by layer name (:mod:`usllm.calibration`); ``None`` takes all as equal.
         patterns: Which layers.
 
@@ -146,22 +197,33 @@ def compress_(
 
 def save_plans(model: nn.Module) -> dict[str, Any]:
     """The plans of all layers for a checkpoint: tensors and plain Python only."""
-    return {name: layer.plan.to_tensors() for name, layer in sketched_layers(model).items() if layer.plan is not None}
+    return {name: layer.plan.to_tensors() for name, layer in compressed_layers(model).items() if layer.plan is not None}
 
 
-def load_plans_(model: nn.Module, saved: Mapping[str, Any], config: SketchConfig) -> None:
+def load_plans_(model: nn.Module, saved: Mapping[str, Any], config: Any) -> None:
     """Restore plans from :func:`save_plans`, so that a state dict with their states can be loaded; in place.
 
     Raises:
         UserError: If the checkpoint's layers are not the model's.
     """
-    layers = sketched_layers(model)
+    compressor = as_compressor(config)
+    layers = compressed_layers(model)
     if saved and set(saved) != set(layers):
         odd = sorted(set(saved) ^ set(layers))[0]
-        raise UserError(f"the checkpoint's sketched layers are not this model's (first difference: {odd}): check model")
+        raise UserError(
+            f"the checkpoint's compressed layers are not this model's (first difference: {odd}): check model"
+        )
     for name, tensors in saved.items():
-        shape = (layers[name].out_features, layers[name].in_features)
-        layers[name].set_plan(Plan.from_tensors(tensors, shape, config, name))
+        layers[name].set_plan(compressor.restore(tensors, layers[name].shape, name))
+
+
+def _with_stored_states(model: nn.Module) -> dict[str, CompressedLinear]:
+    """Layers whose states are stored; one that has no plan is among them, so that projecting it raises."""
+    return {
+        name: layer
+        for name, layer in compressed_layers(model).items()
+        if layer.plan is None or layer.plan.stored_states
+    }
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from usllm.compress import LayerReport, allocate_, compression_report, sketched_layers
+from usllm.compress import LayerReport, allocate_, compressed_layers, compression_report
+from usllm.compress.methods.sketch import SketchPlan
 from usllm.config import TrainConfig, check_train, plain_config, sketch_config
 from usllm.experiments.inputs import check_sequences, importance_of, model_of, study_settings, text_of
 from usllm.experiments.results import kept_result, new_picture, save_picture, write_csv, write_result
@@ -94,32 +95,31 @@ def _collisions(model: nn.Module) -> dict[str, Any]:
     report = compression_report(model)
     histogram: dict[int, int] = {}
     spreads = {}
-    for name, layer in sketched_layers(model).items():
-        assert layer.plan is not None
+    for name, layer in compressed_layers(model).items():
+        assert isinstance(layer.plan, SketchPlan)
         spreads[name] = load_spread(layer.plan)
         for load, states in enumerate(layer.plan.load_counts.tolist()):
             if states:
                 histogram[load] = histogram.get(load, 0) + states
     return {
         "bits_per_weight": report.bits_per_weight,
-        "unoccupied": 1 - report.occupancy,
+        "unoccupied": histogram.get(0, 0) / max(sum(histogram.values()), 1),
         "load_histogram": {str(load): histogram[load] for load in sorted(histogram)},
         "layers": [_layer_row(layer, spreads[layer.name]) for layer in report.layers],
     }
 
 
 def _layer_row(layer: LayerReport, spread: int) -> dict[str, Any]:
-    low, mean, high = layer.load
     return {
         "layer": layer.name,
         "out": layer.shape[0],
         "in": layer.shape[1],
         "bits_per_weight": layer.bits_per_weight,
-        "states": layer.states,
-        "unoccupied": 1 - layer.occupancy,
-        "load_min": low,
-        "load_mean": mean,
-        "load_max": high,
+        "states": layer.value("states"),
+        "unoccupied": 1 - layer.value("occupancy"),
+        "load_min": layer.value("load_min"),
+        "load_mean": layer.value("load_mean"),
+        "load_max": layer.value("load_max"),
         "load_spread": spread,
         "relative_error": layer.relative_error,
     }

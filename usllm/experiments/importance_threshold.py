@@ -22,7 +22,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from usllm.compress import allocate_, sketched_layers
+from usllm.compress import allocate_, compressed_layers
+from usllm.compress.methods.sketch import SketchPlan
 from usllm.config import TrainConfig, check_train, plain_config, sketch_config
 from usllm.experiments.inputs import check_sequences, importance_of, model_of, study_settings, text_of
 from usllm.experiments.results import kept_result, new_picture, number, save_picture, write_result
@@ -85,7 +86,7 @@ def zeroed(model: nn.Module, kept: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, the latent weights of all channels that are not ``kept`` are zero; afterwards as before."""
     saved = {}
     with torch.no_grad():
-        for name, layer in sketched_layers(model).items():
+        for name, layer in compressed_layers(model).items():
             dropped = (~kept[name]).nonzero().flatten().to(layer.weight.device)
             saved[name] = (dropped, layer.weight[:, dropped].clone())
             layer.weight[:, dropped] = 0
@@ -93,7 +94,7 @@ def zeroed(model: nn.Module, kept: Mapping[str, Tensor]) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for name, layer in sketched_layers(model).items():
+            for name, layer in compressed_layers(model).items():
                 dropped, weights = saved[name]
                 layer.weight[:, dropped] = weights
 
@@ -145,7 +146,7 @@ def _shares(importance: Mapping[str, Tensor], threshold: float) -> dict[str, Any
 
 def _with_states(model: nn.Module) -> float:
     """Share of the channels that hold states."""
-    plans = [layer.plan for layer in sketched_layers(model).values() if layer.plan is not None]
+    plans = [layer.plan for layer in compressed_layers(model).values() if isinstance(layer.plan, SketchPlan)]
     return sum(plan.num_scales for plan in plans) / sum(plan.shape[1] for plan in plans)
 
 

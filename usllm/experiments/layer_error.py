@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from usllm.calibration import SecondMoments
-from usllm.compress import sketched_layers
+from usllm.compress import compressed_layers
 from usllm.config import TrainConfig, check_train, plain_config, sketch_config
 from usllm.data.datamodule import Batch, TextDataModule
 from usllm.eval.layer_error import rate_distortion_bound, relative_output_error
@@ -151,7 +151,7 @@ def waterfill_lowest(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _measured(
     config: TrainConfig, settings: LayerError, model: PreTrainedModel, data: TextDataModule
 ) -> list[dict[str, Any]]:
-    layers = sketched_layers(model)
+    layers = compressed_layers(model)
     batches = list(data.calibration_batches(settings.sequences))
     first = shared_inputs(model, layers, {"input_ids": batches[0]["input_ids"][:1, :8].to(model.device)})
     moments = _moments(config, model, {name: layers[name] for name in set(first.values())}, batches)

@@ -1,13 +1,15 @@
 """Public names of :mod:`usllm.compress` at the place where users of earlier versions import them from."""
 
 from usllm.compress import (
+    CompressedLinear,
     CompressionReport,
-    SketchedLinear,
     compress_,
+    compressed_layers,
     compression_report,
     reproject_,
-    sketched_layers,
 )
+
+SketchedLinear, sketched_layers = CompressedLinear, compressed_layers
 
 __all__ = [
     "CompressionReport",

@@ -24,7 +24,6 @@ from usllm.packed.inspection import Inspection, inspect_folder
 from usllm.packed.new_folder import new_folder
 from usllm.packed.quantizer import can_be_blocks, swap_packed_
 from usllm.packed.source import PackingSource
-from usllm.sketch.layer_bytes import pack_layer
 from usllm.system.errors import UserError
 
 REST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -119,7 +118,7 @@ def packed_skeleton(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(plain, dtype=REST_DTYPES[rest.dtype])
     layers = {name: PackedLayerEntry(plan.shape, plan.total_bits // 8) for name, plan in source.plans.items()}
-    stored = PackedConfig(source.sketch, layers, _blocks(model, layers, rest))
+    stored = PackedConfig(source.compressor.options, layers, _blocks(model, layers, rest))
     try:
         swap_packed_(model, stored)
     except ValueError as error:
@@ -189,7 +188,7 @@ def _stored(name: str, source: PackingSource, stored: PackedConfig, rest: RestSt
     """One tensor as the file holds it."""
     module, _, kind = name.rpartition(".")
     if kind == "packed" and module in source.plans:
-        return pack_layer(source.plans[module], source.states(module))
+        return source.plans[module].pack(source.states(module))
     tensor = source.tensors.get(name)
     if tensor is None:
         raise UserError(f"{name}: is in the model's configuration, but not in the checkpoint")

@@ -18,7 +18,7 @@ class PackedLinear(nn.Module):
     """``y = x Ŵᵀ + b`` with ``Ŵ`` decoded from bytes for each call and released after it.
 
     Its only state is a buffer of bytes, which no cast of the model touches. The decoded weight is that of the trained
-    :class:`usllm.compress.SketchedLinear`, bit for bit, in the dtype that is computed with.
+    :class:`usllm.compress.CompressedLinear`, bit for bit, in the dtype that is computed with.
 
     Args:
         entry: Shape and bytes of the layer.

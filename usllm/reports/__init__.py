@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from usllm.reports.curve_figures import training_curves
 from usllm.reports.figures import Reference, pareto_front, perplexity_by_bytes, perplexity_by_rate
-from usllm.reports.heat_maps import ERROR, KEPT, RATE, STATES, heat_maps
+from usllm.reports.heat_maps import ERROR, RATE, fact, heat_maps
 from usllm.reports.labels import by_model, labels, texts_of
 from usllm.reports.runs import Layer, Perplexities, Run, TestText
 from usllm.reports.settings import read_runs
@@ -20,15 +20,14 @@ from usllm.reports.table import markdown
 
 __all__ = [
     "ERROR",
-    "KEPT",
     "RATE",
-    "STATES",
     "Layer",
     "Perplexities",
     "Reference",
     "Run",
     "TestText",
     "by_model",
+    "fact",
     "heat_maps",
     "labels",
     "markdown",

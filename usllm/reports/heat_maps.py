@@ -48,22 +48,25 @@ ERROR = Quantity(
     "magma_r",
     (0.0, 1.0),
 )
-STATES = Quantity(
-    "states", "States per weight", lambda layer: layer.states / layer.weights if layer.weights else None, "viridis"
-)
 RATE = Quantity("bpw", "Bits per weight, metadata included", lambda layer: layer.bits_per_weight, "viridis")
-KEPT = Quantity("channels", "Share of input channels that hold states", lambda layer: layer.kept, "viridis", (0.0, 1.0))
+
+
+def fact(name: str) -> Quantity:
+    """A figure of the layers' method, by its name."""
+    return Quantity(name, name.replace("_", " ").capitalize(), lambda layer: layer.facts.get(name))
 
 
 def quantities(runs: Sequence[Run]) -> list[Quantity]:
-    """What is worth a figure: the error and the states always, rates and channels where they differ among layers."""
-    found = [ERROR, STATES]
+    """What is worth a figure: the error always; rates, and what a method calls worth one, where they differ."""
+    found = [ERROR]
     rates = [[layer.bits_per_weight for layer in run.layers] for run in runs if run.layers]
     if any(max(values) > 1.05 * min(values) for values in rates):
         found.append(RATE)
-    kept = [layer.kept for run in runs for layer in run.layers if layer.kept is not None]
-    if kept and max(kept) > min(kept) + 0.01:
-        found.append(KEPT)
+    layers = [layer for run in runs for layer in run.layers]
+    for name in dict.fromkeys(name for layer in layers for name in layer.drawn):
+        values = [layer.facts[name] for layer in layers if name in layer.facts]
+        if values and max(values) > min(values) + 0.01 * abs(max(values)):
+            found.append(fact(name))
     return found
 
 

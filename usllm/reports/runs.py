@@ -65,9 +65,8 @@ class Layer:
         projection: Which linear layer of the block, such as ``gate``.
         weights: Number of weights.
         bits_per_weight: Everything it stores, over ``weights``.
-        states: Number of states.
-        relative_error: ``‖Ŵ - W‖² / ‖W‖²``, channels weighted by E[a²].
-        kept: Share of input channels that hold states; ``None`` in reports of older versions.
+        relative_error: ``‖Ŵ - W‖² / ‖W‖²``, channels weighted by E[a²]; NaN where the method's latents are no weight.
+        facts: Figures of the method by name, and the names of those that are worth a picture.
     """
 
     name: str
@@ -75,9 +74,9 @@ class Layer:
     projection: str
     weights: int
     bits_per_weight: float
-    states: int
     relative_error: float
-    kept: float | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)
+    drawn: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,21 +253,32 @@ def _layer(entry: Mapping[str, Any]) -> Layer:
     name = str(entry.get("name"))
     numbers = re.findall(r"(?:^|\.)(\d+)(?=\.)", name)
     shape = entry.get("shape") or (0, 0)
-    classes = entry.get("classes")
-    kept = None
-    if classes:
-        channels = sum(each[3] for each in classes)
-        kept = sum(each[3] for each in classes if each[1]) / channels if channels else None
+    weights = int(shape[0]) * int(shape[1])
+    facts = _mapping(entry.get("facts")) or _old_facts(entry, weights)
+    values = {key: _number(_mapping(fact).get("value")) for key, fact in facts.items()}
+    error = entry.get("relative_error")
     return Layer(
         name=name,
         block=int(numbers[-1]) if numbers else 0,
         projection=name.rpartition(".")[2].removesuffix("_proj"),
-        weights=int(shape[0]) * int(shape[1]),
+        weights=weights,
         bits_per_weight=float(entry.get("bits_per_weight", math.nan)),
-        states=int(entry.get("states", 0)),
-        relative_error=float(entry.get("relative_error", math.nan)),
-        kept=kept,
+        relative_error=math.nan if error is None else float(error),
+        facts={key: value for key, value in values.items() if value is not None},
+        drawn=tuple(key for key, fact in facts.items() if _mapping(fact).get("drawn")),
     )
+
+
+def _old_facts(entry: Mapping[str, Any], weights: int) -> dict[str, dict[str, Any]]:
+    """Facts of a layer in a report of an earlier version, which knew the sketch alone and named its figures itself."""
+    found: dict[str, dict[str, Any]] = {"occupancy": {"value": entry.get("occupancy")}}
+    if weights:
+        found["states_per_weight"] = {"value": int(entry.get("states", 0)) / weights, "drawn": True}
+    if classes := entry.get("classes"):
+        channels = sum(each[3] for each in classes)
+        kept = sum(each[3] for each in classes if each[1]) / channels if channels else None
+        found["channels_with_states"] = {"value": kept, "drawn": True}
+    return found
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from usllm.compress import compression_report, sketched_layers
+from usllm.compress import compressed_layers, compression_report
 from usllm.config import DataConfig, EvalConfig, EvaluationConfig, section_of
 from usllm.eval.harness import find_tasks, harness_tables, run_harness
 from usllm.eval.perplexity import bos_rule, tokenizer_name
@@ -87,7 +87,7 @@ def evaluate(config: EvalConfig, command: str, own_evaluation: bool = True) -> d
             manager=manager,
         )
     # A checkpoint of a run that finetuned the dense model has layers, but no plans.
-    planned = any(layer.plan is not None for layer in sketched_layers(model).values())
+    planned = any(layer.plan is not None for layer in compressed_layers(model).values())
     compression = compression_report(model).to_dict() if planned else None
     if packed is not None:
         compression = inspect_folder(Path(str(spec.name)).expanduser()).totals()

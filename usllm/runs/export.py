@@ -173,7 +173,7 @@ def _stages(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _in_words(source: PackingSource) -> str:
-    return ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(source.sketch).items())
+    return ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(source.compressor.options).items())
 
 
 def _print_export(inspection: Inspection) -> None:

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from usllm.callbacks import Preemption, SketchHealth
-from usllm.compress import compression_report, sketched_layers
+from usllm.compress import compressed_layers, compression_report
 from usllm.config import TrainConfig, sketch_config
 from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.loggers import axis_step
@@ -196,7 +196,7 @@ def refuse_other_configuration(finished: Mapping[str, Any], config: TrainConfig,
 
 def sizes(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
     """Bits and bytes for the report; a model that was finetuned dense (no calibration, no plans) has none."""
-    if any(layer.plan is None for layer in sketched_layers(model).values()):
+    if any(layer.plan is None for layer in compressed_layers(model).values()):
         return {"bits_per_weight": None, "bytes": None, "compression": None}
     compression = compression_report(model)
     parameters = compression.compressed_weights + compression.other_parameters

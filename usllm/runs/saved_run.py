@@ -8,11 +8,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from usllm.compress import load_plans_, swap_linears_
-from usllm.sketch import SketchConfig
+from usllm.compress.registry import from_checkpoint_section
 from usllm.system.errors import UserError
 from usllm.system.run_files import checkpoint_folder
 from usllm.training import latest_checkpoint
-from usllm.training.module import CHECKPOINT_KEY
+from usllm.training.module import CHECKPOINT_KEY, check_format
 
 
 def find_checkpoint(ckpt: str) -> Path:
@@ -40,7 +40,8 @@ def load_sketched_(model: PreTrainedModel, saved: dict[str, Any]) -> None:
     """
     section = saved[CHECKPOINT_KEY]
     swap_linears_(model, section["patterns"])
-    load_plans_(model, section["plans"], SketchConfig(**section["sketch"]))
+    check_format(section)
+    load_plans_(model, section["plans"], from_checkpoint_section(section))
     prefix = "model."
     weights = {
         name.removeprefix(prefix): tensor for name, tensor in saved["state_dict"].items() if name.startswith(prefix)

@@ -6,14 +6,15 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from usllm.sketch import SketchConfig
+from usllm.compress import Compressor
+from usllm.compress.registry import from_checkpoint_section
 
 _CONFIG_KEYS = {
     "allocation": "allocation.name",
     "layer_budget": "allocation.layer_budget",
     "min_importance": "allocation.min_importance",
 }
-"""Fields of ``SketchConfig`` that the configuration tree keeps outside of ``sketch``."""
+"""Options of methods that the configuration tree keeps outside of ``sketch``."""
 _DECISIVE_KEYS = (
     "seed",
     "model.kind",
@@ -39,15 +40,19 @@ measure what happens, or say on which machines: of batch size, accumulation and 
 sequences of an optimizer step, must be kept."""
 
 
-def sketch_differences(saved: Mapping[str, Any], sketch: SketchConfig, patterns: Sequence[str]) -> list[str]:
-    """Every key in which a checkpoint's sketch differs from this run's, with both values."""
-    absent = "(none)"
-    theirs, ours = saved["sketch"], dataclasses.asdict(sketch)
+def compression_differences(saved: Mapping[str, Any], compressor: Compressor, patterns: Sequence[str]) -> list[str]:
+    """Every key in which a checkpoint's compression differs from this run's, with both values.
+
+    An option that the checkpoint lacks was added later: it counts as its default.
+    """
+    theirs = from_checkpoint_section(saved)
+    if theirs.method != compressor.method:
+        return [f"sketch.method: {theirs.method} in the checkpoint, {compressor.method} in this run"]
+    before, now = dataclasses.asdict(theirs.options), dataclasses.asdict(compressor.options)
     differences = [
-        f"{_CONFIG_KEYS.get(key, f'sketch.{key}')}: {theirs.get(key, absent)} in the checkpoint, "
-        f"{ours.get(key, absent)} in this run"
-        for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key, absent) != ours.get(key, absent)
+        f"{_CONFIG_KEYS.get(key, f'sketch.{key}')}: {before[key]} in the checkpoint, {now[key]} in this run"
+        for key in sorted(now)
+        if before[key] != now[key]
     ]
     if sorted(saved["patterns"]) != sorted(patterns):
         differences.append(f"model.patterns: {saved['patterns']} in the checkpoint, {list(patterns)} in this run")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,18 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from usllm.compress import DEFAULT_PATTERNS, load_plans_, save_plans, swap_linears_
-from usllm.sketch import SketchConfig
+from usllm.compress import (
+    DEFAULT_PATTERNS,
+    as_compressor,
+    compressed_layers,
+    load_plans_,
+    save_plans,
+    swap_linears_,
+    to_section,
+)
 from usllm.system.errors import UserError
 from usllm.system.ranks import failing_together
-from usllm.training.differences import run_differences, sketch_differences
+from usllm.training.differences import compression_differences, run_differences
 from usllm.training.objectives import Batch, Objective, next_token_loss
 from usllm.training.objectives.base import NO_TARGET
 from usllm.training.optimization import OptimizerConfig, build_optimizer, build_schedule
@@ -27,7 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHECKPOINT_KEY = "usllm"
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
+READABLE_FORMATS = (1, 2)
+"""Format 1 holds sketches alone, with their configuration in one piece."""
 _COMPUTE_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
@@ -39,7 +47,8 @@ class SketchFinetuner(LightningModule):
     Args:
         load_model: returns the dense model, fp32 (the latents of a straight-through estimator lose small updates in
             bf16). Called once, in ``configure_model``.
-        sketch: configuration of the sketch; a checkpoint made under another one is refused.
+        sketch: a compressor, or the options of a method, such as ``SketchConfig``; a checkpoint made under another
+            configuration is refused.
         objective: what is minimised. Validation is cross-entropy whatever the objective.
         optimizer: AdamW and its schedule over ``trainer.max_steps``.
         patterns: names of the linear layers to sketch.
@@ -52,7 +61,7 @@ class SketchFinetuner(LightningModule):
     def __init__(
         self,
         load_model: Callable[[], PreTrainedModel],
-        sketch: SketchConfig,
+        sketch: Any,
         objective: Objective,
         optimizer: OptimizerConfig,
         patterns: Sequence[str] = DEFAULT_PATTERNS,
@@ -61,7 +70,7 @@ class SketchFinetuner(LightningModule):
     ) -> None:
         super().__init__()
         self.load_model = load_model
-        self.sketch = sketch
+        self.compressor = as_compressor(sketch)
         self.objective = objective
         self.optimizer_config = optimizer
         self.patterns = tuple(patterns)
@@ -177,7 +186,8 @@ class SketchFinetuner(LightningModule):
         checkpoint[CHECKPOINT_KEY] = {
             "format": CHECKPOINT_FORMAT,
             "plans": save_plans(self.network),
-            "sketch": dataclasses.asdict(self.sketch),
+            "shapes": {name: list(layer.shape) for name, layer in compressed_layers(self.network).items()},
+            "compressor": to_section(self.compressor),
             "patterns": list(self.patterns),
             "config": self.run_config,
             "ranks": None if self._trainer is None else self.trainer.world_size,
@@ -193,11 +203,8 @@ class SketchFinetuner(LightningModule):
         saved = checkpoint.get(CHECKPOINT_KEY)
         if saved is None:
             raise UserError(f"the checkpoint has no {CHECKPOINT_KEY!r} section: it was not written by usllm-train")
-        if saved["format"] != CHECKPOINT_FORMAT:
-            raise UserError(
-                f"the checkpoint has format {saved['format']}, this version of usllm reads {CHECKPOINT_FORMAT}"
-            )
-        differences = sketch_differences(saved, self.sketch, self.patterns)
+        check_format(saved)
+        differences = compression_differences(saved, self.compressor, self.patterns)
         ranks = None if self._trainer is None else self.trainer.world_size
         differences += run_differences(saved["config"], self.run_config, saved.get("ranks"), ranks)
         if differences:
@@ -206,10 +213,21 @@ class SketchFinetuner(LightningModule):
                 + "; ".join(differences)
                 + ". Restore these values, or start a new run under another name="
             )
-        load_plans_(self.network, saved["plans"], self.sketch)
+        load_plans_(self.network, saved["plans"], self.compressor)
         before = saved.get("accumulate_grad_batches")
         if before is not None and self._trainer is not None:
             recount_micro_batches_(checkpoint, before, self.trainer.accumulate_grad_batches)
+
+
+def check_format(section: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of a format that this version does not know.
+
+    Raises:
+        UserError: names both.
+    """
+    if section["format"] not in READABLE_FORMATS:
+        known = " and ".join(map(str, READABLE_FORMATS))
+        raise UserError(f"the checkpoint has format {section['format']}, this version of usllm reads {known}")
 
 
 def recount_micro_batches_(checkpoint: dict[str, Any], before: int, now: int) -> None:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from usllm.compress import sketched_layers
+from usllm.compress import compressed_layers
 from usllm.system.ranks import failing_together
 
 M = TypeVar("M", bound=nn.Module)
@@ -53,7 +53,7 @@ def shard_(model: nn.Module, mesh: DeviceMesh, cpu_offload: bool = False) -> Non
         mesh: one dimension.
         cpu_offload: keep the shards in the memory of the host.
     """
-    for layer in sketched_layers(model).values():
+    for layer in compressed_layers(model).values():
         layer.keeps_decoded = False
     policy = CPUOffloadPolicy() if cpu_offload and mesh.device_type != "cpu" else OffloadPolicy()
     device = torch.device("cpu") if mesh.device_type == "cpu" else torch.device(mesh.device_type, _current(mesh))

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from usllm.compress import SketchedLinear, sketched_layers, sketched_linear
+from usllm.compress import CompressedLinear, compressed_layers
+from usllm.compress.methods import sketch as sketch_method
+from usllm.compress.methods.sketch import computing
 from usllm.sketch import SketchConfig, build_plan, project, query
 
 IN, OUT = 24, 40
@@ -31,11 +33,11 @@ def dense(bias: bool = True) -> nn.Linear:
         return nn.Linear(IN, OUT, bias=bias)
 
 
-def sketched(config: SketchConfig = CONFIG, bias: bool = True) -> SketchedLinear:
+def sketched(config: SketchConfig = CONFIG, bias: bool = True) -> CompressedLinear:
     """A layer that is planned by uneven importance and projected."""
-    layer = SketchedLinear(dense(bias), "layer")
+    layer = CompressedLinear(dense(bias), "layer")
     importance = random(IN, seed=2).square() + 0.1
-    layer.set_plan(build_plan((OUT, IN), importance, config, "layer"), importance)
+    layer.set_plan(computing(build_plan((OUT, IN), importance, config, "layer")), importance)
     layer.reproject()
     return layer
 
@@ -49,7 +51,7 @@ def queries(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append(args)
         return query(*args, **kwargs)
 
-    monkeypatch.setattr(sketched_linear, "query", counted)
+    monkeypatch.setattr(sketch_method, "query", counted)
     return calls
 
 
@@ -61,7 +63,7 @@ def forward(layer: nn.Module, x: Tensor, precision: str = "fp32") -> Tensor:
 
 def test_layer_without_a_plan_is_the_dense_layer() -> None:
     linear, x = dense(), random(3, IN)
-    assert torch.equal(SketchedLinear(linear, "layer")(x), linear(x))
+    assert torch.equal(CompressedLinear(linear, "layer")(x), linear(x))
 
 
 def test_forward_uses_the_decoded_weight_and_the_bias() -> None:
@@ -163,7 +165,7 @@ def test_loaded_states_are_seen_by_the_next_forward(precision: str) -> None:
 def test_new_plan_is_seen_by_the_next_forward_before_and_after_its_projection(precision: str) -> None:
     layer, x = sketched(bias=False), random(3, IN)
     forward(layer, x, precision)
-    plan = build_plan((OUT, IN), None, SketchConfig(bits_per_weight=2.0, rows=1, group_size=8), "layer")
+    plan = computing(build_plan((OUT, IN), None, SketchConfig(bits_per_weight=2.0, rows=1, group_size=8), "layer"))
     layer.set_plan(plan)
     assert not forward(layer, x, precision).any()  # no states yet: a weight of zeros
     layer.reproject()
@@ -234,11 +236,11 @@ def test_reprojection_reports_the_share_that_changed_and_the_weighted_error(oper
 
 def test_first_projection_changes_nothing_but_the_first_after_loading_may() -> None:
     layer = sketched(replace(CONFIG, operator="mean"))
-    fresh = SketchedLinear(dense(), "layer")
+    fresh = CompressedLinear(dense(), "layer")
     assert layer.plan is not None
     fresh.set_plan(layer.plan)
     assert float(fresh.reproject().winner_change) == 0
-    resumed = SketchedLinear(dense(), "layer")
+    resumed = CompressedLinear(dense(), "layer")
     resumed.set_plan(layer.plan)
     resumed.load_state_dict(layer.state_dict())
     with torch.no_grad():
@@ -255,7 +257,7 @@ def test_states_and_importance_are_in_the_state_dict_and_the_decoded_weight_is_n
 
 def test_new_plan_leaves_no_state_of_the_old_one_behind() -> None:
     layer = sketched(replace(CONFIG, output_scale=True))
-    layer.set_plan(build_plan((OUT, IN), None, CONFIG, "layer"))
+    layer.set_plan(computing(build_plan((OUT, IN), None, CONFIG, "layer")))
     assert set(layer.states) == {"codes", "scales", "scale_base"}
     assert not any("output_scale" in name for name in layer.state_dict())
 
@@ -263,21 +265,21 @@ def test_new_plan_leaves_no_state_of_the_old_one_behind() -> None:
 def test_latent_weight_of_a_bf16_layer_is_fp32_and_frozen_ones_stay_frozen() -> None:
     linear = dense().bfloat16()
     linear.weight.requires_grad_(False)
-    layer = SketchedLinear(linear, "layer")
+    layer = CompressedLinear(linear, "layer")
     assert layer.weight.dtype == torch.float32
     assert not layer.weight.requires_grad
 
 
 def test_plan_for_another_shape_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"layer: the plan is for \(40, 25\), the weight is \(40, 24\)"):
-        sketched().set_plan(build_plan((OUT, IN + 1), None, CONFIG, "layer"))
+        sketched().set_plan(computing(build_plan((OUT, IN + 1), None, CONFIG, "layer")))
 
 
 def test_projection_without_a_plan_is_refused_by_name() -> None:
     with pytest.raises(RuntimeError, match="layer has no plan"):
-        SketchedLinear(dense(), "layer").reproject()
+        CompressedLinear(dense(), "layer").reproject()
 
 
 def test_layers_are_listed_by_stable_name_in_module_order() -> None:
-    model = nn.Sequential(SketchedLinear(dense(), "b"), nn.Identity(), SketchedLinear(dense(), "a"))
-    assert list(sketched_layers(model)) == ["b", "a"]
+    model = nn.Sequential(CompressedLinear(dense(), "b"), nn.Identity(), CompressedLinear(dense(), "a"))
+    assert list(compressed_layers(model)) == ["b", "a"]
