@@ -1,26 +1,101 @@
-"""The forward passes that measure E[a²] of a model's compressed layers, and the cache of what they gave."""
+"""The passes through a model that measure the statistics of its compressed layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
 
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional
 
+from usllm.calibration.output_gradients import OutputGradients
 from usllm.calibration.second_moments import SecondMoments
-from usllm.compress import compressed_layers
-from usllm.models.identity import weights_digest
+from usllm.compress import Statistics, compressed_layers
 from usllm.system.errors import UserError
 from usllm.system.ranks import dealt, ranks
-from usllm.system.results import arithmetic, kept_tensors, tokens_digest
 from usllm.system.rng import preserved_rng
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+ENERGY, COVARIANCE, GRADIENT = "energy", "covariance", "gradient"
+
+
+def measure_statistics(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    sequences: int,
+    needs: frozenset[str],
+    *,
+    device: torch.device | str = "cpu",
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    progress: bool = False,
+) -> dict[str, Statistics]:
+    """Stream calibration batches through ``model`` as it is; what ``needs`` names, of its compressed layers.
+
+    The model is in evaluation mode meanwhile and the random number generators are left as they were found, so that a
+    run with calibration draws the same dropout masks as one that was resumed after it. The ranks of a distributed run
+    share the batches out among them and all return the same.
+
+    Args:
+        batches: Micro batches with ``input_ids`` [sequences, context] int64.
+        sequences: How many sequences ``batches`` holds, for the progress bar.
+        needs: ``energy``, ``covariance``, ``gradient``; the last one takes a backward pass for each batch.
+        device: Where the model is.
+        context: Makes the context of the forward passes, such as autocast.
+        progress: Show a progress bar.
+
+    Returns:
+        Statistics by layer name.
+
+    Raises:
+        UserError: There was no sequence, or a layer's input or gradient is not finite.
+    """
+    layers = compressed_layers(model)
+    differentiated = GRADIENT in needs
+    forward = model if differentiated else _smallest_forward(model, layers.values())
+    moments = SecondMoments(layers, full=COVARIANCE in needs)
+    gradients = OutputGradients(layers)
+    training, seen = model.training, 0
+    model.eval()
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(preserved_rng())
+            stack.enter_context(torch.set_grad_enabled(differentiated))
+            bar = stack.enter_context(Progress(disable=not progress, transient=True))
+            stack.enter_context(moments)
+            if differentiated:
+                stack.enter_context(gradients)
+                stack.enter_context(_differentiable_from_embeddings(model))
+            task = bar.add_task("Measuring importance", total=sequences)
+            for number, batch, counts in dealt(batches):
+                input_ids = batch["input_ids"].to(device)
+                moments.counting = gradients.counting = counts
+                with context():
+                    output = forward(input_ids=input_ids, use_cache=False)
+                if differentiated:
+                    _next_token_loss(output.logits, input_ids).backward()
+                seen = (number + 1) * len(input_ids)
+                bar.update(task, completed=seen)
+    finally:
+        model.train(training)
+    if ranks().world_size > 1:
+        moments.sum_over_ranks_(device)
+        if differentiated:
+            gradients.sum_over_ranks_(device)
+    if not seen:
+        raise UserError("calibration: the training split gave no sequence; take a longer text")
+    try:
+        energy = moments.mean()
+        covariance = moments.full_mean() if COVARIANCE in needs else {}
+        gradient = gradients.mean() if differentiated else {}
+    except ValueError as error:  # a layer saw nothing, or something that is not finite
+        raise UserError(f"calibration: {error}") from error
+    return {
+        name: Statistics(energy=energy[name], covariance=covariance.get(name), gradient=gradient.get(name))
+        for name in layers
+    }
 
 
 def measure_importance(
@@ -32,54 +107,28 @@ def measure_importance(
     context: AbstractContextManager[Any] | None = None,
     progress: bool = False,
 ) -> dict[str, Tensor]:
-    """Stream calibration batches through ``model`` as it is; E[a²] per input channel of its sketched layers.
+    """E[a²] per input channel alone, fp32 [in] by layer name; arguments as for :func:`measure_statistics`."""
+    with context or nullcontext():
+        found = measure_statistics(model, batches, sequences, frozenset({ENERGY}), device=device, progress=progress)
+    return {name: statistics.energy for name, statistics in found.items() if statistics.energy is not None}
 
-    The model is in evaluation mode meanwhile and the random number generators are left as they were found, so that a
-    run with calibration draws the same dropout masks as one that was resumed behind it. The ranks of a distributed run
-    share the batches out among them and all return the same.
 
-    Args:
-        batches: micro batches with ``input_ids`` ``[sequences, context]`` int64.
-        sequences: how many sequences ``batches`` holds, for the progress bar.
-        device: where the model is.
-        context: context of the forward passes, such as autocast.
-        progress: show a progress bar.
+def _next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Sum of the cross-entropies of each token given those before it, so that gradients of a token are its own."""
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="sum")
 
-    Returns:
-        ``{layer name: [in] fp32}``.
 
-    Raises:
-        UserError: there was no sequence, or a layer's input is not finite.
-    """
-    layers = compressed_layers(model)
-    forward = _smallest_forward(model, layers.values())
-    training, seen = model.training, 0
-    model.eval()
-    try:
-        with (
-            preserved_rng(),
-            torch.no_grad(),
-            context or nullcontext(),
-            Progress(disable=not progress, transient=True) as bar,
-            SecondMoments(layers) as moments,
-        ):
-            task = bar.add_task("Measuring importance", total=sequences)
-            for number, batch, counts in dealt(batches):
-                input_ids = batch["input_ids"].to(device)
-                moments.counting = counts
-                forward(input_ids=input_ids, use_cache=False)
-                seen = (number + 1) * len(input_ids)
-                bar.update(task, completed=seen)
-    finally:
-        model.train(training)
-    if ranks().world_size > 1:
-        moments.sum_over_ranks_(device)
-    if not seen:
-        raise UserError("calibration: the training split gave no sequence; take a longer text")
-    try:
-        return moments.mean()
-    except ValueError as error:  # a layer saw nothing, or something that is not finite
-        raise UserError(f"calibration: {error}") from error
+def _differentiable_from_embeddings(model: nn.Module) -> ExitStack:
+    """Let activations carry gradients and parameters none: what is wanted are gradients at outputs."""
+    stack = ExitStack()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+        stack.callback(parameter.requires_grad_, True)
+    embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    stack.callback(handle.remove)
+    return stack
 
 
 def _smallest_forward(model: nn.Module, layers: Iterable[nn.Module]) -> nn.Module:
@@ -92,27 +141,3 @@ def _smallest_forward(model: nn.Module, layers: Iterable[nn.Module]) -> nn.Modul
     body = getattr(model, "base_model", model)
     inside = {id(module) for module in body.modules()}
     return body if all(id(layer) in inside for layer in layers) else model
-
-
-def kept_importance(
-    model: PreTrainedModel,
-    batches: Iterable[Mapping[str, Tensor]],
-    device: torch.device,
-    autocast: torch.dtype | None,
-    measure: Callable[[], dict[str, Tensor]],
-) -> dict[str, Tensor]:
-    """What ``measure`` gives, or gave another run or study of the same weights, text and arithmetic.
-
-    Args:
-        model: with its layers swapped, and with the weights that are measured.
-        batches: that ``measure`` streams through it.
-        device: where the model is, and the result.
-        autocast: dtype of the forward passes; ``None``: the weights' own.
-    """
-    key = {
-        "weights": weights_digest(model),
-        "layers": sorted(compressed_layers(model)),
-        "tokens": tokens_digest(batch["input_ids"] for batch in batches),
-        "arithmetic": arithmetic(device, autocast),
-    }
-    return {name: value.to(device) for name, value in kept_tensors("importance", key, measure).items()}

@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from usllm.callbacks.importance_calibration import measure_in_trainer
-from usllm.compress import Reprojection, allocate_, recall_winners_, reproject_
+from usllm.calibration.measure import ENERGY, measure_statistics
+from usllm.compress import Reprojection, allocate_, compressed_layers, recall_winners_, reproject_
 from usllm.system.errors import UserError
 from usllm.training.module import sketch_finetuner
 
@@ -57,8 +57,19 @@ class SketchReprojection(Callback):
         self._projected_step: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the step that training starts or continues from; its states are projected."""
-        recall_winners_(sketch_finetuner(pl_module).network)
+        """Take over the step that training starts or continues from; its states are projected.
+
+        Raises:
+            UserError: re-allocation is asked of a method whose latents do not allow it.
+        """
+        network = sketch_finetuner(pl_module).network
+        own = [layer for layer in compressed_layers(network).values() if set(layer.latents) != {"weight"}]
+        if own and self.reallocate_every_n_steps:
+            raise UserError(
+                f"callbacks.sketch_reprojection.reallocate_every_n_steps={self.reallocate_every_n_steps}: the method's "
+                "latents have the size of its plan, which cannot change; set it to null"
+            )
+        recall_winners_(network)
         self._seen_step = self._projected_step = trainer.global_step
 
     def on_train_batch_end(
@@ -71,14 +82,14 @@ class SketchReprojection(Callback):
         self._seen_step = step
         last_step = step == trainer.max_steps  # an allocation that no step follows would only do harm
         if self.reallocate_every_n_steps and step % self.reallocate_every_n_steps == 0 and not last_step:
-            moments = measure_in_trainer(trainer, pl_module, self.calibration_sequences)
-            module = sketch_finetuner(pl_module)
-            allocate_(module.network, module.compressor, moments)
+            self._reallocate(trainer, pl_module)
             self._projected_step = step
         elif step % self.every_n_steps == 0:
             self._project(trainer, pl_module)
             for name in ("winner_change", "relative_error"):
                 values = [getattr(layer, name) for layer in self.last.values()]
+                if not values:  # a method whose states follow the latents by themselves
+                    break
                 pl_module.log(f"sketch/{name}", sum(values) / len(values))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -100,6 +111,19 @@ class SketchReprojection(Callback):
             return False
         self._project(trainer, pl_module)
         return True
+
+    def _reallocate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = sketch_finetuner(pl_module)
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit, not declared
+        statistics = measure_statistics(
+            module.network,
+            datamodule.calibration_batches(self.calibration_sequences),
+            self.calibration_sequences,
+            module.compressor.needs | {ENERGY},
+            device=pl_module.device,
+            context=trainer.precision_plugin.forward_context,
+        )
+        allocate_(module.network, module.compressor, statistics)
 
     def _project(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.last = reproject_(sketch_finetuner(pl_module).network)

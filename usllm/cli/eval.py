@@ -5,7 +5,7 @@ Only Hydra is imported at the top, so that ``--help`` and shell completion answe
 
 from __future__ import annotations
 
-import sys
+import shlex
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,8 +19,9 @@ from usllm.cli.command import (
     quote_values,
     report_errors,
 )
-from usllm.cli.unknown_keys import nearest_keys_named
+from usllm.cli.start import start, typed
 from usllm.runs.directory import register_resolvers
+from usllm.system.plugins import import_plugins
 
 PROGRAM = "usllm-eval"
 
@@ -29,6 +30,7 @@ PROGRAM = "usllm-eval"
 def _eval(cfg: DictConfig) -> None:
     def task() -> None:
         quiet_environment()
+        import_plugins(cfg.plugins)
         from usllm.config import check_eval
 
         config = check_eval(cfg)
@@ -37,7 +39,7 @@ def _eval(cfg: DictConfig) -> None:
         quiet_libraries()
         given = HydraConfig.get().overrides.task
         own_evaluation = any(override.lstrip("+~").startswith("evaluation") for override in given)
-        evaluate(config, " ".join([PROGRAM, *sys.argv[1:]]), own_evaluation)
+        evaluate(config, shlex.join([PROGRAM, *typed]), own_evaluation)
 
     report_errors(PROGRAM, task)
 
@@ -45,9 +47,7 @@ def _eval(cfg: DictConfig) -> None:
 def main() -> None:
     """Entry point of ``usllm-eval`` and ``python -m usllm.cli.eval``."""
     register_resolvers()
-    sys.argv[1:] = quote_values(expand_test_sets(expand_model(sys.argv[1:])), ("ckpt",))
-    with nearest_keys_named(PROGRAM):
-        _eval()
+    start(PROGRAM, _eval, lambda arguments: quote_values(expand_test_sets(expand_model(arguments)), ("ckpt",)))
 
 
 if __name__ == "__main__":

@@ -6,24 +6,23 @@ Only Hydra is imported at the top, so that ``--help`` and shell completion answe
 from __future__ import annotations
 
 import shlex
-import sys
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from usllm.cli.command import expand_model, quiet_environment, quiet_libraries, quote_values, report_errors
-from usllm.cli.unknown_keys import nearest_keys_named
+from usllm.cli.start import start, typed
+from usllm.system.plugins import import_plugins
 
 PROGRAM = "usllm-export"
-_typed: list[str] = []
-"""The arguments as the user gave them, for the model card."""
 
 
 @hydra.main(version_base="1.3", config_path="pkg://usllm.conf", config_name="export")
 def _export(cfg: DictConfig) -> None:
     def task() -> None:
         quiet_environment()
+        import_plugins(cfg.plugins)
         from usllm.config.packed import check_export
 
         given = [override.lstrip("+~") for override in HydraConfig.get().overrides.task]
@@ -31,17 +30,14 @@ def _export(cfg: DictConfig) -> None:
         from usllm.runs.export import export_model
 
         quiet_libraries()
-        export_model(config, shlex.join([PROGRAM, *_typed]))
+        export_model(config, shlex.join([PROGRAM, *typed]))
 
     report_errors(PROGRAM, task)
 
 
 def main() -> None:
     """Entry point of ``usllm-export`` and ``python -m usllm.cli.export``."""
-    _typed[:] = sys.argv[1:]
-    sys.argv[1:] = quote_values(expand_model(_typed), ("ckpt", "out"))
-    with nearest_keys_named(PROGRAM):
-        _export()
+    start(PROGRAM, _export, lambda arguments: quote_values(expand_model(arguments), ("ckpt", "out")))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@ Only Hydra is imported at the top, so that ``--help`` and shell completion answe
 
 from __future__ import annotations
 
-import sys
-
 import hydra
 from omegaconf import DictConfig
 
 from usllm.cli.command import folder_of_model, quiet_environment, quiet_libraries, quote_values, report_errors
-from usllm.cli.unknown_keys import nearest_keys_named
+from usllm.cli.start import start
+from usllm.system.plugins import import_plugins
 
 PROGRAM = "usllm-generate"
 
@@ -20,6 +19,7 @@ PROGRAM = "usllm-generate"
 def _generate(cfg: DictConfig) -> None:
     def task() -> None:
         quiet_environment()
+        import_plugins(cfg.plugins)
         from usllm.config.packed import check_generate
 
         config = check_generate(cfg)
@@ -33,9 +33,7 @@ def _generate(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Entry point of ``usllm-generate`` and ``python -m usllm.cli.generate``."""
-    sys.argv[1:] = quote_values(folder_of_model(sys.argv[1:]), ("prompt", "folder", "ckpt"))
-    with nearest_keys_named(PROGRAM):
-        _generate()
+    start(PROGRAM, _generate, lambda arguments: quote_values(folder_of_model(arguments), ("prompt", "folder", "ckpt")))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@ Only Hydra is imported at the top, so that ``--help`` and shell completion answe
 
 from __future__ import annotations
 
-import sys
-
 import hydra
 from omegaconf import DictConfig
 
 from usllm.cli.command import folder_of_model, quiet_environment, quiet_libraries, quote_values, report_errors
-from usllm.cli.unknown_keys import nearest_keys_named
+from usllm.cli.start import start
+from usllm.system.plugins import import_plugins
 
 PROGRAM = "usllm-inspect"
 
@@ -20,6 +19,7 @@ PROGRAM = "usllm-inspect"
 def _inspect(cfg: DictConfig) -> None:
     def task() -> None:
         quiet_environment()
+        import_plugins(cfg.plugins)
         from usllm.config.packed import check_inspect
 
         config = check_inspect(cfg)
@@ -33,9 +33,7 @@ def _inspect(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Entry point of ``usllm-inspect`` and ``python -m usllm.cli.inspect``."""
-    sys.argv[1:] = quote_values(folder_of_model(sys.argv[1:]), ("folder", "json"))
-    with nearest_keys_named(PROGRAM):
-        _inspect()
+    start(PROGRAM, _inspect, lambda arguments: quote_values(folder_of_model(arguments), ("folder", "json")))
 
 
 if __name__ == "__main__":

@@ -6,25 +6,24 @@ Only Hydra is imported at the top, so that ``--help`` and shell completion answe
 from __future__ import annotations
 
 import shlex
-import sys
 
 import hydra
 from omegaconf import DictConfig
 
 from usllm.cli.command import quiet_environment, quote_values, report_errors
-from usllm.cli.unknown_keys import nearest_keys_named
+from usllm.cli.start import start, typed
 from usllm.runs.directory import register_resolvers
+from usllm.system.plugins import import_plugins
 
 PROGRAM = "usllm-report"
 _PATHS = ("runs", "out", "reference.evaluation")
-_typed: list[str] = []
-"""The command line as it was given, for the page."""
 
 
 @hydra.main(version_base="1.3", config_path="pkg://usllm.conf", config_name="report")
 def _report(cfg: DictConfig) -> None:
     def task() -> None:
         quiet_environment()
+        import_plugins(cfg.plugins)
         from usllm.reports.settings import check_report, read_runs, references
         from usllm.reports.writing import ReportWriter
 
@@ -34,7 +33,7 @@ def _report(cfg: DictConfig) -> None:
         page = writer.write(
             runs,
             title=settings.title,
-            command=shlex.join([PROGRAM, *_typed]),
+            command=shlex.join([PROGRAM, *typed]),
             references=references(settings.reference, runs),
         )
         print(f"{len(runs)} run{'s' if len(runs) != 1 else ''}, {len(writer.written)} files in {settings.out}")
@@ -55,10 +54,7 @@ def quote_paths(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Entry point of ``usllm-report`` and ``python -m usllm.cli.report``."""
     register_resolvers()
-    _typed[:] = sys.argv[1:]
-    sys.argv[1:] = quote_paths(sys.argv[1:])
-    with nearest_keys_named(PROGRAM):
-        _report()
+    start(PROGRAM, _report, quote_paths)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Only Hydra is imported at the top, so that ``--help`` and shell completion answe
 
 from __future__ import annotations
 
-import sys
+import shlex
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,8 +19,9 @@ from usllm.cli.command import (
     report_errors,
     without_wandb_argument,
 )
-from usllm.cli.unknown_keys import nearest_keys_named
+from usllm.cli.start import start, typed
 from usllm.runs.directory import register_resolvers
+from usllm.system.plugins import import_plugins
 
 PROGRAM = "usllm-train"
 Metric = float | list[float] | None
@@ -38,6 +39,7 @@ def _train(cfg: DictConfig) -> Metric:
 def _run(cfg: DictConfig, in_sweep: bool) -> Metric:
     """Run or continue what ``cfg`` describes; the metric that a sweep optimises."""
     quiet_environment()
+    import_plugins(cfg.plugins)
     from usllm.config import check_train, plain_config
 
     given = list(HydraConfig.get().overrides.task)
@@ -45,7 +47,7 @@ def _run(cfg: DictConfig, in_sweep: bool) -> Metric:
     if in_sweep and not asked:
         cfg.resume = True  # a sweep started again skips the jobs that are finished and goes on with the others
     config = check_train(cfg)
-    command = " ".join([PROGRAM, *(given if in_sweep else sys.argv[1:])])
+    command = shlex.join([PROGRAM, *(given if in_sweep else typed)])
     if in_sweep:
         from usllm.runs.sweeps import refuse_launching
 
@@ -65,9 +67,7 @@ def _run(cfg: DictConfig, in_sweep: bool) -> Metric:
 
 def main() -> None:
     """Entry point of ``usllm-train`` and ``python -m usllm.cli.train``."""
-    sys.argv[1:] = expand_model(without_wandb_argument(sys.argv[1:]))
-    with nearest_keys_named(PROGRAM):
-        _train()
+    start(PROGRAM, _train, lambda arguments: expand_model(without_wandb_argument(arguments)))
 
 
 if __name__ == "__main__":

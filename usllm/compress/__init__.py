@@ -10,10 +10,11 @@ from usllm.compress.surgery import (
     allocate_,
     compress_,
     load_plans_,
-    plan_,
+    plan_layers,
     recall_winners_,
     reproject_,
     save_plans,
+    start_,
     swap_linears_,
 )
 
@@ -39,10 +40,11 @@ __all__ = [
     "load_plans_",
     "method",
     "over_layers",
-    "plan_",
+    "plan_layers",
     "recall_winners_",
     "reproject_",
     "save_plans",
+    "start_",
     "swap_linears_",
     "to_section",
 ]

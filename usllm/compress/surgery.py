@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from usllm.compress.base import Compressor, Statistics
+from usllm.compress.base import Compressor, LayerPlan, Statistics
 from usllm.compress.budgets import BUDGETS, BudgetProblem, LayerDemand
 from usllm.compress.layer import CompressedLinear, Reprojection, compressed_layers
 from usllm.compress.parallel import over_layers
@@ -74,8 +74,8 @@ def swap_linears_(model: nn.Module, patterns: Iterable[str] = DEFAULT_PATTERNS) 
     return compressed
 
 
-def plan_(model: nn.Module, compressor: Compressor, statistics: Mapping[str, Statistics]) -> None:
-    """Plan all compressed layers under one budget and start their latents; in place. Their states are not made yet.
+def plan_layers(model: nn.Module, compressor: Compressor, statistics: Mapping[str, Statistics]) -> dict[str, LayerPlan]:
+    """Plans of all compressed layers under one budget, by name; the model is left as it is.
 
     Args:
         model: A model with compressed layers whose latents are still the dense weights.
@@ -92,24 +92,36 @@ def plan_(model: nn.Module, compressor: Compressor, statistics: Mapping[str, Sta
         )
     for line in compressor.problems():
         raise UserError(line)
-    sharded = is_sharded(layers)
-    energies = channel_energy_sharded(layers) if sharded else {}
+    energies = channel_energy_sharded(layers) if is_sharded(layers) else {}
     bits = layer_bits(layers, compressor, statistics)
+    plans = {}
     for name, layer in layers.items():
         known = statistics[name]
         if known.weight_energy is None and compressor.needs:
-            energy = energies[name] if sharded else channel_energy(layer.weight)
-            known = replace(known, weight_energy=energy)
+            known = replace(known, weight_energy=energies[name] if energies else channel_energy(layer.weight))
         try:
-            plan = compressor.plan(layer.shape, name, known, bits[name])
+            plans[name] = compressor.plan(layer.shape, name, known, bits[name])
         except ValueError as error:
             raise UserError(str(error)) from error
-        latents = None
+    return plans
+
+
+def start_(model: nn.Module, plans: Mapping[str, LayerPlan], statistics: Mapping[str, Statistics]) -> None:
+    """Give all compressed layers their plans, first latents and states; in place.
+
+    Raises:
+        RuntimeError: If the model is sharded and the method has latents of its own, which exist before that.
+    """
+    layers = compressed_layers(model)
+    sharded = is_sharded(layers)
+    for name, plan in plans.items():
+        layer, latents = layers[name], None
         if set(plan.latent_specs()) != {"weight"}:
             if sharded:
-                raise RuntimeError(f"{name}: latents of {compressor.method} are started before the model is sharded")
-            latents = plan.start(layer.weight.detach(), known)
-        layer.set_plan(plan, known.energy, latents)
+                raise RuntimeError(f"{name}: latents of {plan.compressor.method} are started before a model is sharded")
+            latents = plan.start(layer.weight.detach(), statistics[name])
+        layer.set_plan(plan, statistics[name].energy, latents)
+    reproject_(model)
 
 
 def layer_bits(
@@ -154,8 +166,7 @@ def allocate_(model: nn.Module, config: Any, importance: Mapping[str, Tensor | S
     statistics = {
         name: value if isinstance(value, Statistics) else Statistics(energy=value) for name, value in given.items()
     }
-    plan_(model, as_compressor(config), statistics)
-    reproject_(model)
+    start_(model, plan_layers(model, as_compressor(config), statistics), statistics)
 
 
 def reproject_(model: nn.Module) -> dict[str, Reprojection]:

@@ -50,6 +50,7 @@ class ExportConfig:
     calibration_sequences: int = 32
     measure: bool = False
     seed: int = 0
+    plugins: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -67,6 +68,7 @@ class GenerateConfig:
     device: str = "auto"
     dtype: str = "auto"
     keep_decoded: str = "0"
+    plugins: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -75,6 +77,7 @@ class InspectConfig:
 
     folder: str
     json: str | None = None
+    plugins: list[str] = field(default_factory=list)
 
 
 def check_export(cfg: DictConfig | dict[str, Any], given: Sequence[str] = ()) -> ExportConfig:

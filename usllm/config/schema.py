@@ -108,6 +108,7 @@ class TrainConfig:
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    stages: dict[str, Any] | None = None
     callbacks: dict[str, Any] | None = None
     logger: dict[str, Any] | None = None
     study: dict[str, Any] | None = None
@@ -115,6 +116,7 @@ class TrainConfig:
     resume: bool = False
     optimized_metric: Any = "perplexity"
     reuse_statistics: bool = True
+    plugins: list[str] = field(default_factory=list)
     output_root: str = "runs"
 
 
@@ -134,5 +136,6 @@ class EvalConfig:
     ckpt: str | None = None
     device: str = "auto"
     name: str = "eval"
+    plugins: list[str] = field(default_factory=list)
     seed: int = 0
     output_root: str = "runs"

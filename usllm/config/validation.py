@@ -54,6 +54,7 @@ def check_train(cfg: DictConfig | dict[str, Any]) -> TrainConfig:
     rules.check_model(config.model, problems)
     rules.check_data(config.data, problems)
     rules.check_objective(config.objective, problems)
+    rules.check_nodes("stages", config.stages, problems)
     rules.check_nodes("callbacks", config.callbacks, problems)
     rules.check_nodes("logger", config.logger, problems)
     rules.check_evaluation(config.evaluation, problems)

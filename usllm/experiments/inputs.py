@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from usllm.calibration.measure import kept_importance, measure_importance
-from usllm.compress import swap_linears_
+from usllm.calibration.measure import ENERGY, measure_statistics
+from usllm.calibration.stored import stored_statistics
+from usllm.compress import Statistics, swap_linears_
 from usllm.config import TrainConfig
 from usllm.config.structure import merge_typed
 from usllm.config.validation import user_error
@@ -73,16 +75,20 @@ def model_of(config: TrainConfig) -> PreTrainedModel:
 def importance_of(
     config: TrainConfig, model: PreTrainedModel, data: TextDataModule, sequences: int
 ) -> dict[str, Tensor]:
-    """E[a²] of all sketched layers over the first ``sequences`` training sequences, fp32 [in] each."""
+    """E[a²] of all compressed layers over the first ``sequences`` training sequences, fp32 [in] each."""
+    needs = frozenset({ENERGY})
 
-    def measure() -> dict[str, Tensor]:
-        batches, context = data.calibration_batches(sequences), precision_context(config)
-        return measure_importance(model, batches, sequences, device=model.device, context=context, progress=True)
+    def measure() -> dict[str, Statistics]:
+        batches = data.calibration_batches(sequences)
+        context = partial(precision_context, config)
+        return measure_statistics(model, batches, sequences, needs, device=model.device, context=context, progress=True)
 
-    if not config.reuse_statistics:
-        return measure()
-    batches = data.calibration_batches(sequences)
-    return kept_importance(model, batches, model.device, _autocast(config), measure)
+    if config.reuse_statistics:
+        batches = data.calibration_batches(sequences)
+        found = stored_statistics(model, batches, needs, model.device, _autocast(config), measure)
+    else:
+        found = measure()
+    return {name: statistics.energy for name, statistics in found.items() if statistics.energy is not None}
 
 
 def precision_context(config: TrainConfig) -> AbstractContextManager[Any]:

@@ -13,8 +13,11 @@ from usllm.config import TrainConfig, check_train, plain_config
 from usllm.runs.finetune import finetune
 from usllm.system.errors import UserError
 
-# Without these three a run finetunes the dense model.
-DENSE = {"callbacks": {"importance_calibration": None, "sketch_reprojection": None, "sketch_health": None}}
+# Without these a run finetunes the dense model.
+DENSE = {
+    "stages": {"calibrate": None, "allocate": None, "start": None},
+    "callbacks": {"sketch_reprojection": None, "sketch_health": None},
+}
 
 
 def run_variants(cfg: DictConfig, variants: Mapping[str, Any], command: str) -> dict[str, dict[str, Any]]:

@@ -219,11 +219,13 @@ def perplexities(rows: Iterable[Mapping[str, Any]]) -> dict[TestText, Perplexiti
 
 
 def finetuned_dense(report: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Whether a run finetunes the dense model: its report counts no bits, or its callbacks calibrate nothing."""
+    """Whether a run finetunes the dense model: its report counts no bits, or its stages allocate nothing."""
     if report.get("finished"):
         return report.get("bits_per_weight") is None
-    callbacks = config.get("callbacks")
-    return isinstance(callbacks, Mapping) and not callbacks.get("importance_calibration")
+    stages, callbacks = config.get("stages"), config.get("callbacks")
+    if isinstance(stages, Mapping):
+        return not stages.get("allocate")
+    return isinstance(callbacks, Mapping) and not callbacks.get("importance_calibration")  # before there were stages
 
 
 def tokens_per_step(config: Mapping[str, Any]) -> int | None:

@@ -38,6 +38,7 @@ class ReportSettings:
     out: str = "report"
     title: str | None = None
     reference: ReferenceSettings = field(default_factory=ReferenceSettings)
+    plugins: list[str] = field(default_factory=list)
 
 
 def check_report(cfg: DictConfig) -> ReportSettings:

@@ -24,7 +24,7 @@ from usllm.system.errors import UserError
 from usllm.system.files import write_json
 from usllm.system.machine import choose_autocast, machine, machine_line
 from usllm.training import load_checkpoint
-from usllm.training.module import CHECKPOINT_KEY
+from usllm.training.checkpoint_section import CHECKPOINT_KEY
 
 RESULT_FILE = "evaluation.json"
 

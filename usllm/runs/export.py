@@ -31,7 +31,7 @@ from usllm.system.files import read_json
 from usllm.system.machine import choose_autocast, machine, machine_line
 from usllm.system.run_files import CHECKPOINT_FOLDER, REPORT_FILE
 from usllm.training import load_checkpoint
-from usllm.training.module import CHECKPOINT_KEY
+from usllm.training.checkpoint_section import CHECKPOINT_KEY
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,12 +34,14 @@ from usllm.runs.measure import BaselinePerplexity, measure, merge_stages
 from usllm.runs.report import print_outcome, print_report
 from usllm.runs.tracking import finishing, log_results
 from usllm.runs.trainer import build_nodes, build_trainer, devices_in
+from usllm.stages import Preparation
 from usllm.system.code_version import code_version
 from usllm.system.errors import UserError
 from usllm.system.files import write_json
 from usllm.system.lock import sole_user
 from usllm.system.machine import machine
-from usllm.system.run_files import REPORT_FILE, checkpoint_folder
+from usllm.system.renamed_keys import with_todays_keys
+from usllm.system.run_files import REPORT_FILE, STAGES_FOLDER, checkpoint_folder
 from usllm.training import SketchFinetuner, build_objective, latest_checkpoint
 from usllm.training.differences import run_differences
 
@@ -123,6 +125,7 @@ def _finetune(
     if timer is None:
         callbacks.append(timer := Timer())
     trainer = build_trainer(config, max_steps, [baseline, *callbacks], loggers)
+    stages = list(build_nodes("stages", config.stages).values())
     module = SketchFinetuner(
         load_model=partial(load_dense, config.model),
         sketch=sketch_config(config),
@@ -131,11 +134,13 @@ def _finetune(
         patterns=config.model.patterns,
         config=plain,
         gradient_checkpointing=config.model.gradient_checkpointing,
+        preparation=Preparation(stages, run_dir / STAGES_FOLDER, [baseline.observe]),
     )
     for logger in loggers:
         logger.log_hyperparams(dict(plain))
     with noting_failure(run_dir), ending_together(trainer):
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+        trainer.ckpt_path = checkpoint  # known before the model is configured, whose plans it holds
+        trainer.fit(module, datamodule=data)
         model = cast(PreTrainedModel, module.model)
         if not isinstance(model, FSDPModule):  # whose shards stay where they are
             cast(nn.Module, model).to(trainer.strategy.root_device)  # Lightning has put it back on the CPU
@@ -176,7 +181,7 @@ def refuse_other_configuration(finished: Mapping[str, Any], config: TrainConfig,
     Raises:
         UserError: names every key that differs and decides the outcome.
     """
-    theirs = dict(finished.get("config") or {})
+    theirs = with_todays_keys(finished.get("config") or {})
     if "sketch" not in theirs:
         return  # written by hand, or by a version that kept no configuration
     differences = run_differences(theirs, plain)

@@ -19,7 +19,7 @@ from usllm.runs.evaluate import choose_device
 from usllm.runs.saved_run import find_checkpoint, load_sketched_
 from usllm.system.errors import PackedFormatError, UserError, first_line
 from usllm.training import load_checkpoint
-from usllm.training.module import CHECKPOINT_KEY
+from usllm.training.checkpoint_section import CHECKPOINT_KEY
 
 
 def generate(config: GenerateConfig) -> str:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -88,7 +88,7 @@ def merge_stages(**stages: Sequence[dict[str, Any]] | None) -> list[dict[str, An
 class BaselinePerplexity(Callback):
     """Measures the dense model and, once its weights are projected, the sketched one, before the first step.
 
-    It must be the first callback: its ``on_fit_start`` has to see the model before calibration allocates the sketch.
+    The dense model is measured when the stages of :class:`usllm.stages.Preparation` begin, which tell :meth:`observe`.
 
     Args:
         run_dir: the rows are kept there, in ``baseline.json``.
@@ -120,21 +120,26 @@ class BaselinePerplexity(Callback):
         self.show_progress = show_progress
         self.resumed = resumed
         self.rows = self._kept() if resumed else {}
+        self._trainer: Trainer | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the dense model of a fresh run."""
-        # The ranks measure together, or none of them does.
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Meet the trainer; the ranks measure together, or none of them does."""
+        self._trainer = trainer
         self.resumed, self.rows = trainer.strategy.broadcast((self.resumed, self.rows))
-        if not self.resumed:
-            self._measure("dense", "Dense model", trainer, pl_module)
+
+    def observe(self, stage: str, model: nn.Module) -> None:
+        """Measure the dense model of a fresh run when stages begin, and what they began with when they go on."""
+        assert self._trainer is not None, "stages run inside fit, after setup"
+        if not self.resumed and stage == "dense":
+            self._measure("dense", "Dense model", self._trainer, model)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the projected model before its first step."""
         if not self.resumed:
-            self._measure("before", "Sketched model", trainer, pl_module)
+            self._measure("before", "Sketched model", trainer, cast(nn.Module, pl_module.model))
 
-    def _measure(self, stage: str, title: str, trainer: Trainer, pl_module: LightningModule) -> None:
-        model = cast(PreTrainedModel, pl_module.model)
+    def _measure(self, stage: str, title: str, trainer: Trainer, measured: nn.Module) -> None:
+        model = cast(PreTrainedModel, measured)
 
         def fresh() -> list[dict[str, Any]]:
             shown = self.show_progress and trainer.is_global_zero

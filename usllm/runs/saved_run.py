@@ -12,7 +12,7 @@ from usllm.compress.registry import from_checkpoint_section
 from usllm.system.errors import UserError
 from usllm.system.run_files import checkpoint_folder
 from usllm.training import latest_checkpoint
-from usllm.training.module import CHECKPOINT_KEY, check_format
+from usllm.training.checkpoint_section import CHECKPOINT_KEY, check_format
 
 
 def find_checkpoint(ckpt: str) -> Path:

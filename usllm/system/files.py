@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from usllm.system.errors import UserError
 
@@ -17,11 +19,29 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """As :func:`write_json`, for any text; a disk that runs full leaves the old file and nothing else."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_torch(path: Path, content: dict[str, Any]) -> None:
+    """As :func:`write_json`, for tensors and plain Python, as ``torch.load(weights_only=True)`` reads them."""
+    import torch
+
+    with replacing(path) as file:
+        torch.save(content, file)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to fill that takes the place of ``path``, flushed to disk, when the block ends well.
+
+    At every instant ``path`` is either the old file or the whole new one, whatever ends the process.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -54,6 +54,15 @@ def sum_over_ranks_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def shared_from_rank_zero(value: T) -> T:
+    """What rank 0 passes in, on all ranks; values of other ranks are dropped."""
+    if ranks().world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
     """For a block in which one rank may fail while the others would wait for it: all of them raise, or none.

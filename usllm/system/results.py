@@ -51,13 +51,16 @@ def tokens_digest(batches: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def kept_tensors(kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def kept_tensors(
+    kind: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]], root: Path | None = None
+) -> dict[str, Tensor]:
     """Named tensors, on the CPU when they were kept.
 
     Args:
         kind: name of the folder under the cache.
         key: plain Python; everything that the result depends on.
         compute: makes them.
+        root: folder that they are kept in, instead of the cache.
     """
     from safetensors.torch import load_file, save_file
 
@@ -67,7 +70,7 @@ def kept_tensors(kind: str, key: Mapping[str, Any], compute: Callable[[], dict[s
         fresh.update(compute())
         save_file({name: tensor.cpu().contiguous() for name, tensor in fresh.items()}, folder / "tensors.safetensors")
 
-    folder = _entry(kind, key, build)
+    folder = _entry(kind, key, build, root)
     return fresh or load_file(folder / "tensors.safetensors")
 
 
@@ -82,11 +85,11 @@ def kept_rows(kind: str, key: Mapping[str, Any], compute: Callable[[], list[dict
     return rows
 
 
-def _entry(kind: str, key: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
+def _entry(kind: str, key: Mapping[str, Any], build: Callable[[Path], None], root: Path | None = None) -> Path:
     content = json.dumps({"format": _FORMAT, **key}, sort_keys=True)
 
     def described(folder: Path) -> None:
         build(folder)
         (folder / "key.json").write_text(content, encoding="utf-8")
 
-    return published(cache_root() / kind / hashlib.sha256(content.encode()).hexdigest()[:32], described)
+    return published((root or cache_root()) / kind / hashlib.sha256(content.encode()).hexdigest()[:32], described)

@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 REPORT_FILE = "report.json"
-
-
 FAILURE_FILE = "failure.json"
-
-
+STAGES_FOLDER = "stages"
 CHECKPOINT_FOLDER = "checkpoints"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,21 +22,25 @@ from usllm.compress import (
     to_section,
 )
 from usllm.system.errors import UserError
-from usllm.system.ranks import failing_together
+from usllm.system.ranks import failing_together, ranks, shared_from_rank_zero
+from usllm.training.checkpoint_section import (
+    CHECKPOINT_FORMAT,
+    CHECKPOINT_KEY,
+    checked_section,
+    recount_micro_batches_,
+)
+from usllm.training.checkpoints import load_checkpoint
 from usllm.training.differences import compression_differences, run_differences
 from usllm.training.objectives import Batch, Objective, next_token_loss
 from usllm.training.objectives.base import NO_TARGET
 from usllm.training.optimization import OptimizerConfig, build_optimizer, build_schedule
+from usllm.training.preparing import Preparing
 from usllm.training.sharding import load_on_rank_zero, shard_
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
-CHECKPOINT_KEY = "usllm"
-CHECKPOINT_FORMAT = 2
-READABLE_FORMATS = (1, 2)
-"""Format 1 holds sketches alone, with their configuration in one piece."""
 _COMPUTE_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
@@ -54,6 +59,8 @@ class SketchFinetuner(LightningModule):
         patterns: names of the linear layers to sketch.
         config: the run's resolved configuration as plain Python, stored in checkpoints.
         gradient_checkpointing: recompute activations in the backward pass.
+        preparation: what happens to the freshly loaded model before it is trained (:mod:`usllm.stages`);
+            ``ImportanceCalibration`` brings one where there is none. A run that continues does without.
     """
 
     model: nn.Module | None
@@ -67,6 +74,7 @@ class SketchFinetuner(LightningModule):
         patterns: Sequence[str] = DEFAULT_PATTERNS,
         config: Mapping[str, Any] | None = None,
         gradient_checkpointing: bool = False,
+        preparation: Preparing | None = None,
     ) -> None:
         super().__init__()
         self.load_model = load_model
@@ -76,6 +84,7 @@ class SketchFinetuner(LightningModule):
         self.patterns = tuple(patterns)
         self.run_config = dict(config or {})
         self.gradient_checkpointing = gradient_checkpointing
+        self.preparation = preparation
         self.model = None
         self.validation_loss = MeanMetric()
         self._window: list[Tensor] = []
@@ -83,31 +92,75 @@ class SketchFinetuner(LightningModule):
         self._stepped = 0
 
     def configure_model(self) -> None:
-        """Load the dense model, give the objective its teacher, and swap the linear layers. Safe to call again."""
+        """Load the dense model, give the objective its teacher, swap the linear layers, and prepare or restore them.
+
+        Safe to call again. Latents exist afterwards, whatever the method: sharding and the optimizer find them there.
+        ``trainer.ckpt_path``, set before ``fit``, names the checkpoint of a run that continues; where it is given to
+        ``fit`` instead, the preparation is made and then replaced by what the checkpoint holds.
+        """
         if self.model is not None:
             return
-        mesh = self._data_parallel_mesh()
+        mesh, saved = self._data_parallel_mesh(), self._saved_section()
+        preparation = self.preparation if saved is None else None
+        if preparation is not None and mesh is not None:  # the dense model is looked at in shards, and loaded again
+            dense = self._swapped(load_on_rank_zero(self.load_model))
+            shard_(dense, mesh, self._cpu_offload())
+            preparation.look(self, dense)
+            del dense
         if mesh is None:
             with failing_together():
-                model = self.load_model()
+                loaded = self.load_model()
         else:
-            model = load_on_rank_zero(self.load_model)
-        self.objective.attach(model)
-        swap_linears_(model, self.patterns)
+            loaded = load_on_rank_zero(self.load_model)
+        self.objective.attach(loaded)
+        model = self._swapped(loaded)
+        if saved is not None:
+            load_plans_(model, saved["plans"], self.compressor)
+        elif preparation is not None:
+            self._prepare(model, preparation, mesh)
         if self.gradient_checkpointing:
             # transformers 5.23 renamed it, and warns about the old name
-            old_name = model.gradient_checkpointing_enable
-            getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+            old_name = loaded.gradient_checkpointing_enable
+            getattr(loaded, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
         if mesh is not None:
             self._shard_(model, mesh)
         self.model = model.train()  # transformers hands models out in evaluation mode, and Lightning keeps it
+
+    def _swapped(self, model: nn.Module) -> nn.Module:
+        swap_linears_(model, self.patterns)
+        return model
+
+    def _prepare(self, model: nn.Module, preparation: Preparing, mesh: DeviceMesh | None) -> None:
+        if mesh is None:
+            model.to(self.trainer.strategy.root_device)
+            preparation.look(self, model)
+            preparation.change(self, model)
+            return
+        with failing_together():
+            if ranks().rank == 0:
+                preparation.change(self, model)
+        plans = shared_from_rank_zero(save_plans(model))
+        if ranks().rank != 0:
+            load_plans_(model, plans, self.compressor)
+            for layer in compressed_layers(model).values():
+                layer.states_arrived()  # with the other tensors, when the model is sharded
+
+    def _saved_section(self) -> dict[str, Any] | None:
+        """What usllm has written into the checkpoint that training will continue from, as far as that is known yet."""
+        path = None if self._trainer is None else self.trainer.ckpt_path
+        if path is None or not Path(path).is_file():
+            return None
+        return checked_section(load_checkpoint(path))
+
+    def _cpu_offload(self) -> bool:
+        return bool(getattr(self.trainer.strategy, "cpu_offload", False))
 
     def _data_parallel_mesh(self) -> DeviceMesh | None:
         """The devices to shard the model over; ``None`` where each holds a whole one, or there is only one."""
         return None if self._device_mesh is None else self._device_mesh["data_parallel"]
 
     def _shard_(self, model: nn.Module, mesh: DeviceMesh) -> None:
-        cpu_offload = bool(getattr(self.trainer.strategy, "cpu_offload", False))
+        cpu_offload = self._cpu_offload()
         for teacher in self.objective.networks():
             shard_(teacher.to(dtype=self._compute_dtype()), mesh, cpu_offload)
         shard_(model, mesh, cpu_offload)
@@ -181,6 +234,17 @@ class SketchFinetuner(LightningModule):
         self.log("val/loss", loss, prog_bar=True)
         self.log("val/ppl", loss.exp(), prog_bar=True)
 
+    def _restore_plans(self, plans: Mapping[str, Any]) -> None:
+        """Rebuild the plans, unless configure_model has done so, whose latents may be sharded by now."""
+        layers = compressed_layers(self.network)
+        known = save_plans(self.network)
+        same = known.keys() == plans.keys() and all(
+            torch.equal(known[name][key], value) for name in plans for key, value in plans[name].items()
+        )
+        if same and layers:
+            return
+        load_plans_(self.network, plans, self.compressor)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add plans, sketch configuration and run configuration: tensors and plain Python only."""
         checkpoint[CHECKPOINT_KEY] = {
@@ -200,10 +264,7 @@ class SketchFinetuner(LightningModule):
         Raises:
             UserError: not a usllm checkpoint, one of a newer format, or one made under another configuration.
         """
-        saved = checkpoint.get(CHECKPOINT_KEY)
-        if saved is None:
-            raise UserError(f"the checkpoint has no {CHECKPOINT_KEY!r} section: it was not written by usllm-train")
-        check_format(saved)
+        saved = checked_section(checkpoint)
         differences = compression_differences(saved, self.compressor, self.patterns)
         ranks = None if self._trainer is None else self.trainer.world_size
         differences += run_differences(saved["config"], self.run_config, saved.get("ranks"), ranks)
@@ -213,36 +274,10 @@ class SketchFinetuner(LightningModule):
                 + "; ".join(differences)
                 + ". Restore these values, or start a new run under another name="
             )
-        load_plans_(self.network, saved["plans"], self.compressor)
+        self._restore_plans(saved["plans"])
         before = saved.get("accumulate_grad_batches")
         if before is not None and self._trainer is not None:
             recount_micro_batches_(checkpoint, before, self.trainer.accumulate_grad_batches)
-
-
-def check_format(section: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of a format that this version does not know.
-
-    Raises:
-        UserError: names both.
-    """
-    if section["format"] not in READABLE_FORMATS:
-        known = " and ".join(map(str, READABLE_FORMATS))
-        raise UserError(f"the checkpoint has format {section['format']}, this version of usllm reads {known}")
-
-
-def recount_micro_batches_(checkpoint: dict[str, Any], before: int, now: int) -> None:
-    """Let Lightning's counters of micro batches say what they would if every step had been made of ``now`` of them.
-
-    Validation and the end of the run are counted in micro batches; checkpoints are only written at optimizer steps.
-
-    Args:
-        checkpoint: a training checkpoint, changed in place.
-        before: micro batches per optimizer step when it was written.
-    """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    for count in (progress["total"], progress["current"]):
-        for moment in count:
-            count[moment] += checkpoint["global_step"] * (now - before)
 
 
 def sketch_finetuner(module: LightningModule) -> SketchFinetuner:

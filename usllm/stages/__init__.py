@@ -1,0 +1,10 @@
+"""The stages of a run between loading and finetuning, one file each; a run's configuration lists them."""
+
+from usllm.stages.allocate import Allocate
+from usllm.stages.base import Stage, Work
+from usllm.stages.calibrate import Calibrate
+from usllm.stages.preparation import Preparation
+from usllm.stages.reconstruct import Reconstruct
+from usllm.stages.start import Start
+
+__all__ = ["Allocate", "Calibrate", "Preparation", "Reconstruct", "Stage", "Start", "Work"]

@@ -1,0 +1,81 @@
+"""What a stage of a run is, and what it works on.
+
+The order of a run is load, calibrate, allocate, start, reconstruct, finetune, measure (docs/architecture.md). Stages
+between loading and finetuning are objects of this kind, in a list that a run's configuration gives. They run inside
+:meth:`usllm.training.SketchFinetuner.configure_model`: it is the first place where all ranks of a run exist, and the
+last one before latents must be there for sharding and for the optimizer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from usllm.compress import Compressor, LayerPlan, Statistics
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass
+class Work:
+    """A model on its way from dense to ready for finetuning, with what stages have found out about it.
+
+    Attributes:
+        model: The model with its compressed layers; dense until ``start``.
+        compressor: Method and configuration.
+        load_dense: Gives the dense model once more.
+        batches: Gives the first n sequences of the training text, one by one, ``input_ids`` [1, context].
+        device: Where the model computes.
+        context: Makes the context of forward passes, such as autocast.
+        folder: Where stages keep their state, so that a killed run continues; ``None`` keeps nothing.
+        seed: Of the run.
+        shows_progress: Whether to draw progress bars.
+        writes: Whether this process writes to ``folder``: one of several ranks does.
+        needs: Statistics that stages read, besides those of the method.
+        statistics: By layer name, from ``calibrate``.
+        plans: By layer name, from ``allocate``.
+    """
+
+    model: nn.Module
+    compressor: Compressor
+    load_dense: Callable[[], nn.Module]
+    batches: Callable[[int], Iterable[Batch]]
+    device: torch.device
+    context: Callable[[], AbstractContextManager[Any]]
+    folder: Path | None = None
+    seed: int = 0
+    shows_progress: bool = False
+    writes: bool = True
+    needs: frozenset[str] = frozenset()
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+    plans: dict[str, LayerPlan] = field(default_factory=dict)
+
+
+class Stage(ABC):
+    """One step of the way. What it needs to continue after a kill it keeps in ``work.folder`` under its own name.
+
+    Attributes:
+        name: In messages, and of its folder.
+        on_dense: Whether it only looks at the dense model; such stages run first, on all ranks, sharded or not. The
+            others change the model; where it is to be sharded they run on the one rank that holds all of it.
+        needs: Statistics that it reads, besides those that the method needs for planning.
+    """
+
+    name: ClassVar[str]
+    on_dense: ClassVar[bool] = False
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def run(self, work: Work) -> None:
+        """Do the work, or what a killed run has left of it; the result depends on ``work`` alone.
+
+        Raises:
+            UserError: Something in the input does not work.
+        """

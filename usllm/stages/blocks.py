@@ -1,0 +1,98 @@
+"""A decoder's blocks, and the streams of hidden states that run through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from usllm.system.errors import UserError
+
+
+class _Reached(Exception):
+    """The first block was reached: what comes after it need not be computed."""
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The decoder's blocks, those parts that transformers calls indivisible, in their order.
+
+    Raises:
+        UserError: The model does not say which they are.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    if not found:
+        raise UserError(f"{type(model).__name__} does not name its decoder blocks: leave stages.reconstruct out")
+    return found
+
+
+@torch.no_grad()
+def capture(
+    model: nn.Module, blocks: Sequence[nn.Module], tokens: Sequence[Tensor], device: torch.device
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """The stream that enters the first block, and what each block is called with besides it.
+
+    Args:
+        model: A causal language model.
+        blocks: Its blocks.
+        tokens: Batches of equal shape, int64 [sequences, context].
+        device: Where the model is.
+
+    Returns:
+        Hidden states [sequences, context, hidden] of each batch, and the keyword arguments of each block, which are the
+        same for all batches of one shape.
+    """
+    stream: list[Tensor] = []
+    arguments: list[dict[str, Any]] = [{} for _ in blocks]
+
+    def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream.append(args[0] if args else kwargs["hidden_states"])
+        raise _Reached
+
+    def remember(number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            arguments[number] = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+
+        return hook
+
+    handles = [
+        block.register_forward_pre_hook(remember(number), with_kwargs=True) for number, block in enumerate(blocks)
+    ]
+    try:
+        model(input_ids=tokens[0].to(device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    handle = blocks[0].register_forward_pre_hook(first, with_kwargs=True)
+    try:
+        for batch in tokens:
+            try:
+                model(input_ids=batch.to(device), use_cache=False)
+            except _Reached:
+                continue
+    finally:
+        handle.remove()
+    return stream, arguments
+
+
+@torch.no_grad()
+def run_block(
+    block: nn.Module,
+    stream: Sequence[Tensor],
+    arguments: dict[str, Any],
+    context: Callable[[], AbstractContextManager[Any]],
+) -> Iterator[Tensor]:
+    """The stream after a block, [sequences, context, hidden] of each batch.
+
+    Args:
+        stream: Before it.
+        arguments: From :func:`capture`.
+        context: Makes the context of the forward pass.
+    """
+    for hidden in stream:
+        with context():
+            output = block(hidden, **arguments)
+        yield output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,89 @@
+"""All stages between loading and finetuning, in order, for the module that is about to train the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from usllm.compress import compressed_layers
+from usllm.stages.base import Stage, Work
+from usllm.system.ranks import ranks
+from usllm.system.rng import preserved_rng
+
+if TYPE_CHECKING:
+    from usllm.training.module import SketchFinetuner
+
+Observer = Callable[[str, nn.Module], None]
+"""Called with ``dense`` or ``sketched``, and the model at that point of its way."""
+
+
+class Preparation:
+    """Runs stages on a freshly loaded model; given to :class:`usllm.training.SketchFinetuner`.
+
+    Stages that look at the dense model come first, on all ranks; those that change it run where all of it is. Random
+    numbers of the run are left as they were found: a run that is resumed after its stages draws the same.
+
+    Args:
+        stages: In their order.
+        folder: Where they keep their state; ``None`` keeps none.
+        observers: Told when the model is dense, and when it is compressed but not yet reconstructed.
+    """
+
+    def __init__(self, stages: Sequence[Stage], folder: Path | None = None, observers: Sequence[Observer] = ()) -> None:
+        self.stages = list(stages)
+        self.folder = folder
+        self.observers = list(observers)
+        self._work: Work | None = None
+
+    def look(self, module: SketchFinetuner, model: nn.Module) -> None:
+        """Run what looks at the dense model, which all ranks hold a copy or a shard of."""
+        work = self._work = self._begin(module, model)
+        with preserved_rng():
+            for observe in self.observers:
+                observe("dense", model)
+            for stage in self.stages:
+                if stage.on_dense:
+                    stage.run(work)
+
+    def change(self, module: SketchFinetuner, model: nn.Module) -> None:
+        """Run what changes the model; it holds all weights, and nothing in it is sharded."""
+        work = self._work or self._begin(module, model)
+        work.model = model
+        with preserved_rng():
+            started = False
+            for stage in self.stages:
+                if stage.on_dense:
+                    continue
+                if started:  # what follows goes beyond the first projection: show what it began with
+                    for observe in self.observers:
+                        observe("sketched", model)
+                    started = False
+                stage.run(work)
+                started = stage.name == "start"
+        self._work = None
+
+    @property
+    def compresses(self) -> bool:
+        """Whether the model is another one afterwards."""
+        return any(not stage.on_dense for stage in self.stages)
+
+    def _begin(self, module: SketchFinetuner, model: nn.Module) -> Work:
+        trainer = module.trainer
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit, not declared
+        return Work(
+            model=model,
+            compressor=module.compressor,
+            load_dense=module.load_model,
+            batches=datamodule.calibration_batches,
+            device=next(iter(compressed_layers(model).values())).importance.device,
+            context=partial(trainer.precision_plugin.forward_context),
+            folder=self.folder,
+            seed=int(module.run_config.get("seed", 0)),
+            shows_progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+            writes=ranks().rank == 0,
+            needs=frozenset().union(*(stage.needs for stage in self.stages)),
+        )
