@@ -11,8 +11,9 @@ from tiny_run import Settings, load_model
 from torch import Tensor, nn
 
 from usllm.calibration.measure import measure_importance
-from usllm.callbacks import ImportanceCalibration, importance_calibration
+from usllm.callbacks import ImportanceCalibration
 from usllm.compress import DEFAULT_PATTERNS, compressed_layers, swap_linears_
+from usllm.stages import calibrate
 from usllm.system.errors import UserError
 
 
@@ -85,29 +86,27 @@ def test_activation_that_is_not_finite_names_the_first_layer_behind_it() -> None
 
 
 def test_number_of_sequences_below_one_is_refused() -> None:
-    with pytest.raises(UserError, match=r"callbacks\.importance_calibration\.sequences=0"):
+    with pytest.raises(UserError, match=r"stages\.calibrate\.sequences=0"):
         ImportanceCalibration(sequences=0)
 
 
 def test_layers_hold_plans_and_the_measured_importance_before_the_first_step(tmp_path: Path) -> None:
-    trainer, finetuner = tiny_run.run(tmp_path / "run", Settings(steps=1, validate_every=2))
-    calibration = next(c for c in trainer.callbacks if isinstance(c, ImportanceCalibration))  # type: ignore[attr-defined]
+    _, finetuner = tiny_run.run(tmp_path / "run", Settings(steps=1, validate_every=2))
     layers = compressed_layers(finetuner.network)
-    assert calibration.moments.keys() == layers.keys()
     assert all(layer.plan is not None for layer in layers.values())
-    assert all(torch.equal(layer.importance, calibration.moments[name]) for name, layer in layers.items())
+    assert all(float(layer.importance.std()) > 0 for layer in layers.values())  # measured: not the ones of a new layer
 
 
 def test_resumed_run_never_calibrates_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(tiny_run.Killed):
         tiny_run.run(tmp_path / "run", Settings(kill_at=("on_train_batch_start", 8)))
-    monkeypatch.setattr(importance_calibration, "measure_importance", None)
+    monkeypatch.setattr(calibrate, "measure_statistics", None)
     tiny_run.run(tmp_path / "run", Settings())
 
 
 def test_calibration_runs_in_the_precision_of_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    whole = importance_calibration.measure_importance
+    whole = calibrate.measure_statistics
 
     def spy(model: Any, *arguments: Any, **options: Any) -> Any:
         embedding = model.model.embed_tokens
@@ -117,6 +116,6 @@ def test_calibration_runs_in_the_precision_of_the_trainer(tmp_path: Path, monkey
         finally:
             handle.remove()
 
-    monkeypatch.setattr(importance_calibration, "measure_importance", spy)
+    monkeypatch.setattr(calibrate, "measure_statistics", spy)
     tiny_run.run(tmp_path / "run", Settings(steps=1, validate_every=2, precision="bf16-mixed"))
     assert seen == [True] * 4

@@ -12,7 +12,7 @@ from tiny_run import Settings
 from torch import Tensor
 
 from usllm.callbacks import SketchReprojection, sketch_reprojection
-from usllm.compress import compressed_layers
+from usllm.compress import Statistics, compressed_layers
 from usllm.sketch import project
 from usllm.system.errors import UserError
 from usllm.training import SketchFinetuner
@@ -108,14 +108,15 @@ def test_space_is_shared_out_anew_every_m_steps_and_the_optimizer_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
-    whole = sketch_reprojection.measure_in_trainer
+    whole = sketch_reprojection.measure_statistics
 
-    def spy(trainer: Any, pl_module: Any, sequences: int) -> dict[str, Tensor]:
-        steps.append(trainer.global_step)
-        measured = whole(trainer, pl_module, sequences)
-        return {name: importance.flip(0) for name, importance in measured.items()}  # so that plans have to change
+    def spy(*arguments: Any, **options: Any) -> dict[str, Statistics]:
+        steps.append(len(watch.states))  # a micro batch is a step here
+        measured = whole(*arguments, **options)
+        # so that plans have to change
+        return {name: Statistics(energy=found.energy.flip(0)) for name, found in measured.items()}
 
-    monkeypatch.setattr(sketch_reprojection, "measure_in_trainer", spy)
+    monkeypatch.setattr(sketch_reprojection, "measure_statistics", spy)
     watch = Watch()
     settings = Settings(steps=4, accumulate=1, reallocate_every=2, validate_every=4, checkpoint_every=100)
     trainer, module = tiny_run.run(tmp_path / "run", settings, watch)

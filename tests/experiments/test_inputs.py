@@ -9,11 +9,11 @@ import pytest
 import torch
 from composing import composed
 
-from usllm.callbacks import importance_calibration
 from usllm.config import check_train, plain_config
 from usllm.experiments import inputs
 from usllm.experiments.inputs import importance_of, model_of, text_of
 from usllm.runs.finetune import finetune
+from usllm.stages import calibrate
 
 
 @pytest.fixture
@@ -21,14 +21,14 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Who measures, with an empty cache."""
     monkeypatch.setenv("USLLM_CACHE", str(tmp_path / "cache"))
     calls: list[str] = []
-    ordinary = importance_calibration.measure_importance
-    for module, name in ((inputs, "study"), (importance_calibration, "run")):
+    ordinary = calibrate.measure_statistics
+    for module, name in ((inputs, "study"), (calibrate, "run")):
 
         def call(*arguments: Any, name: str = name, **more: Any) -> Any:
             calls.append(name)
             return ordinary(*arguments, **more)
 
-        monkeypatch.setattr(module, "measure_importance", call)
+        monkeypatch.setattr(module, "measure_statistics", call)
     return calls
 
 
@@ -40,7 +40,7 @@ def test_measurement_serves_other_studies_and_runs_bit_for_bit(
     cfg = composed("experiment=tiny", f"data.train.path={tiny_text}", f"run_dir={tmp_path}/run", *few)
     config = check_train(cfg)
     _, data = text_of(config)
-    sequences = config.callbacks["importance_calibration"]["sequences"]  # type: ignore[index]
+    sequences = config.stages["calibrate"]["sequences"]  # type: ignore[index]
 
     first = importance_of(config, model_of(config), data, sequences)
     assert measured == ["study"]

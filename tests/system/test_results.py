@@ -12,13 +12,13 @@ import pytest
 import torch
 from composing import composed
 
-from usllm.callbacks import importance_calibration
 from usllm.config import check_train, plain_config
 from usllm.models import ModelSpec
 from usllm.models.identity import weights_digest
 from usllm.models.loading import load_dense
 from usllm.runs import measure
 from usllm.runs.finetune import finetune
+from usllm.stages import calibrate
 from usllm.system.results import arithmetic, kept_tensors, tokens_digest
 
 
@@ -42,7 +42,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(module, name, call)
 
-    spy(importance_calibration, "measure_importance", lambda *_: "importance")
+    spy(calibrate, "measure_statistics", lambda *_: "importance")
     spy(measure, "measure", lambda *args: str(args[4]))
     return calls
 
@@ -82,7 +82,7 @@ def test_second_run_of_a_sweep_computes_neither_and_gets_the_same_bits(
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("callbacks.importance_calibration.sequences=3", ["importance", "Sketched model"]),
+        ("stages.calibrate.sequences=3", ["importance", "Sketched model"]),
         ("evaluation.max_windows=2", ["Dense model", "Sketched model"]),
         ("model.name=qwen3", ["Dense model", "importance", "Sketched model"]),
     ],

@@ -45,7 +45,7 @@ def test_checkpoint_holds_only_what_loads_without_pickled_code(trained: Path) ->
     loaded = torch.load(trained / "checkpoints" / "step=00000005.ckpt", weights_only=True)
     assert loaded["global_step"] == 5
     machine = {"ranks", "accumulate_grad_batches"}
-    assert {"plans", "sketch", "patterns", "config", "format", *machine} == set(loaded["usllm"])
+    assert {"plans", "shapes", "compressor", "patterns", "config", "format", *machine} == set(loaded["usllm"])
 
 
 def test_latents_are_stored_in_fp32_and_states_beside_them(trained: Path) -> None:

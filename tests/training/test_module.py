@@ -173,10 +173,10 @@ def test_checkpoint_of_another_program_is_refused() -> None:
 
 def test_checkpoint_of_a_newer_format_is_refused() -> None:
     checkpoint = saved_by(module())
-    checkpoint["usllm"]["format"] = 2
+    checkpoint["usllm"]["format"] = 3
     finetuner = module()
     finetuner.configure_model()
-    with pytest.raises(UserError, match="format 2, this version of usllm reads 1"):
+    with pytest.raises(UserError, match="format 3, this version of usllm reads 1 and 2"):
         finetuner.on_load_checkpoint(checkpoint)
 
 

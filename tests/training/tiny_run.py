@@ -200,7 +200,8 @@ def run(folder: Path, settings: Settings, *extra: Callback) -> tuple[Trainer, Sk
     torch.set_num_threads(1)
     seed_everything(7, verbose=False)
     trainer, module, data = build(folder, settings, *extra)
-    trainer.fit(module, datamodule=data, ckpt_path=latest_checkpoint(folder / "checkpoints"))
+    trainer.ckpt_path = latest_checkpoint(folder / "checkpoints")
+    trainer.fit(module, datamodule=data)
     return trainer, module
 
 
