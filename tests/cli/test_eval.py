@@ -37,7 +37,7 @@ def test_checkpoint_of_a_run_gives_the_figures_of_its_report(
 ) -> None:
     report = json.loads((run_dir / "report.json").read_text())
     result = evaluate(monkeypatch, tmp_path, f"ckpt={run_dir}")
-    after = [row["after"] for row in report["perplexity"]]
+    after = [row["finetuned"] for row in report["perplexity"]]
     assert [row["perplexity"] for row in result["perplexity"]] == pytest.approx(after, rel=1e-6)
     assert result["compression"]["bits_per_weight"] == report["bits_per_weight"]["achieved"]
 
@@ -52,7 +52,7 @@ def test_checkpoint_that_was_finetuned_dense_has_no_bits(
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     result = evaluate(monkeypatch, tmp_path, f"ckpt={tmp_path}/run")
     assert result["compression"] is None
-    after = [row["after"] for row in report["perplexity"]]
+    after = [row["finetuned"] for row in report["perplexity"]]
     assert [row["perplexity"] for row in result["perplexity"]] == pytest.approx(after, rel=1e-6)
 
 

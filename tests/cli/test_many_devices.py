@@ -14,7 +14,7 @@ from usllm.training import load_checkpoint
 def perplexities(run_dir: Path) -> list[float]:
     """Figures of all stages."""
     (row,) = json.loads((run_dir / "report.json").read_text())["perplexity"]
-    return [row[stage] for stage in ("dense", "before", "after")]
+    return [row[stage] for stage in ("dense", "sketched", "finetuned")]
 
 
 @pytest.mark.slow

@@ -152,7 +152,7 @@ def test_optuna_goes_on_with_the_interrupted_trial_and_runs_what_is_left(
     states = [trial.state.name for trial in study.trials]
     assert states == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     assert study.trials[1].params == study.trials[2].params
-    by_rate = {r["config"]["optimizer"]["lr"]: r["perplexity"][0]["after"] for r in reports(tmp_path).values()}
+    by_rate = {r["config"]["optimizer"]["lr"]: r["perplexity"][0]["finetuned"] for r in reports(tmp_path).values()}
     assert {t.params["optimizer.lr"]: t.value for t in study.trials if t.value is not None} == pytest.approx(by_rate)
 
     trained.clear()

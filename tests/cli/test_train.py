@@ -62,7 +62,7 @@ def test_report_has_what_the_closing_table_shows(finished: Path) -> None:
     (row,) = report["perplexity"]
     assert row["test_set"] == "validation"
     assert row["window"] == 32
-    assert row["after"] < row["before"] > row["dense"]  # the sketch hurts, finetuning heals
+    assert row["finetuned"] < row["sketched"] > row["dense"]  # the sketch hurts, finetuning heals
     bits = report["bits_per_weight"]
     assert bits["achieved"] <= bits["asked"] == 1.0
     assert bits["model"] > bits["achieved"]  # embeddings stay at 16 bits

@@ -49,7 +49,7 @@ def test_both_runs_learn_and_the_dense_one_has_no_rate(finished: tuple[Path, dic
 def test_last_validation_is_the_perplexity_of_the_report(finished: tuple[Path, dict[str, Any]]) -> None:
     for variant in finished[1]["variants"].values():
         (row,) = variant["perplexity"]
-        assert variant["points"][-1]["val_ppl"] == pytest.approx(row["after"], rel=1e-4)
+        assert variant["points"][-1]["val_ppl"] == pytest.approx(row["finetuned"], rel=1e-4)
 
 
 def test_loss_stability_is_against_the_floating_point_run(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -72,7 +72,7 @@ def test_start_is_known_only_on_the_sequences_of_validation(
     report = {
         "config": {"data": {"context_length": 32, "batch_size": 1}, "trainer": {"limit_val_batches": limit}},
         "perplexity": [
-            {"test_set": "validation", "window": window, "windows": windows, "tokens": 10 * window, "before": 7.0}
+            {"test_set": "validation", "window": window, "windows": windows, "tokens": 10 * window, "sketched": 7.0}
         ],
     }
     assert start_perplexity(report) == (7.0 if known else None)

@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 
 import usllm
 from usllm.compress import compression_report
+from usllm.compress.methods.sketch import computing
 from usllm.models import ModelSpec
 from usllm.models.loading import load_tokenizer
 from usllm.packed import export as exporting
@@ -237,7 +238,7 @@ def export_of(layers: int, out: Path, shard: int, monkeypatch: pytest.MonkeyPatc
         save_file(content, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(exporting, "save_file", recorded)
-    source = PackingSource(tensors, inner.plans, inner.sketch)
+    source = PackingSource(tensors, inner.plans, inner.compressor)
     tokenizer = load_tokenizer(ModelSpec(kind="random", name="llama"))
     export(source, ModelFiles(config, tokenizer), out, max_shard_size=shard)
     return tensors.most_held, max(written)
@@ -257,8 +258,8 @@ def test_memory_of_an_export_does_not_grow_with_the_number_of_layers(
 def test_plan_of_a_layer_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
     model = sketched_model()
     source = from_model(model)
-    other = build_plan((64, 64), None, source.sketch, "model.layers.9.mlp.up_proj")
-    odd = PackingSource(source.tensors, {**source.plans, other.name: other}, source.sketch)
+    other = build_plan((64, 64), None, source.compressor.options, "model.layers.9.mlp.up_proj")
+    odd = PackingSource(source.tensors, {**source.plans, other.name: computing(other)}, source.compressor)
     with pytest.raises(UserError, match=r"model\.layers\.9"):
         export(odd, ModelFiles(model.config), tmp_path / "packed")
     assert not (tmp_path / "packed").exists()

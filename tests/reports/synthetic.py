@@ -108,8 +108,8 @@ def report(settings: dict[str, Any], loss: float, dense: bool = False, blocks: i
             "windows": 8,
             "tokens": 301_948,
             "dense": value,
-            "before": value if dense else value * 10 ** (5 - rate),
-            "after": value * (0.9 if dense else math.exp(loss - 3.2)),
+            "sketched": value if dense else value * 10 ** (5 - rate),
+            "finetuned": value * (0.9 if dense else math.exp(loss - 3.2)),
         }
         for name, value in DENSE.items()
     ]
@@ -165,10 +165,12 @@ def write_run(
     (hydra / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     write_curves(folder, values)
     full = report(settings, values[-1], dense, blocks)
-    baseline = [{k: v for k, v in row.items() if k not in ("dense", "before", "after")} for row in full["perplexity"]]
+    baseline = [
+        {k: v for k, v in row.items() if k not in ("dense", "sketched", "finetuned")} for row in full["perplexity"]
+    ]
     stages = {
         stage: [{**b, "perplexity": r[stage]} for b, r in zip(baseline, full["perplexity"], strict=True)]
-        for stage in ("dense", "before")
+        for stage in ("dense", "sketched")
     }
     write_json(folder / "baseline.json", stages)
     if steps == STEPS:

@@ -28,8 +28,8 @@ const press = (title) => {
   return { cells: cells(column), state: heads.map((head) => head.ariaSort).join(" "), column };
 };
 const seen = {
-  first: press("wikitext2 after"),
-  again: press("wikitext2 after"),
+  first: press("wikitext2 finetuned"),
+  again: press("wikitext2 finetuned"),
   text: press("allocation"),
   labels: cells(0),
   requests: performance.getEntriesByType("resource").map((entry) => entry.name),

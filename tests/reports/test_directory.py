@@ -45,8 +45,8 @@ def test_a_finished_run_has_all_that_its_report_says(runs: list[Run]) -> None:
 def test_an_interrupted_run_has_what_it_measured_and_trained_so_far(runs: list[Run]) -> None:
     run = by_name(runs, "waterfill+sketch.bits_per_weight-1+sketch.rows-3")
     assert run.status == "interrupted"
-    assert run.perplexity[TEXT].before is not None
-    assert run.after(TEXT) is None
+    assert run.perplexity[TEXT].sketched is not None
+    assert run.finetuned(TEXT) is None
     assert run.steps == STEPS // 2
     assert (run.bits_asked, run.rows, run.allocation) == (1.0, 3, "waterfill")
 
@@ -68,7 +68,7 @@ def test_a_dense_run_has_no_rate(runs: list[Run]) -> None:
     run = by_name(runs, "dense")
     assert run.dense
     assert (run.bits_asked, run.bits, run.rows, run.allocation) == (None, None, None, None)
-    assert run.after(TEXT) == pytest.approx(DENSE["wikitext2"] * 0.9)
+    assert run.finetuned(TEXT) == pytest.approx(DENSE["wikitext2"] * 0.9)
 
 
 @pytest.mark.parametrize("file", ["report.json", "baseline.json", "failure.json"])

@@ -65,7 +65,7 @@ def test_each_finished_run_is_a_point_and_no_other(draw, runs: list[Run]) -> Non
     text = texts_of(runs)[0]
     (axes,) = draw(runs, text).axes
     points = [line for line in axes.lines if str(line.get_gid()).startswith("point-")]
-    expected = {run.name for run in runs if run.after(text) is not None and not run.dense}
+    expected = {run.name for run in runs if run.finetuned(text) is not None and not run.dense}
     assert len(points) == len(expected) == 6
     assert {str(line.get_label()).rpartition(", ")[2] for line in points} == expected
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")

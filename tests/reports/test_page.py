@@ -49,7 +49,7 @@ def test_every_file_is_written(written: Path) -> None:
         *(f"perplexity_by_{kind}_{text}_window_512" for kind in ("rate", "bytes") for text in ("wikitext2", "imdb")),
         "training_curves",
         "layers_error",
-        "layers_states",
+        "layers_states_per_weight",
     }
     assert names == {"report.html", "table.md", *(f"{name}.{end}" for name in figures for end in ("png", "svg"))}
 
@@ -86,7 +86,7 @@ def test_headings_of_the_table_are_buttons_that_tell_their_state(page: str) -> N
     titles = [title for _, title in heads]
     assert titles[:8] == ["run", "status", "bpw asked", "bpw", "model bpw", "size", "rows", "allocation"]
     assert titles[-4:] == ["steps", "time", "folder", "overrides"]
-    assert {kind for kind, title in heads if "bpw" in title or "after" in title} == {"number"}
+    assert {kind for kind, title in heads if "bpw" in title or "finetuned" in title} == {"number"}
 
 
 def test_names_from_outside_are_text(runs: list[Run], tmp_path: Path) -> None:

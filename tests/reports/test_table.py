@@ -23,7 +23,7 @@ def test_table_has_a_row_for_the_dense_model_the_reference_and_each_finished_run
     table = markdown(runs, {"SmolLM2-135M": Reference("Q4_1", {text: 33.0}, 98_000_000)})
     found = [[cell.strip() for cell in row] for row in rows(table)]
     assert found[0][:4] == ["variant", "bpw", "model bpw", "size"]
-    assert found[0][4:] == ["wikitext2 before", "wikitext2 after", "imdb before", "imdb after"]
+    assert found[0][4:] == ["wikitext2 sketched", "wikitext2 finetuned", "imdb sketched", "imdb finetuned"]
     assert found[2] == ["dense model", "-", "16", "269.0 MB", "-", "30.20", "-", "42.80"]
     assert found[3] == ["Q4\\_1", "-", "-", "98.0 MB", "-", "33.00", "-", "-"]
     assert [row[0] for row in found[4:]] == [
@@ -61,6 +61,6 @@ def test_a_dash_stands_for_what_is_missing(runs: list[Run]) -> None:
     texts = text_names(texts_of(runs), short=True)
     shown = {column.title: column for column in columns(labels(runs), texts)}
     interrupted = next(run for run in runs if run.status == "interrupted")
-    assert shown["wikitext2 after"].shown(interrupted) == "-"
+    assert shown["wikitext2 finetuned"].shown(interrupted) == "-"
     assert shown["bpw asked"].shown(interrupted) == "1"
     assert shown["time"].shown(interrupted) == "-"

@@ -49,7 +49,7 @@ class Api:
 
 SUMMARY = {
     "perplexity/wiki/text/512/dense": 30.0,
-    "perplexity/wiki/text/512/after": 900.0,
+    "perplexity/wiki/text/512/finetuned": 900.0,
     "perplexity/odd": 1.0,
     "sketch/bits_per_weight": 0.4996,
     "sketch/model_bits_per_weight": 4.9,
@@ -72,7 +72,7 @@ def test_numbers_curves_and_configuration_are_read() -> None:
     assert (run.bits_asked, run.bits, run.model_bits, run.bytes) == (0.5, 0.4996, 4.9, 82_000_000)
     assert (run.rows, run.allocation, run.seconds) == (3, "waterfill", 61.5)
     text = TestText("wiki/text", 512, 0, 0)
-    assert (run.perplexity[text].dense, run.perplexity[text].before, run.after(text)) == (30.0, None, 900.0)
+    assert (run.perplexity[text].dense, run.perplexity[text].sketched, run.finetuned(text)) == (30.0, None, 900.0)
     assert run.curves["train/loss"].values == (5.0, 4.0)
     assert run.curves["val/loss"].steps == (2,)
     assert run.warnings == ("health checks failed; see the run's page",)

@@ -59,7 +59,7 @@ def test_figures_of_another_run_killed_before_its_first_checkpoint_are_not_taken
     (row,) = figures(run_here(tiny_text, run_dir, "resume=true"))
     (fresh,) = figures(run_here(tiny_text, tmp_path / "fresh"))
     assert row == fresh
-    assert row["before"] != left["before"][0]["perplexity"]
+    assert row["sketched"] != left["sketched"][0]["perplexity"]
 
 
 def test_resumed_run_reports_what_it_measured_and_nothing_for_texts_and_windows_it_did_not(
@@ -71,12 +71,12 @@ def test_resumed_run_reports_what_it_measured_and_nothing_for_texts_and_windows_
     more = [f"+evaluation.test_sets.other={{kind:text,path:{other}}}", "evaluation.windows=[16,24]", "resume=true"]
     with pytest.warns(UserWarning, match=r"validation/24, other/16, other/24"):
         rows = figures(run_here(tiny_text, run_dir, *more))
-    known = {(row["test_set"], row["window"]): row.keys() & {"dense", "before", "after"} for row in rows}
+    known = {(row["test_set"], row["window"]): row.keys() & {"dense", "sketched", "finetuned"} for row in rows}
     assert known == {
-        ("validation", 16): {"dense", "before", "after"},
-        ("validation", 24): {"after"},
-        ("other", 16): {"after"},
-        ("other", 24): {"after"},
+        ("validation", 16): {"dense", "sketched", "finetuned"},
+        ("validation", 24): {"finetuned"},
+        ("other", 16): {"finetuned"},
+        ("other", 24): {"finetuned"},
     }
 
 
@@ -88,7 +88,7 @@ def test_dense_finetuning_that_is_resumed_without_its_file_does_not_call_the_fin
     interrupted(tiny_text, run_dir, 3, *dense)
     (run_dir / "baseline.json").unlink()
     (row,) = figures(run_here(tiny_text, run_dir, *dense, "resume=true"))
-    assert row.keys() & {"dense", "before", "after"} == {"after"}
+    assert row.keys() & {"dense", "sketched", "finetuned"} == {"finetuned"}
 
 
 @pytest.mark.parametrize(
@@ -135,11 +135,11 @@ def baseline(
 
 def test_stages_over_other_windows_or_texts_are_not_put_side_by_side() -> None:
     wider, longer = {**ROW, "windows": 6, "perplexity": 6.0}, {**ROW, "tokens": 300, "perplexity": 7.0}
-    first, second, third = merge_stages(dense=[ROW], before=[wider], after=[longer])
-    assert (first.get("dense"), first.get("before"), first.get("after")) == (5.0, None, None)
-    assert (second["before"], third["after"]) == (6.0, 7.0)
-    (row,) = merge_stages(dense=[ROW], after=[{**ROW, "perplexity": 4.0}])
-    assert (row["dense"], row["after"]) == (5.0, 4.0)
+    first, second, third = merge_stages(dense=[ROW], sketched=[wider], finetuned=[longer])
+    assert (first.get("dense"), first.get("sketched"), first.get("finetuned")) == (5.0, None, None)
+    assert (second["sketched"], third["finetuned"]) == (6.0, 7.0)
+    (row,) = merge_stages(dense=[ROW], finetuned=[{**ROW, "perplexity": 4.0}])
+    assert (row["dense"], row["finetuned"]) == (5.0, 4.0)
 
 
 def test_model_computes_on_the_device_that_is_given_wherever_its_first_parameter_is() -> None:

@@ -15,7 +15,7 @@ def report(**changes: Any) -> dict[str, Any]:
     row = {"test_set": "validation", "window": 512, "windows": 4, "tokens": 9000}
     return {
         "name": "demo",
-        "perplexity": [{**row, "dense": 12.5, "before": 1e9, "after": 40.25}],
+        "perplexity": [{**row, "dense": 12.5, "sketched": 1e9, "finetuned": 40.25}],
         "bits_per_weight": {"asked": 0.5, "achieved": 0.4987, "model": 5.25},
         "bytes": {"sketched": 88_000_000, "dense_bf16": 269_000_000},
         "steps": 100,
@@ -64,8 +64,8 @@ def test_long_paths_stay_on_one_line() -> None:
 
 
 def test_a_stage_that_was_not_measured_says_so() -> None:
-    rows = [{"test_set": "a", "window": 8, "windows": 1, "tokens": 8, "dense": 2.0, "after": 3.0}]
-    rows.append({"test_set": "b", "window": 8, "windows": 1, "tokens": 8, "after": 3.0})
+    rows = [{"test_set": "a", "window": 8, "windows": 1, "tokens": 8, "dense": 2.0, "finetuned": 3.0}]
+    rows.append({"test_set": "b", "window": 8, "windows": 1, "tokens": 8, "finetuned": 3.0})
     assert "not measured" in shown(report(perplexity=rows))
 
 

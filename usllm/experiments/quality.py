@@ -15,6 +15,7 @@ from usllm.experiments.variants import run_variants
 from usllm.runs.report import human_bytes
 from usllm.system.errors import UserError
 from usllm.system.files import write_json
+from usllm.system.stage_names import DENSE, FINETUNED, HEADINGS, SKETCHED, with_todays_names
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def run(cfg: DictConfig, study: dict[str, Any], command: str) -> dict[str, Any]:
 def _row(name: str, report: dict[str, Any]) -> dict[str, Any]:
     bits = report["bits_per_weight"] or {}
     perplexity = {
-        f"{row['test_set']}/{row['window']}": {key: row.get(key) for key in ("dense", "before", "after")}
+        f"{row['test_set']}/{row['window']}": {key: with_todays_names(row).get(key) for key in HEADINGS}
         for row in report["perplexity"]
     }
     return {
@@ -73,13 +74,13 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="right")
     sets = list(rows[0]["perplexity"])
     for name in sets:
-        table.add_column(f"{name} before", justify="right")
-        table.add_column("after", justify="right")
+        table.add_column(f"{name} sketched", justify="right")
+        table.add_column("finetuned", justify="right")
     for row in rows:
         figures = []
         for name in sets:
             stages = row["perplexity"][name]
-            figures += [_figure(stages["before"] or stages["dense"]), _figure(stages["after"])]
+            figures += [_figure(stages[SKETCHED] or stages[DENSE]), _figure(stages[FINETUNED])]
         size = "-" if row["bytes"] is None else human_bytes(row["bytes"])
         rates = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("bits_per_weight", "model_bits_per_weight")]
         table.add_row(row["variant"], *rates, size, *figures)

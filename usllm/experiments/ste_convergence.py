@@ -105,7 +105,7 @@ def start_perplexity(report: dict[str, Any]) -> float | None:
             batches = -(-sequences // data["batch_size"])
             validated = min(int(limit * batches) * data["batch_size"], sequences)
         if row["windows"] == validated:
-            found: float | None = row.get("before")
+            found: float | None = row.get("sketched")
             return found
     return None
 

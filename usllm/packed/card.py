@@ -10,8 +10,9 @@ from usllm.packed.inspection import Inspection
 
 _STAGES = {
     "dense": "dense model",
-    "before": "sketched, before finetuning",
-    "after": "sketched, after finetuning",
+    "sketched": "sketched, not trained",
+    "reconstructed": "sketched, reconstructed block by block",
+    "finetuned": "sketched, finetuned",
     "packed": "this folder",
 }
 _TEMPLATE = """---

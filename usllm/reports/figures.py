@@ -125,7 +125,7 @@ def _draw_runs(
     """The runs as points; returned are those that were drawn."""
     names, points = labels(runs), []
     for number, run in enumerate(runs):
-        across, up = size(run), run.after(text)
+        across, up = size(run), run.finetuned(text)
         if across is None or up is None:
             continue
         points.append((float(across), up))
@@ -158,7 +158,7 @@ def _draw_levels(
     levels: list[tuple[float, str, str, Any]] = []
     if (dense := dense_perplexity(runs, text)) is not None:
         levels.append((dense, f"dense {plain_number(_three_digits(dense))}", DENSE_COLOUR, "solid"))
-    alike = [value for run in runs if run.dense and (value := run.after(text)) is not None]
+    alike = [value for run in runs if run.dense and (value := run.finetuned(text)) is not None]
     if alike:
         best = min(alike)
         levels.append((best, f"dense, finetuned {plain_number(_three_digits(best))}", DENSE_COLOUR, (0, (4, 2))))
@@ -197,7 +197,7 @@ def _finish(figure: Figure, runs: Sequence[Run], text: TestText, title: str | No
     axes.set_xlabel(label)
     axes.set_ylabel("perplexity after finetuning")
     axes.grid(True)
-    drawn = [run for run in runs if run.after(text) is not None and not run.dense]
+    drawn = [run for run in runs if run.finetuned(text) is not None and not run.dense]
     point_legend(figure, drawn, any(line.get_label() == FRONT for line in axes.lines))
 
 

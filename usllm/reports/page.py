@@ -110,14 +110,14 @@ def summary(runs: Sequence[Run]) -> list[str]:
     lines = [f"{len(runs)} run{'s' if len(runs) != 1 else ''}: {states}."]
     names = labels(runs)
     for text, name in text_names(texts_of(runs)).items():
-        measured = [run for run in runs if run.after(text) is not None and not run.dense and run.status == FINISHED]
+        measured = [run for run in runs if run.finetuned(text) is not None and not run.dense and run.status == FINISHED]
         if not measured:
             continue
-        best = min(measured, key=lambda run: run.after(text) or math.inf)
+        best = min(measured, key=lambda run: run.finetuned(text) or math.inf)
         dense = best.perplexity[text].dense
         against = "" if dense is None else f", dense model {perplexity(dense)}"
         lines.append(
-            f"Lowest perplexity on {name}: {perplexity(best.after(text) or math.inf)} ({names[best.name]}){against}."
+            f"Lowest perplexity on {name}: {perplexity(best.finetuned(text) or math.inf)} ({names[best.name]}){against}."
         )
     return lines
 

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from usllm.reports.curves import Curve
+from usllm.system.stage_names import HEADINGS, with_todays_names
 
 FINISHED, INTERRUPTED, FAILED, RUNNING = "finished", "interrupted", "failed", "running"
 
@@ -46,13 +47,15 @@ class Perplexities:
 
     Attributes:
         dense: The model as it was loaded.
-        before: Sketched, not finetuned.
-        after: Finetuned.
+        sketched: Compressed, not trained.
+        reconstructed: Trained block by block.
+        finetuned: Trained end to end.
     """
 
     dense: float | None = None
-    before: float | None = None
-    after: float | None = None
+    sketched: float | None = None
+    reconstructed: float | None = None
+    finetuned: float | None = None
 
 
 @dataclass(frozen=True)
@@ -142,9 +145,9 @@ class Run:
         """Tokens of one optimizer step, where known."""
         return self.tokens / self.steps if self.tokens and self.steps else None
 
-    def after(self, text: TestText) -> float | None:
+    def finetuned(self, text: TestText) -> float | None:
         """Perplexity after finetuning; ``None`` where it was not measured or is not a number."""
-        value = self.perplexity.get(text, Perplexities()).after
+        value = self.perplexity.get(text, Perplexities()).finetuned
         return value if value is not None and math.isfinite(value) else None
 
 
@@ -214,7 +217,7 @@ def perplexities(rows: Iterable[Mapping[str, Any]]) -> dict[TestText, Perplexiti
     for row in rows:
         numbers = (_whole(row.get(key)) or 0 for key in ("window", "windows", "tokens"))
         text = TestText(str(row.get("test_set")), *numbers)
-        found[text] = Perplexities(*(_number(row.get(stage)) for stage in ("dense", "before", "after")))
+        found[text] = Perplexities(**{stage: _number(with_todays_names(row).get(stage)) for stage in HEADINGS})
     return found
 
 

@@ -65,8 +65,8 @@ def columns(names: Mapping[str, str], texts: Mapping[TestText, str]) -> list[Col
     ]
     for text, name in texts.items():
         found += [
-            number(f"{name} before", _stage(text, "before"), perplexity, "perplexity, sketched, not finetuned"),
-            number(f"{name} after", _stage(text, "after"), perplexity, "perplexity after finetuning"),
+            number(f"{name} sketched", _stage(text, "sketched"), perplexity, "perplexity, sketched, not finetuned"),
+            number(f"{name} finetuned", _stage(text, "finetuned"), perplexity, "perplexity after finetuning"),
         ]
     return [
         *found,
@@ -121,8 +121,8 @@ def _table(runs: Sequence[Run], texts: Mapping[TestText, str], reference: Refere
         cells = [shown[title].shown(run) for title in ("bpw", "model bpw", "size")]
         for text in texts:
             stages = run.perplexity.get(text, Perplexities())
-            before = None if run.dense else stages.before
-            cells += [NONE if value is None else perplexity(value) for value in (before, stages.after)]
+            sketched = None if run.dense else stages.sketched
+            cells += [NONE if value is None else perplexity(value) for value in (sketched, stages.finetuned)]
         rows.append([name, *cells])
     return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows)
 
@@ -135,7 +135,7 @@ def _around(value: Callable[[TestText], float | None], texts: Mapping[TestText, 
 
 def _stage(text: TestText, stage: str) -> Callable[[Run], float | None]:
     def figure(run: Run) -> float | None:
-        return None if run.dense and stage == "before" else getattr(run.perplexity.get(text, Perplexities()), stage)
+        return None if run.dense and stage == "sketched" else getattr(run.perplexity.get(text, Perplexities()), stage)
 
     return figure
 

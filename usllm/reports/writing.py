@@ -77,7 +77,7 @@ class ReportWriter:
         texts = text_names(texts_of(runs))
         front: list[Drawing] = []
         for text, name in texts.items():
-            if not any(run.after(text) is not None and not run.dense for run in runs):
+            if not any(run.finetuned(text) is not None and not run.dense for run in runs):
                 continue
             for kind, draw in (("rate", perplexity_by_rate), ("bytes", perplexity_by_bytes)):
                 figure = draw(runs, text, reference, name)

@@ -30,6 +30,7 @@ from usllm.system.errors import UserError
 from usllm.system.files import read_json
 from usllm.system.machine import choose_autocast, machine, machine_line
 from usllm.system.run_files import CHECKPOINT_FOLDER, REPORT_FILE
+from usllm.system.stage_names import HEADINGS, with_todays_names
 from usllm.training import load_checkpoint
 from usllm.training.checkpoint_section import CHECKPOINT_KEY
 
@@ -166,10 +167,8 @@ def _measured_on(config: ExportConfig) -> str:
 
 def _stages(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Merged rows taken apart again, by stage."""
-    return {
-        stage: [{**row, "perplexity": row[stage]} for row in rows if stage in row]
-        for stage in ("dense", "before", "after")
-    }
+    todays = [with_todays_names(row) for row in rows]
+    return {stage: [{**row, "perplexity": row[stage]} for row in todays if stage in row] for stage in HEADINGS}
 
 
 def _in_words(source: PackingSource) -> str:

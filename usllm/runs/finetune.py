@@ -153,7 +153,7 @@ def _finetune(
         "finished": True,
         "name": config.name,
         "command": command,
-        "perplexity": merge_stages(**baseline.rows, after=after),
+        "perplexity": merge_stages(**baseline.rows, finetuned=after),
         **sizes(model, config),
         "steps": trainer.global_step,
         "tokens": trainer.global_step * per_step,

@@ -27,6 +27,7 @@ from usllm.system.files import read_json, write_json
 from usllm.system.machine import choose_autocast
 from usllm.system.ranks import failing_together
 from usllm.system.results import arithmetic, kept_rows, tokens_digest
+from usllm.system.stage_names import DENSE, HEADINGS, RECONSTRUCTED, SKETCHED, with_todays_names
 
 BASELINE_FILE = "baseline.json"
 _MEASURED_ON = "measured_on"  # beside the stages in that file
@@ -99,7 +100,7 @@ class BaselinePerplexity(Callback):
             before its first checkpoint, and is measured anew.
 
     Attributes:
-        rows: ``{"dense": rows, "before": rows}``, as far as measured.
+        rows: By name of the point (:mod:`usllm.system.stage_names`), as far as measured.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class BaselinePerplexity(Callback):
         self.resumed = resumed
         self.rows = self._kept() if resumed else {}
         self._trainer: Trainer | None = None
+        self._trained = False  # whether stages go on after the model is compressed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Meet the trainer; the ranks measure together, or none of them does."""
@@ -128,17 +130,19 @@ class BaselinePerplexity(Callback):
         self.resumed, self.rows = trainer.strategy.broadcast((self.resumed, self.rows))
 
     def observe(self, stage: str, model: nn.Module) -> None:
-        """Measure the dense model of a fresh run when stages begin, and what they began with when they go on."""
+        """Measure a fresh run's model when stages begin, and again before they train what they have compressed."""
         assert self._trainer is not None, "stages run inside fit, after setup"
-        if not self.resumed and stage == "dense":
-            self._measure("dense", "Dense model", self._trainer, model)
+        if not self.resumed:
+            self._measure(stage, self._trainer, model)
+            self._trained = stage == SKETCHED
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the projected model before its first step."""
         if not self.resumed:
-            self._measure("before", "Sketched model", trainer, cast(nn.Module, pl_module.model))
+            self._measure(RECONSTRUCTED if self._trained else SKETCHED, trainer, cast(nn.Module, pl_module.model))
 
-    def _measure(self, stage: str, title: str, trainer: Trainer, measured: nn.Module) -> None:
+    def _measure(self, stage: str, trainer: Trainer, measured: nn.Module) -> None:
+        title = f"{HEADINGS[stage].capitalize()} model"
         model = cast(PreTrainedModel, measured)
 
         def fresh() -> list[dict[str, Any]]:
@@ -147,7 +151,7 @@ class BaselinePerplexity(Callback):
             return measure(model, self.tokenizer, self.streams, self.config, title, shown, device)
 
         alone = trainer.world_size == 1 and not isinstance(model, FSDPModule)
-        if self.reuse and stage == "dense" and alone:
+        if self.reuse and stage == DENSE and alone:
             self.rows[stage] = kept_rows("perplexity", self._key(model), fresh)
         else:
             self.rows[stage] = fresh()
@@ -160,6 +164,7 @@ class BaselinePerplexity(Callback):
         stages = read_json(self.path)
         if stages is None:
             return {}
+        stages = with_todays_names(stages)
         theirs, ours = stages.pop(_MEASURED_ON, {}), self._measured_on()
         same = {place for place in ours if ours[place] == theirs.get(place)}
         if other := [place for place in ours if place not in same]:

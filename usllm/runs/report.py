@@ -9,9 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from usllm.system.machine import machine_line
-
-# Columns of the perplexity table: key in the report, heading.
-_STAGES = (("dense", "dense"), ("before", "sketched"), ("after", "finetuned"))
+from usllm.system.stage_names import FINETUNED, HEADINGS, with_todays_names
 
 
 def perplexity_table(rows: list[dict[str, Any]], title: str | None = None) -> Table:
@@ -19,10 +17,13 @@ def perplexity_table(rows: list[dict[str, Any]], title: str | None = None) -> Ta
 
     Args:
         rows: one per test set and window: ``test_set``, ``window``, ``tokens``, and a figure for some of ``dense``,
-            ``before``, ``after`` and ``perplexity``.
+            the points of :mod:`usllm.system.stage_names` and ``perplexity``.
     """
+    rows = [with_todays_names(row) for row in rows]
     stages = [
-        (key, heading) for key, heading in (*_STAGES, ("perplexity", "perplexity")) if any(key in r for r in rows)
+        (key, heading)
+        for key, heading in (*HEADINGS.items(), ("perplexity", "perplexity"))
+        if any(key in r for r in rows)
     ]
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("test set")
@@ -59,7 +60,10 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
 
 def print_outcome(report: dict[str, Any], console: Console | None = None) -> None:
     """Print one line about a run that has ended before (the content of its ``report.json``)."""
-    figures = [f"{row['test_set']}/{row['window']} {_figure(row.get('after'))}" for row in report["perplexity"]]
+    figures = [
+        f"{row['test_set']}/{row['window']} {_figure(with_todays_names(row).get(FINETUNED))}"
+        for row in report["perplexity"]
+    ]
     bits = report["bits_per_weight"]
     rate = "dense" if bits is None else f"{bits['achieved']:.4f} bits per weight"
     (console or Console()).print(

@@ -9,6 +9,7 @@ from typing import Any
 
 from usllm.config.rules import PERPLEXITY
 from usllm.system.errors import UserError
+from usllm.system.stage_names import FINETUNED, with_todays_names
 
 
 def optimized_values(report: Mapping[str, Any], names: str | Sequence[str]) -> float | list[float]:
@@ -27,7 +28,10 @@ def optimized_values(report: Mapping[str, Any], names: str | Sequence[str]) -> f
 
 
 def _value(report: Mapping[str, Any], name: str) -> float:
-    rows = {f"{PERPLEXITY}/{row['test_set']}/{row['window']}": row["after"] for row in report["perplexity"]}
+    rows = {
+        f"{PERPLEXITY}/{row['test_set']}/{row['window']}": with_todays_names(row)[FINETUNED]
+        for row in report["perplexity"]
+    }
     found = {**rows, PERPLEXITY: next(iter(rows.values()), None)}
     if report["bits_per_weight"] is not None:
         found |= {"bits_per_weight": report["bits_per_weight"]["achieved"], "model_bytes": report["bytes"]["sketched"]}

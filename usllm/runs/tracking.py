@@ -10,8 +10,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from usllm.callbacks import Preempted
 from usllm.loggers import WandbRunLogger, log_scalars, log_table
-
-_STAGES = ("dense", "before", "after")
+from usllm.system.stage_names import HEADINGS
 
 
 @contextlib.contextmanager
@@ -57,7 +56,8 @@ def log_results(loggers: Sequence[Logger], report: dict[str, Any], step: int) ->
     numbers = {
         f"perplexity/{row['test_set']}/{row['window']}/{stage}": row.get(stage)
         for row in report["perplexity"]
-        for stage in _STAGES
+        for stage in HEADINGS
+        if stage in row
     }
     if bits is not None:
         numbers |= {"sketch/bits_per_weight": bits["achieved"], "sketch/model_bits_per_weight": bits["model"]}
@@ -66,7 +66,7 @@ def log_results(loggers: Sequence[Logger], report: dict[str, Any], step: int) ->
         numbers["health/healthy"] = float(health["healthy"])
     log_scalars(loggers, numbers, step)
 
-    columns = ("test_set", "window", "tokens", *_STAGES)
+    columns = ("test_set", "window", "tokens", *(s for s in HEADINGS if any(s in row for row in report["perplexity"])))
     log_table(
         loggers, "perplexity", columns, [[row.get(name) for name in columns] for row in report["perplexity"]], step
     )
