@@ -116,9 +116,8 @@ def summary(runs: Sequence[Run]) -> list[str]:
         best = min(measured, key=lambda run: run.finetuned(text) or math.inf)
         dense = best.perplexity[text].dense
         against = "" if dense is None else f", dense model {perplexity(dense)}"
-        lines.append(
-            f"Lowest perplexity on {name}: {perplexity(best.finetuned(text) or math.inf)} ({names[best.name]}){against}."
-        )
+        lowest = perplexity(best.finetuned(text) or math.inf)
+        lines.append(f"Lowest perplexity on {name}: {lowest} ({names[best.name]}){against}.")
     return lines
 
 

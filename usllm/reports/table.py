@@ -106,7 +106,7 @@ def _table(runs: Sequence[Run], texts: Mapping[TestText, str], reference: Refere
     from usllm.runs.report import human_bytes
 
     heads = ["variant", "bpw", "model bpw", "size"]
-    heads += [f"{name}{stage}" for name in texts.values() for stage in (" before", " after")]
+    heads += [f"{name}{stage}" for name in texts.values() for stage in (" sketched", " finetuned")]
     rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     dense_bytes = next((run.dense_bytes for run in runs if run.dense_bytes), None)
     dense = ["dense model", NONE, "16", NONE if dense_bytes is None else human_bytes(dense_bytes)]
@@ -128,7 +128,7 @@ def _table(runs: Sequence[Run], texts: Mapping[TestText, str], reference: Refere
 
 
 def _around(value: Callable[[TestText], float | None], texts: Mapping[TestText, str]) -> list[str]:
-    """The cells of a model that is not finetuned: a figure in each ``after``, none in ``before``."""
+    """The cells of a model that is not finetuned: a figure in each ``finetuned``, none in ``sketched``."""
     found = [value(text) for text in texts]
     return [cell for figure in found for cell in (NONE, NONE if figure is None else perplexity(figure))]
 
