@@ -1,4 +1,4 @@
-"""Compression methods by name. A new one is a file in ``methods/`` and a line in this table, or in a plug-in."""
+"""Compression methods by name. A new one is a file in ``methods/``, or a plug-in that enters itself."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from usllm.compress import methods
 from usllm.compress.base import Compressor
+from usllm.system.discovery import module_names
 from usllm.system.errors import UserError
 
 METHODS: dict[str, str | type[Compressor]] = {
-    "sketch": "usllm.compress.methods.sketch:SketchCompressor",
-    "rounding": "usllm.compress.methods.rounding:RoundingCompressor",
-    "littlebit": "usllm.compress.methods.littlebit:LittleBitCompressor",
+    name: f"{methods.__name__}.{name}:COMPRESSOR" for name in module_names(methods.__path__)
 }
-"""Classes, or where they are; looked up when they are asked for."""
+"""Classes, or where they are; looked up when they are asked for. A plug-in puts its class here."""
 
 
 def method(name: str) -> type[Compressor]:

@@ -1,10 +1,11 @@
-"""Rules over layers: how the bits of a model are shared out over its layers. One file each; a new one is a file and a
-line in this table.
+"""Rules over layers by name: how the bits of a model are shared out over its layers.
+
+A new one is a file beside these with a function ``share``.
 """
 
-from usllm.compress.budgets import equal, importance
 from usllm.compress.budgets.problem import BudgetProblem, BudgetRule, LayerDemand
+from usllm.system.discovery import attributes
 
-BUDGETS: dict[str, BudgetRule] = {"equal": equal.share, "importance": importance.share}
+BUDGETS: dict[str, BudgetRule] = attributes(__name__, __path__, "share")
 
 __all__ = ["BUDGETS", "BudgetProblem", "BudgetRule", "LayerDemand"]

@@ -1,0 +1,1 @@
+"""Compression methods, one file each: an adapter that ends with its compressor class as ``COMPRESSOR``."""

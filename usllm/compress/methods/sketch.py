@@ -202,3 +202,6 @@ def _classes_in_words(plan: Plan) -> str:
         for choice, count in zip(plan.classes, channels, strict=True)
     ]
     return ", ".join(words)
+
+
+COMPRESSOR = SketchCompressor

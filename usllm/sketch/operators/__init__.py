@@ -1,10 +1,8 @@
-"""Operators by name. A new one is a file beside these and a line in this table."""
+"""Operators by name. A new one is a file beside these that ends with an object called ``OPERATOR``."""
 
-from usllm.sketch.operators.absmaxmin import AbsMaxMin
 from usllm.sketch.operators.base import Operator
-from usllm.sketch.operators.countmin import CountMin
-from usllm.sketch.operators.mean import Mean
+from usllm.system.discovery import attributes
 
-OPERATORS: dict[str, Operator] = {"absmaxmin": AbsMaxMin(), "countmin": CountMin(), "mean": Mean()}
+OPERATORS: dict[str, Operator] = attributes(__name__, __path__, "OPERATOR")
 
 __all__ = ["OPERATORS", "Operator"]

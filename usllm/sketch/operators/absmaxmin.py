@@ -58,3 +58,6 @@ class AbsMaxMin:
 
     def divisor(self, rows: int) -> int:
         return 1
+
+
+OPERATOR = AbsMaxMin()

@@ -40,3 +40,6 @@ class CountMin:
 
     def divisor(self, rows: int) -> int:
         return 1
+
+
+OPERATOR = CountMin()

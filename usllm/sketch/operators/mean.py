@@ -35,3 +35,6 @@ class Mean:
 
     def divisor(self, rows: int) -> int:
         return rows
+
+
+OPERATOR = Mean()
