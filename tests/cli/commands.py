@@ -1,0 +1,109 @@
+"""Real commands in forked children of one parent that has imported everything, and ways to kill them.
+
+The parent is a process of its own that only imports, so that no thread of a test's computations is lost in a fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_PRELOADED = [
+    *(f"usllm.cli.{name}" for name in ("train", "eval", "export", "generate", "inspect", "report")),
+    *("usllm.runs.finetune", "usllm.runs.evaluate", "usllm.runs.export", "usllm.runs.generate", "usllm.runs.inspect"),
+    *("usllm.reports.writing", "transformers.models.llama.modeling_llama"),
+]
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(_PRELOADED)
+
+
+class Outcome(NamedTuple):
+    """Exit status (negative: the signal that ended it), and what was printed to both streams."""
+
+    status: int
+    output: str
+
+
+def command(name: str, *arguments: str, folder: Path, before: Callable[[], None] | None = None) -> Outcome:
+    """Run ``usllm-<name>`` with ``arguments`` in ``folder``.
+
+    Args:
+        before: Called in the child before the command, such as one of the killers below; a function of a module.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f".{name}.log"
+    process = _context.Process(target=_child, args=(name, arguments, folder, log, before))
+    process.start()
+    process.join(280)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise AssertionError(f"usllm-{name} did not end: {log.read_text()}")
+    assert process.exitcode is not None
+    return Outcome(process.exitcode, log.read_text(encoding="utf-8", errors="replace"))
+
+
+def _child(name: str, arguments: tuple[str, ...], folder: Path, log: Path, before: Callable[[], None] | None) -> None:
+    import importlib
+
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(folder)
+    os.environ["USLLM_CACHE"] = str(folder / "cache")
+    sys.argv[:] = [f"usllm-{name}", *arguments]
+    status = 1
+    try:
+        if before is not None:
+            before()
+        importlib.import_module(f"usllm.cli.{name}").main()
+        status = 0
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+    os._exit(status)
+
+
+def killed_after(module: str, name: str, calls: int = 1) -> Callable[[], None]:
+    """Has the process killed when a function has returned for the ``calls``-th time.
+
+    Args:
+        module: That the function is called through.
+        name: Its name there; ``Class.method`` for a method.
+    """
+    return _Killer(module, name, calls)
+
+
+class _Killer:
+    def __init__(self, module: str, name: str, calls: int) -> None:
+        self.module, self.name, self.calls = module, name, calls
+
+    def __call__(self) -> None:
+        import importlib
+
+        owner: Any = importlib.import_module(self.module)
+        *classes, last = self.name.split(".")
+        for each in classes:
+            owner = getattr(owner, each)
+        ordinary, made = getattr(owner, last), []
+
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            result = ordinary(*arguments, **options)
+            made.append(None)
+            if len(made) == self.calls:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(owner, last, wrapped)

@@ -1,0 +1,72 @@
+"""A run is killed in every stage, for every method; all continue to the bits of a run that was left alone."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from commands import killed_after
+from test_methods import SETTINGS, final, train
+
+from usllm.compress import METHODS
+
+RECONSTRUCT = [
+    "stages=[default,reconstruct]",
+    "stages.reconstruct.sequences=4",
+    "stages.reconstruct.batch_size=2",
+    "stages.reconstruct.steps=4",
+    "stages.reconstruct.warmup_steps=1",
+    "stages.reconstruct.save_every_n_steps=1",
+]
+KILLS = {
+    "calibrate": ("usllm.stages.calibrate", "measure_statistics", 1),
+    "allocate": ("usllm.stages.allocate", "plan_layers", 1),
+    "start": ("usllm.stages.start", "start_", 1),
+    "reconstruct, in a block": ("usllm.stages.block_state", "BlockStates.save_unfinished", 2),
+    "reconstruct, between blocks": ("usllm.stages.block_state", "BlockStates.save_finished", 1),
+    "finetune": ("usllm.training.module", "SketchFinetuner.on_train_batch_end", 3),
+    "measure": ("usllm.runs.measure", "evaluate", 3),
+}
+FAST = ("sketch", "reconstruct, in a block")
+
+
+def cases() -> list[object]:
+    found = []
+    for method in sorted(METHODS):
+        for place in KILLS:
+            if place == "calibrate" and method == "rounding":
+                continue  # it needs no statistics: there is nothing to be killed in
+            marks = [] if (method, place) == FAST else [pytest.mark.slow]
+            found.append(pytest.param(method, place, marks=marks, id=f"{method}, {place}"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs that were left alone, by method, made when they are asked for."""
+    return {}
+
+
+@pytest.mark.parametrize("method, place", cases())
+def test_run_killed_in_a_stage_continues_bit_for_bit(
+    method: str, place: str, whole: dict[str, Path], tiny_text: Path, tmp_path: Path
+) -> None:
+    if method not in whole:
+        alone = tmp_path / "whole"
+        done = train(tiny_text, alone, method, *RECONSTRUCT)
+        assert done.status == 0, done.output
+        whole[method] = alone
+    folder = tmp_path / "killed"
+    killed = train(tiny_text, folder, method, *RECONSTRUCT, before=killed_after(*KILLS[place]))
+    assert killed.status == -signal.SIGKILL, killed.output
+    resumed = train(tiny_text, folder, method, *RECONSTRUCT, "resume=true")
+    assert resumed.status == 0, resumed.output
+    ours, theirs = final(folder)["state_dict"], final(whole[method])["state_dict"]
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+
+
+def test_every_method_has_settings() -> None:
+    assert SETTINGS.keys() == METHODS.keys()
