@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-import pytest
 from synthetic import NASTY
 
 from usllm.reports.figures import Reference
 from usllm.reports.labels import labels, text_names, texts_of
 from usllm.reports.runs import Run
-from usllm.reports.table import columns, markdown, perplexity
+from usllm.reports.table import columns, markdown
 
 
 def rows(table: str) -> list[list[str]]:
@@ -47,14 +46,6 @@ def test_all_rows_have_the_same_cells_whatever_names_are(runs: list[Run]) -> Non
 def test_mixed_models_have_a_table_each(runs: list[Run]) -> None:
     table = markdown([*runs, *(replace(run, model="Llama") for run in runs)])
     assert table.count("| variant |") == 2
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(27.114, "27.11"), (934.34, "934.34"), (4061.03, "4,061"), (8.4e6, "8.40e+06"), (float("inf"), "inf")],
-)
-def test_perplexities_are_readable(value: float, text: str) -> None:
-    assert perplexity(value) == text
 
 
 def test_a_dash_stands_for_what_is_missing(runs: list[Run]) -> None:

@@ -16,6 +16,7 @@ from usllm.calibration.output_gradients import OutputGradients
 from usllm.calibration.second_moments import SecondMoments
 from usllm.compress import Statistics, compressed_layers
 from usllm.system.errors import UserError
+from usllm.system.modes import evaluating
 from usllm.system.ranks import dealt, ranks
 from usllm.system.rng import preserved_rng
 
@@ -57,29 +58,26 @@ def measure_statistics(
     forward = model if differentiated else _smallest_forward(model, layers.values())
     moments = SecondMoments(layers, full=COVARIANCE in needs)
     gradients = OutputGradients(layers)
-    training, seen = model.training, 0
-    model.eval()
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(preserved_rng())
-            stack.enter_context(torch.set_grad_enabled(differentiated))
-            bar = stack.enter_context(Progress(disable=not progress, transient=True))
-            stack.enter_context(moments)
+    seen = 0
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(preserved_rng())
+        stack.enter_context(torch.set_grad_enabled(differentiated))
+        bar = stack.enter_context(Progress(disable=not progress, transient=True))
+        stack.enter_context(moments)
+        if differentiated:
+            stack.enter_context(gradients)
+            stack.enter_context(_differentiable_from_embeddings(model))
+        task = bar.add_task("Measuring importance", total=sequences)
+        for number, batch, counts in dealt(batches):
+            input_ids = batch["input_ids"].to(device)
+            moments.counting = gradients.counting = counts
+            with context():
+                output = forward(input_ids=input_ids, use_cache=False)
             if differentiated:
-                stack.enter_context(gradients)
-                stack.enter_context(_differentiable_from_embeddings(model))
-            task = bar.add_task("Measuring importance", total=sequences)
-            for number, batch, counts in dealt(batches):
-                input_ids = batch["input_ids"].to(device)
-                moments.counting = gradients.counting = counts
-                with context():
-                    output = forward(input_ids=input_ids, use_cache=False)
-                if differentiated:
-                    _next_token_loss(output.logits, input_ids).backward()
-                seen = (number + 1) * len(input_ids)
-                bar.update(task, completed=seen)
-    finally:
-        model.train(training)
+                _next_token_loss(output.logits, input_ids).backward()
+            seen = (number + 1) * len(input_ids)
+            bar.update(task, completed=seen)
     if ranks().world_size > 1:
         moments.sum_over_ranks_(device)
         if differentiated:

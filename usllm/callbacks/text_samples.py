@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import nn
 
 from usllm.callbacks.inspection import Inspection
 from usllm.loggers import log_table
 from usllm.system.errors import UserError
+from usllm.system.modes import evaluating
 from usllm.training.module import SketchFinetuner
 
 COLUMNS = ("step", "prompt", "continuation")
@@ -75,7 +74,7 @@ def continuations(
     """
     texts = []
     room = getattr(model.config, "max_position_embeddings", None)
-    with _evaluating(model):
+    with evaluating(model):
         for prompt in prompts:
             ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
             if room is not None:
@@ -92,14 +91,3 @@ def continuations(
             )
             texts.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
     return texts
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -26,11 +26,12 @@ from usllm.compress import allocate_, compressed_layers
 from usllm.compress.methods.sketch import SketchPlan
 from usllm.config import TrainConfig, check_train, plain_config, sketch_config
 from usllm.experiments.inputs import check_sequences, importance_of, model_of, study_settings, text_of
-from usllm.experiments.results import kept_result, new_picture, number, save_picture, write_result
+from usllm.experiments.results import kept_result, new_picture, save_picture, write_result
 from usllm.runs.inputs import token_streams
 from usllm.runs.measure import measure
 from usllm.system.errors import UserError
 from usllm.system.machine import machine
+from usllm.system.text import perplexity_text
 
 FILE = "importance_threshold.json"
 STAGES = ("zeroed", "sketched")
@@ -160,7 +161,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             table.add_column(escape(f"{name}\n{stage}"), justify="right", no_wrap=True)
     for row in rows:
         shares = [f"{row[key]:.1%}" for key in ("channels_kept", "energy_kept", "channels_with_states")]
-        figures = [number(row["perplexity"][stage][name]) for name in sets for stage in STAGES]
+        figures = [perplexity_text(row["perplexity"][stage][name]) for name in sets for stage in STAGES]
         table.add_row(f"{row['threshold']:g}", *shares, *figures)
     return table
 

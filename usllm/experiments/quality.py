@@ -16,6 +16,7 @@ from usllm.runs.report import human_bytes
 from usllm.system.errors import UserError
 from usllm.system.files import write_json
 from usllm.system.stage_names import DENSE, FINETUNED, HEADINGS, SKETCHED, with_todays_names
+from usllm.system.text import perplexity_text
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         figures = []
         for name in sets:
             stages = row["perplexity"][name]
-            figures += [_figure(stages[SKETCHED] or stages[DENSE]), _figure(stages[FINETUNED])]
+            figures += [perplexity_text(stages[SKETCHED] or stages[DENSE]), perplexity_text(stages[FINETUNED])]
         size = "-" if row["bytes"] is None else human_bytes(row["bytes"])
         rates = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("bits_per_weight", "model_bits_per_weight")]
         table.add_row(row["variant"], *rates, size, *figures)
     return table
-
-
-def _figure(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.1f}" if value < 1e6 else f"{value:.2e}"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usllm.config import TrainConfig
 from usllm.system.errors import UserError
-from usllm.system.files import read_json, write_json
+from usllm.system.files import read_json, replacing, write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,12 +52,11 @@ def write_result(config: TrainConfig, plain: Mapping[str, Any], file: str, conte
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write one table; all ``rows`` have the keys of the first."""
-    partial = _partial(path)
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def new_picture(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
@@ -74,21 +73,8 @@ def new_picture(titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
 
 def save_picture(figure: Figure, path: Path) -> None:
     """Write a figure as PNG."""
-    partial = _partial(path)
-    figure.savefig(partial, format="png", dpi=130)
-    os.replace(partial, path)
-
-
-def number(value: float | None) -> str:
-    """A perplexity or a loss for a table: two decimals, or three digits where it is huge; ``-`` for none."""
-    if value is None:
-        return "-"
-    return f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"
-
-
-def _partial(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}")
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=130)
 
 
 def _identity(plain: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from rich.table import Table
 
 from usllm.config import check_train, plain_config
 from usllm.experiments.inputs import study_settings
-from usllm.experiments.results import new_picture, number, save_picture, write_result
+from usllm.experiments.results import new_picture, save_picture, write_result
 from usllm.experiments.variants import metric_curve, run_variants
 from usllm.runs.inputs import VALIDATION_SET
 from usllm.system.errors import UserError
 from usllm.system.machine import machine
+from usllm.system.text import perplexity_text
 
 FILE = "ste_convergence.json"
 
@@ -127,7 +128,7 @@ def _table(variants: dict[str, dict[str, Any]]) -> Table:
     for step in sorted(set().union(*points.values())):
         at = [found.get(step, {}) for found in points.values()]
         epoch = next((point["epoch"] for point in at if point.get("epoch") is not None), None)
-        figures = [number(point.get(key)) for point in at for key in ("train_loss", "val_ppl")]
+        figures = [perplexity_text(point.get(key)) for point in at for key in ("train_loss", "val_ppl")]
         table.add_row("-" if epoch is None else f"{epoch:.3g}", str(step), *figures)
     return table
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from usllm.reports.labels import labels, text_names, texts_of
 from usllm.reports.runs import FINISHED, Run
-from usllm.reports.table import Column, columns, perplexity
+from usllm.reports.table import Column, columns
+from usllm.system.text import perplexity_text
 
 _HERE = Path(__file__).parent
 
@@ -115,8 +116,8 @@ def summary(runs: Sequence[Run]) -> list[str]:
             continue
         best = min(measured, key=lambda run: run.finetuned(text) or math.inf)
         dense = best.perplexity[text].dense
-        against = "" if dense is None else f", dense model {perplexity(dense)}"
-        lowest = perplexity(best.finetuned(text) or math.inf)
+        against = "" if dense is None else f", dense model {perplexity_text(dense)}"
+        lowest = perplexity_text(best.finetuned(text) or math.inf)
         lines.append(f"Lowest perplexity on {name}: {lowest} ({names[best.name]}){against}.")
     return lines
 

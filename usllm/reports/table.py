@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from usllm.reports.figures import Reference
 from usllm.reports.labels import by_model, dense_perplexity, labels, text_names, texts_of
 from usllm.reports.runs import Perplexities, Run, TestText
+from usllm.system.text import perplexity_text
 
 NONE = "-"
 
@@ -65,8 +65,10 @@ def columns(names: Mapping[str, str], texts: Mapping[TestText, str]) -> list[Col
     ]
     for text, name in texts.items():
         found += [
-            number(f"{name} sketched", _stage(text, "sketched"), perplexity, "perplexity, sketched, not finetuned"),
-            number(f"{name} finetuned", _stage(text, "finetuned"), perplexity, "perplexity after finetuning"),
+            number(
+                f"{name} sketched", _stage(text, "sketched"), perplexity_text, "perplexity, sketched, not finetuned"
+            ),
+            number(f"{name} finetuned", _stage(text, "finetuned"), perplexity_text, "perplexity after finetuning"),
         ]
     return [
         *found,
@@ -75,13 +77,6 @@ def columns(names: Mapping[str, str], texts: Mapping[TestText, str]) -> list[Col
         Column("folder", lambda run: run.name),
         Column("overrides", lambda run: " ".join(run.overrides), hint="what was asked for besides the defaults"),
     ]
-
-
-def perplexity(value: float) -> str:
-    """Four digits or two decimals, whichever is shorter to read."""
-    if not math.isfinite(value):
-        return str(value)
-    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
 
 
 def markdown(runs: Sequence[Run], reference: Mapping[str, Reference] | None = None) -> str:
@@ -122,7 +117,7 @@ def _table(runs: Sequence[Run], texts: Mapping[TestText, str], reference: Refere
         for text in texts:
             stages = run.perplexity.get(text, Perplexities())
             sketched = None if run.dense else stages.sketched
-            cells += [NONE if value is None else perplexity(value) for value in (sketched, stages.finetuned)]
+            cells += [NONE if value is None else perplexity_text(value) for value in (sketched, stages.finetuned)]
         rows.append([name, *cells])
     return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows)
 
@@ -130,7 +125,7 @@ def _table(runs: Sequence[Run], texts: Mapping[TestText, str], reference: Refere
 def _around(value: Callable[[TestText], float | None], texts: Mapping[TestText, str]) -> list[str]:
     """The cells of a model that is not finetuned: a figure in each ``finetuned``, none in ``sketched``."""
     found = [value(text) for text in texts]
-    return [cell for figure in found for cell in (NONE, NONE if figure is None else perplexity(figure))]
+    return [cell for figure in found for cell in (NONE, NONE if figure is None else perplexity_text(figure))]
 
 
 def _stage(text: TestText, stage: str) -> Callable[[Run], float | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -19,6 +18,7 @@ from usllm.reports.page import Drawing, Section, render
 from usllm.reports.runs import Run
 from usllm.reports.style import png, settle, svg, themed, with_titles
 from usllm.reports.table import markdown
+from usllm.system.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -121,11 +121,9 @@ class ReportWriter:
 
     def _save(self, name: str, content: bytes) -> Path:
         """Write a file so that a reader never sees half of it."""
-        self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / name
-        partial = path.with_name(f".{name}.{os.getpid()}")
-        partial.write_bytes(content)
-        os.replace(partial, path)
+        with replacing(path) as file:
+            file.write(content)
         self.written.append(path)
         return path
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from usllm.system.machine import machine_line
 from usllm.system.stage_names import FINETUNED, HEADINGS, with_todays_names
+from usllm.system.text import perplexity_text
 
 
 def perplexity_table(rows: list[dict[str, Any]], title: str | None = None) -> Table:
@@ -60,10 +61,8 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
 
 def print_outcome(report: dict[str, Any], console: Console | None = None) -> None:
     """Print one line about a run that has ended before (the content of its ``report.json``)."""
-    figures = [
-        f"{row['test_set']}/{row['window']} {_figure(with_todays_names(row).get(FINETUNED))}"
-        for row in report["perplexity"]
-    ]
+    rows = [with_todays_names(row) for row in report["perplexity"]]
+    figures = [f"{row['test_set']}/{row['window']} {_figure(row.get(FINETUNED))}" for row in rows]
     bits = report["bits_per_weight"]
     rate = "dense" if bits is None else f"{bits['achieved']:.4f} bits per weight"
     (console or Console()).print(
@@ -125,6 +124,4 @@ def _tokens(row: dict[str, Any]) -> str:
 
 
 def _figure(value: float | None) -> str:
-    if value is None:
-        return "not measured"
-    return f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"
+    return perplexity_text(value, "not measured")

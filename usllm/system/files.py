@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     At every instant ``path`` is either the old file or the whole new one, whatever ends the process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _drop_leftovers(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(partial, "wb") as file:
@@ -48,6 +50,14 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _drop_leftovers(path: Path) -> None:
+    """Delete what killed processes of this machine have left half written: a checkpoint may be large."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        process = partial.name.rpartition(".")[2]
+        if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc/self").exists():
+            partial.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -20,16 +20,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from usllm.system.errors import UserError
+from usllm.system.files import replacing
 
 SUFFIX = ".ckpt"
-PARTIAL_SUFFIX = ".part"
 _STEP = re.compile(r"step=(\d+)")
 _UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError)
 """What ``torch.load`` raises on a file that is cut, empty or not a checkpoint."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes to ``<name>.part`` in the target's own folder, flushes to disk, then renames over the target."""
+    """Writes beside the target, flushes to disk, then renames over it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write ``checkpoint`` so that ``path`` is either the old file or the whole new one, at every instant.
@@ -38,17 +38,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             UserError: the disk is full or the folder cannot be written.
         """
         target = Path(path)
-        partial = target.with_name(target.name + PARTIAL_SUFFIX)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with replacing(target) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
             _sync_folder(target.parent)
         except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
             raise UserError(
                 f"checkpoint {target} could not be written ({error}); earlier checkpoints in {target.parent} are whole"
                 ". Free space or choose another output_root, then resume"

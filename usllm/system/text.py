@@ -1,0 +1,19 @@
+"""Numbers as people read them, the same everywhere."""
+
+from __future__ import annotations
+
+import math
+
+
+def perplexity_text(value: float | None, absent: str = "-") -> str:
+    """A perplexity or a loss: two decimals; whole from 1,000 on; three digits where it is huge.
+
+    Args:
+        value: ``None`` where it was not measured.
+        absent: What stands for that.
+    """
+    if value is None:
+        return absent
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
