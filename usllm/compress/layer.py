@@ -209,7 +209,8 @@ class CompressedLinear(nn.Module):
         # Training may be next: what inference mode makes could not be saved for its backward pass.
         with torch.inference_mode(False), torch.no_grad():
             if kept is None or kept.dtype != torch.float32 or kept.device != x.device:
-                kept = plan.decode(self.states or plan.encode(self.latents, self.importance).states)
+                stored = plan.stored_states
+                kept = plan.decode(self.states) if stored else plan.decode_latents(self.latents, self.importance)
             decoded = kept.to(dtype)
         if self.keeps_decoded:
             self._decoded, self._decoded_at = decoded, version
