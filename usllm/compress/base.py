@@ -89,6 +89,12 @@ class Statistics:
     gradient: Tensor | None = None
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a product with ``x`` is computed in: autocast's type where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class LayerPlan(ABC):
     """Everything needed to compress one layer.
 
@@ -186,9 +192,8 @@ class LayerPlan(ABC):
             bias: [out].
             decoded: The decoded weight in the type that is computed with, where the layer has it.
         """
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if decoded is None:
+            dtype = compute_dtype(x)
             with torch.no_grad():
                 decoded = self.decode(states, dtype) if states else self.decode_latents(latents, None, dtype)
         weight = straight_through(latents["weight"], decoded) if latents else decoded

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from usllm.compress.base import LayerPlan
+from usllm.compress.base import LayerPlan, compute_dtype
 
 
 class Reprojection(NamedTuple):
@@ -199,8 +199,7 @@ class CompressedLinear(nn.Module):
         return self.plan.linear(x, self.states, self.latents, self.bias, decoded=decoded)
 
     def _decoded_for(self, plan: LayerPlan, x: Tensor) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = compute_dtype(x)
         version, kept = self._latents_version(), self._decoded
         if kept is not None and self._decoded_at != version:
             kept = None

@@ -47,9 +47,7 @@ class RoundingConfig:
         if not widths:
             found.append(f"sketch.bits={bits!r} is unknown: choose one of {', '.join(map(str, WIDTHS))}, or null")
         if rate is not None and not (_is_number(rate) and 0 < rate <= 16):
-            found.append(
-                f"sketch.bits_per_weight={rate!r} must be above 0 and at most 16, or null: give the width by sketch.bits"
-            )
+            found.append(f"sketch.bits_per_weight={rate!r} must be above 0 and at most 16, or null: give sketch.bits")
         elif rate is not None and widths and rate <= (bits or 1):
             found.append(
                 f"sketch.bits_per_weight={rate!r} leaves no room for codes of {bits or 1} bits and their scales: raise "

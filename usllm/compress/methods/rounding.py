@@ -176,8 +176,8 @@ class RoundingCompressor(Compressor):
             given = self.options.bits_per_weight
             raise ValueError(
                 f"sketch.bits_per_weight={bits / weights if given is None else given:g}: {name} ({shape[0]}x{shape[1]})"
-                f" needs {least:.4f} for codes of {width} bit{'s' * (width > 1)} and their scales; raise it, or leave it "
-                "at null and give the width by sketch.bits"
+                f" needs {least:.4f} for codes of {width} bit{'s' * (width > 1)} and their scales; raise it, or leave "
+                "it at null and give the width by sketch.bits"
             )
         return RoundingPlan(name, shape, self.options, fitting[-1])
 
