@@ -50,8 +50,8 @@ class RoundingConfig:
             found.append(f"sketch.bits_per_weight={rate!r} must be above 0 and at most 16, or null: give sketch.bits")
         elif rate is not None and widths and rate <= (bits or 1):
             found.append(
-                f"sketch.bits_per_weight={rate!r} leaves no room for codes of {bits or 1} bits and their scales: raise "
-                "it, or leave it at null and give the width by sketch.bits"
+                f"sketch.bits_per_weight={rate!r} leaves no room for {bits or 1} bits a weight and scales: raise it or "
+                "leave it at null and give the width by sketch.bits"
             )
         if size is not None and not (type(size) is int and 1 <= size <= MAX_GROUP_SIZE):
             found.append(f"sketch.group_size={size!r} must be a whole number from 1 to {MAX_GROUP_SIZE}, or null")
