@@ -46,6 +46,8 @@ def test_second_reader_decodes_the_same_bits(
     weight = weight_of(shape, seed)
     states = plan.encode({"weight": weight}).states
     found = decode(plan.pack(states).numpy().tobytes(), shape, group_size)
+    read = plan.compressor.read(plan.pack(states), shape, "layer")
+    assert torch.equal(read.pack(read.unpack(plan.pack(states))), plan.pack(states))
     for expected in (plan.decode(states), plan.decode_latents({"weight": weight})):
         assert np.array_equal(found.view(np.int32), expected.numpy().view(np.int32))
 
@@ -126,7 +128,9 @@ def test_ceiling_that_is_too_low_is_refused_with_the_least_rate_which_works() ->
     for options, width in (({}, 1), ({"bits": 3}, 3)):
         rate = width + 0.01
         compressor = RoundingCompressor(RoundingConfig(bits_per_weight=rate, **options))  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=rf"sketch.bits_per_weight={rate}: layer \(64x576\) needs (\S+) ") as raised:
+        with pytest.raises(
+            ValueError, match=rf"sketch.bits_per_weight={rate}: layer \(64x576\) needs (\S+) "
+        ) as raised:
             compressor.plan((64, 576), "layer", NOTHING, int(rate * 64 * 576))
         least = float(str(raised.value).split("needs ")[1].split()[0])
         compressor = RoundingCompressor(RoundingConfig(bits_per_weight=least, **options))  # type: ignore[arg-type]
