@@ -30,7 +30,7 @@ from usllm.compress.registry import METHODS, from_section
 from usllm.system.errors import PackedFormatError, UserError
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "sketch": [{"bits_per_weight": 4.0, "rows": 2}, {"bits_per_weight": 2.0, "allocation": "waterfill", "rows": 1}],
+    "sketch": [{"bits_per_weight": 4.0, "rows": 2}, {"bits_per_weight": 3.0, "operator": "mean", "rows": 1}],
     "rounding": [{"bits": 1}, {"bits": 3, "group_size": 7, "scales": "clipped"}, {"bits_per_weight": 5.0}],
     "littlebit": [{"bits_per_weight": 2.0}, {"bits_per_weight": 4.0, "paths": 2, "slope": 2.0}],
 }

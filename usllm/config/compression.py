@@ -32,7 +32,7 @@ def check_compressor(given: Mapping[str, Any], allocation: AllocationConfig, pro
     """
     values = dict(given or {})
     try:
-        found = method(values.pop("method", DEFAULT_METHOD))
+        found = method(str(values.pop("method", DEFAULT_METHOD)))
     except UserError as error:
         problems.append(str(error))
         return None

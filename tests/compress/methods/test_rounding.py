@@ -184,5 +184,5 @@ def test_damaged_layer_is_refused(damage: object, said: str) -> None:
 
 @pytest.mark.parametrize("stored", [{}, {"group_size": 4, "zero_points": True}, {"group_size": "4"}])
 def test_unknown_missing_or_impossible_format_is_refused_by_name(stored: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="zero_points|group_size"):
+    with pytest.raises(ValueError, match=r"zero_points|group_size"):
         RoundingCompressor.from_format(stored, {"bits": 4})

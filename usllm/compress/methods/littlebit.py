@@ -258,3 +258,6 @@ def _sections(shape: tuple[int, int], rank: int, paths: int) -> dict[str, int]:
         **scales,
         **{f"{key}_{path}": 8 * -(-rows[key] * rank // 8) for path in count for key in _SIGNS},
     }
+
+
+COMPRESSOR = LittleBitCompressor

@@ -213,3 +213,6 @@ def _sections(shape: tuple[int, int], bits: int, group_size: int | None) -> dict
         "scales": 16 * shape[0] * groups_of(shape[1], group_size),
         "codes": 8 * _code_bytes(shape, bits),
     }
+
+
+COMPRESSOR = RoundingCompressor
