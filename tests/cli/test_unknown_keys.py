@@ -33,6 +33,11 @@ def test_nearest_key_is_found_among_groups_and_values(argument: str, nearest: st
     ("program", "arguments", "lines"),
     [
         ("train", ["sketch.row=1", "optimzer.lr=3"], ["sketch.row: … sketch.rows?", "optimzer.lr: … optimizer.lr?"]),
+        (
+            "train",
+            ["sketch=littlebit", "sketch.rows=3"],
+            ["sketch.rows: belongs to method sketch; littlebit has bits_per_weight, paths, slope"],
+        ),
         ("eval", ["evaluation.window=[3]"], ["evaluation.window: … evaluation.windows?"]),
         ("export", ["max_shard=3"], ["max_shard: … max_shard_size?"]),
         ("generate", ["max_tokens=3"], ["max_tokens: … max_new_tokens?"]),

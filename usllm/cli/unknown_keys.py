@@ -16,7 +16,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 _REFUSED = re.compile(r"Could not override '(.+?)'")
 
@@ -33,10 +33,26 @@ def nearest_keys_named(program: str) -> Iterator[None]:
     except SystemExit as leaving:
         if leaving.code == 1:
             with contextlib.suppress(Exception):  # Hydra has said what is wrong
-                for key, nearest in unknown_keys(program.removeprefix("usllm-"), sys.argv[1:]).items():
-                    hint = "" if nearest is None else f"; did you mean {nearest}?"
-                    print(f"{program}: error: {key}: there is no such key{hint}", file=sys.stderr)
+                for line in about_unknown_keys(program.removeprefix("usllm-"), sys.argv[1:]):
+                    print(f"{program}: error: {line}", file=sys.stderr)
         raise
+
+
+def about_unknown_keys(config_name: str, arguments: Sequence[str]) -> list[str]:
+    """A line for each override whose key does not exist; as for :func:`unknown_keys`."""
+    from usllm.config.compression import DEFAULT_METHOD, of_another_method
+
+    unknown, cfg = _composed_without_unknown(config_name, arguments)
+    known = list(_keys(OmegaConf.to_container(cfg)))
+    lines = []
+    for key in unknown:
+        group, _, option = key.partition(".")
+        method = OmegaConf.select(cfg, "sketch.method", default=DEFAULT_METHOD)
+        foreign = of_another_method(option, method) if group == "sketch" else None
+        nearest = _nearest(key, known)
+        hint = "" if nearest is None else f"; did you mean {nearest}?"
+        lines.append(f"{key}: {foreign or f'there is no such key{hint}'}")
+    return lines
 
 
 def unknown_keys(config_name: str, arguments: Sequence[str]) -> dict[str, str | None]:
@@ -46,6 +62,13 @@ def unknown_keys(config_name: str, arguments: Sequence[str]) -> dict[str, str | 
         config_name: in ``usllm.conf``.
         arguments: of the command line; of a sweep's values the first one is looked at.
     """
+    unknown, cfg = _composed_without_unknown(config_name, arguments)
+    known = list(_keys(OmegaConf.to_container(cfg)))
+    return {key: _nearest(key, known) for key in unknown}
+
+
+def _composed_without_unknown(config_name: str, arguments: Sequence[str]) -> tuple[list[str], DictConfig]:
+    """Keys that do not exist, and the configuration without them."""
     parsed = OverridesParser.create().parse_overrides([word for word in arguments if not word.startswith("-")])
     overrides = {
         override.get_key_element(): (
@@ -66,9 +89,11 @@ def unknown_keys(config_name: str, arguments: Sequence[str]) -> dict[str, str | 
                     raise
                 unknown.append(refused[1])
             else:
-                break
-    known = list(_keys(OmegaConf.to_container(cfg)))
-    return {key: next(iter(difflib.get_close_matches(key, known, n=1)), None) for key in unknown}
+                return unknown, cfg
+
+
+def _nearest(key: str, known: Sequence[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(key, known, n=1)), None)
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:

@@ -89,6 +89,12 @@ class Statistics:
     gradient: Tensor | None = None
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a product with ``x`` is computed in: autocast's type where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class LayerPlan(ABC):
     """Everything needed to compress one layer.
 
@@ -158,6 +164,16 @@ class LayerPlan(ABC):
     def decode(self, states: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
         """Decoded weight [out, in], computed in fp32 and rounded to ``dtype``, on the device of the states."""
 
+    def decode_latents(
+        self, latents: Mapping[str, Tensor], energy: Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Decoded weight [out, in] of the states of latents, the same bits as by way of the states.
+
+        Training calls it once after each step of a method without stored states; a method overrides it where what the
+        states are packed for, or the account of what changed, can be left out.
+        """
+        return self.decode(self.encode(latents, energy).states, dtype)
+
     def linear(
         self,
         x: Tensor,
@@ -176,11 +192,10 @@ class LayerPlan(ABC):
             bias: [out].
             decoded: The decoded weight in the type that is computed with, where the layer has it.
         """
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if decoded is None:
+            dtype = compute_dtype(x)
             with torch.no_grad():
-                decoded = self.decode(states or self.encode(latents).states, dtype)
+                decoded = self.decode(states, dtype) if states else self.decode_latents(latents, None, dtype)
         weight = straight_through(latents["weight"], decoded) if latents else decoded
         return functional.linear(x, weight, bias)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from usllm.compress.base import LayerPlan
+from usllm.compress.base import LayerPlan, compute_dtype
 
 
 class Reprojection(NamedTuple):
@@ -199,8 +199,7 @@ class CompressedLinear(nn.Module):
         return self.plan.linear(x, self.states, self.latents, self.bias, decoded=decoded)
 
     def _decoded_for(self, plan: LayerPlan, x: Tensor) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = compute_dtype(x)
         version, kept = self._latents_version(), self._decoded
         if kept is not None and self._decoded_at != version:
             kept = None
@@ -209,7 +208,8 @@ class CompressedLinear(nn.Module):
         # Training may be next: what inference mode makes could not be saved for its backward pass.
         with torch.inference_mode(False), torch.no_grad():
             if kept is None or kept.dtype != torch.float32 or kept.device != x.device:
-                kept = plan.decode(self.states or plan.encode(self.latents, self.importance).states)
+                stored = plan.stored_states
+                kept = plan.decode(self.states) if stored else plan.decode_latents(self.latents, self.importance)
             decoded = kept.to(dtype)
         if self.keeps_decoded:
             self._decoded, self._decoded_at = decoded, version

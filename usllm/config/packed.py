@@ -11,10 +11,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from usllm.config import rules
+from usllm.config.compression import check_compressor
 from usllm.config.rules import Problems
 from usllm.config.schema import AllocationConfig, DataConfig, EvaluationConfig
 from usllm.config.structure import built, merge_typed
-from usllm.config.validation import check_sketch, plain_config, user_error
+from usllm.config.validation import plain_config, user_error
 from usllm.models import ModelSpec
 from usllm.packed.new_folder import check_out
 
@@ -105,7 +106,7 @@ def check_export(cfg: DictConfig | dict[str, Any], given: Sequence[str] = ()) ->
         idle = [override for override in given if re.split(r"[.=@]", override)[0] in WITHOUT_CKPT]
         problems.extend(f"{override}: ckpt={config.ckpt} decides that; leave it out" for override in idle)
     if config.ckpt is None:
-        check_sketch(config.sketch, config.allocation, problems)
+        check_compressor(config.sketch, config.allocation, problems)
         rules.check_model(config.model, problems)
         rules.check_data(config.data, problems)
     if config.measure:

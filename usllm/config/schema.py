@@ -42,9 +42,15 @@ class DataConfig:
 
 @dataclass
 class AllocationConfig:
-    """How states are shared out between channels and layers; part of ``SketchConfig``."""
+    """How states are shared out between channels and layers; part of the options of methods that do so.
 
-    name: str = "proportional"
+    Attributes:
+        name: rule over channels; ``None`` for methods that share nothing out over them.
+        layer_budget: rule over layers.
+        min_importance: channels whose E[a²] is below this share of their layer's mean get nothing.
+    """
+
+    name: str | None = "proportional"
     layer_budget: str = "equal"
     min_importance: float = 0.0
 
@@ -91,7 +97,7 @@ class HarnessConfig:
 
 @dataclass
 class TrainConfig:
-    """Everything ``usllm-train`` reads. ``sketch`` and ``allocation`` together make one ``SketchConfig``.
+    """Everything ``usllm-train`` reads. ``sketch`` and ``allocation`` together make one compressor.
 
     With a ``study`` (its ``name`` and settings, :mod:`usllm.experiments`) the rest describes what the study varies.
     ``optimized_metric`` is what a sweep optimises, :mod:`usllm.runs.sweeps`; ``reuse_statistics`` shares what a dense

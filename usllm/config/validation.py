@@ -9,18 +9,15 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from usllm.compress import Compressor
 from usllm.config import rules
+from usllm.config.compression import check_compressor
 from usllm.config.rules import Problems, metric_problem
 from usllm.config.schema import AllocationConfig, EvalConfig, TrainConfig
-from usllm.config.structure import NEEDS_A_VALUE, built, merge_typed, merge_values
-from usllm.sketch import SketchConfig
-from usllm.sketch.allocation import ALLOCATIONS
+from usllm.config.structure import NEEDS_A_VALUE, merge_typed
 from usllm.system.errors import UserError
 
 T = TypeVar("T")
-
-# Fields of SketchConfig that the user sets in the group `allocation`.
-_ALLOCATION_KEYS = {"allocation": "name", "layer_budget": "layer_budget", "min_importance": "min_importance"}
 
 
 def plain_config(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +46,7 @@ def check_train(cfg: DictConfig | dict[str, Any]) -> TrainConfig:
     config = merge_typed(TrainConfig, plain_config(cfg), problems)
     if config is None or None in (config.model, config.data, config.objective, config.trainer):
         raise user_error(problems)  # a whole group is missing or unusable: nothing to apply the rules to
-    check_sketch(config.sketch, config.allocation, problems)
+    check_compressor(config.sketch, config.allocation, problems)
     _check_run(config.name, config.seed, problems)
     rules.check_model(config.model, problems)
     rules.check_data(config.data, problems)
@@ -106,37 +103,31 @@ def section_of(cls: type[T], plain: Mapping[str, Any], path: str) -> T:
     return section
 
 
-def sketch_config(config: TrainConfig) -> SketchConfig:
-    """The sketch described by the groups ``sketch`` and ``allocation`` of a checked configuration."""
-    return sketch_config_of(config.sketch, config.allocation)
+def sketch_config(config: TrainConfig) -> Any:
+    """The options of the method that a checked configuration describes, such as ``SketchConfig``."""
+    return compressor_of(config.sketch, config.allocation).options
 
 
-def sketch_config_of(sketch: dict[str, Any], allocation: AllocationConfig) -> SketchConfig:
-    """The sketch that the groups ``sketch`` and ``allocation`` describe together.
+def sketch_config_of(sketch: dict[str, Any], allocation: AllocationConfig) -> Any:
+    """The options of the method that the groups ``sketch`` and ``allocation`` describe together.
+
+    Raises:
+        UserError: With all problems of the two.
+    """
+    return compressor_of(sketch, allocation).options
+
+
+def compressor_of(sketch: dict[str, Any], allocation: AllocationConfig) -> Compressor:
+    """The compressor that the groups ``sketch`` and ``allocation`` describe together.
 
     Raises:
         UserError: With all problems of the two.
     """
     problems = Problems()
-    merged = check_sketch(sketch, allocation, problems)
-    if merged is None or problems:
+    compressor = check_compressor(sketch, allocation, problems)
+    if compressor is None or problems:
         raise user_error(problems)
-    return merged
-
-
-def check_sketch(given: dict[str, Any], allocation: AllocationConfig, problems: Problems) -> SketchConfig | None:
-    """As :func:`sketch_config_of`, collecting the problems."""
-    values = merge_values(SketchConfig, given or {}, problems, "sketch.", exclude=_ALLOCATION_KEYS)
-    values |= {field: getattr(allocation, key) for field, key in _ALLOCATION_KEYS.items()}
-    if allocation.name not in ALLOCATIONS:
-        problems.append(f"allocation.name={allocation.name!r} is unknown: choose one of {', '.join(ALLOCATIONS)}")
-    found: list[str] = []
-    sketch = built(lambda: SketchConfig(**values), found)
-    for line in found:
-        for field, key in _ALLOCATION_KEYS.items():
-            line = line.replace(f"sketch.{field}=", f"allocation.{key}=")
-        problems.append(line)
-    return sketch
+    return compressor
 
 
 def _check_run(name: str, seed: int, problems: Problems) -> None:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from usllm.compress import allocate_, swap_linears_
-from usllm.config import DataConfig, EvaluationConfig, section_of, sketch_config_of
+from usllm.config import DataConfig, EvaluationConfig, compressor_of, section_of
 from usllm.config.packed import ExportConfig, size_in_bytes
 from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.models import ModelSpec
@@ -129,7 +129,7 @@ def _from_run(ckpt: str) -> _Origin:
 def _from_dense(config: ExportConfig) -> _Origin:
     from usllm.calibration.measure import measure_importance
 
-    sketch = sketch_config_of(config.sketch, config.allocation)
+    compressor = compressor_of(config.sketch, config.allocation)
     data = build_data(config.data, load_tokenizer(config.model), config.seed)
     model = load_dense(config.model).eval()
     swap_linears_(model, config.model.patterns)
@@ -143,7 +143,7 @@ def _from_dense(config: ExportConfig) -> _Origin:
         context=nullcontext() if autocast is None else torch.autocast("cpu", autocast),
         progress=True,
     )
-    allocate_(model, sketch, importance)
+    allocate_(model, compressor, importance)
     return _Origin(from_model(model), config.model, config.data, config.seed, None, {})
 
 

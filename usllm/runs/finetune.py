@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from usllm.callbacks import Preemption, SketchHealth
 from usllm.compress import compressed_layers, compression_report
-from usllm.config import TrainConfig, sketch_config
+from usllm.config import TrainConfig, compressor_of
+from usllm.config.compression import DEFAULT_METHOD
 from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.loggers import axis_step
 from usllm.models.loading import check_context_length, load_config, load_dense, load_tokenizer
@@ -128,7 +129,7 @@ def _finetune(
     stages = list(build_nodes("stages", config.stages).values())
     module = SketchFinetuner(
         load_model=partial(load_dense, config.model),
-        sketch=sketch_config(config),
+        sketch=compressor_of(config.sketch, config.allocation),
         objective=build_objective(**config.objective),
         optimizer=config.optimizer,
         patterns=config.model.patterns,
@@ -187,6 +188,8 @@ def refuse_other_configuration(finished: Mapping[str, Any], config: TrainConfig,
     differences = run_differences(theirs, plain)
     for group in ("sketch", "allocation", "evaluation"):
         old, new = theirs.get(group) or {}, plain[group]
+        if group == "sketch":
+            old, new = {"method": DEFAULT_METHOD, **old}, {"method": DEFAULT_METHOD, **new}
         differences += [
             f"{group}.{key}: {old.get(key)} in the finished run, {new.get(key)} in this one"
             for key in sorted(old.keys() | new.keys())
@@ -207,7 +210,7 @@ def sizes(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
     parameters = compression.compressed_weights + compression.other_parameters
     return {
         "bits_per_weight": {
-            "asked": sketch_config(config).bits_per_weight,
+            "asked": compressor_of(config.sketch, config.allocation).options.bits_per_weight,  # None: by a width
             "achieved": compression.bits_per_weight,
             "model": compression.model_bits_per_weight,
         },
@@ -218,12 +221,12 @@ def sizes(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
 
 def next_commands(config: TrainConfig, command: str) -> list[str]:
     """What to try after this run, as commands that work from the same folder."""
-    half = f"{sketch_config(config).bits_per_weight / 2:g}"
-    words = [word for word in command.split()[1:] if not word.startswith(("sketch.bits_per_weight=", "resume="))]
-    return [
-        f"{program('usllm-eval')} ckpt={config.run_dir}",
-        " ".join([program("usllm-train"), *words, f"sketch.bits_per_weight={half}"]),
-    ]
+    commands = [f"{program('usllm-eval')} ckpt={config.run_dir}"]
+    rate = compressor_of(config.sketch, config.allocation).options.bits_per_weight
+    if rate is not None:
+        words = [word for word in command.split()[1:] if not word.startswith(("sketch.bits_per_weight=", "resume="))]
+        commands.append(" ".join([program("usllm-train"), *words, f"sketch.bits_per_weight={rate / 2:g}"]))
+    return commands
 
 
 def _seconds(timer: Timer, invocation: float) -> dict[str, float]:

@@ -77,8 +77,9 @@ def _size_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     bits, size = report["bits_per_weight"], report["bytes"]
     if bits is None:
         return [("bits per weight", "the model was finetuned dense: no calibration, no sketch")]
+    asked = "scales and metadata included" if bits["asked"] is None else f"of {bits['asked']:g} asked"
     return [
-        ("bits per weight", f"{bits['achieved']:.4f} of {bits['asked']:g} asked (compressed layers)"),
+        ("bits per weight", f"{bits['achieved']:.4f} {asked} (compressed layers)"),
         ("", f"{bits['model']:.4f} over all parameters of the model"),
         ("model", f"{human_bytes(size['sketched'])} sketched, {human_bytes(size['dense_bf16'])} dense, both with bf16"),
     ]
