@@ -57,6 +57,7 @@ class Recipe:
     for_the_end: float = 20.0
 
 
+MADE_UP_BITS = 12.0  # the tables of layers so small take most of them
 DRY_RUN = Recipe(context=32, batch=2, calibration=2, windows=2, for_the_end=1.0)
 
 
@@ -64,7 +65,7 @@ def run(session: Session) -> None:
     """Finetune and pack, unless that went well before; it cannot be continued in the middle."""
     device = prepare(session)
     if session.dry_run:  # the part of training steps has run the kernels in the interpreter
-        os.environ["USLLM_KERNELS"] = "torch"
+        os.environ["USLLM_KERNELS"] = "auto"
     recipe = DRY_RUN if session.dry_run else Recipe()
     with tempfile.TemporaryDirectory() as scratch:
         session.measure(
@@ -97,7 +98,7 @@ def _finetune(session: Session, recipe: Recipe, device: torch.device, scratch: P
     objective.attach(model)
     objective.place(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     sketch = SketchConfig(
-        bits_per_weight=float(session.options.get("bits", 1.0)) if not session.dry_run else 12.0,
+        bits_per_weight=float(session.options["bits"]) if "model" in session.options else MADE_UP_BITS,
         rows=1,
         allocation="waterfill",
         output_scale=True,
@@ -166,17 +167,13 @@ def _train(
 def _pack(session: Session, model: Any, spec: Any, out: Path, measured: Any, device: torch.device) -> dict[str, Any]:
     """Write the packed folder, read it back, and cut what is larger than a shard."""
     import usllm
-    from usllm.models.loading import load_config, load_generation_config, load_tokenizer
+    from usllm.models.loading import load_config, load_generation_config
     from usllm.packed.description import ModelFiles
     from usllm.packed.export import export
     from usllm.packed.source import from_model
-    from usllm.system.errors import UserError
 
-    try:
-        tokenizer = load_tokenizer(spec)
-    except UserError:  # the folder came without one
-        tokenizer = None
-    files = ModelFiles(load_config(spec), tokenizer, load_generation_config(spec))
+    # The tokenizer lies beside the dense model already; the fewer files, the easier they are brought home.
+    files = ModelFiles(load_config(spec), None, load_generation_config(spec))
     inspection = export(from_model(model.cpu()), files, out, rest=_rest(model), max_shard_size=SHARD, overwrite=True)
     del model
     release()

@@ -7,10 +7,11 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu_parts.session import Session
-from usllm.compress import allocate_, sketched_layers, swap_linears_
-from usllm.sketch import SketchConfig
+from usllm.compress import sketched_layers, swap_linears_
+from usllm.sketch import Plan, SketchConfig, build_plan
 
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -73,14 +74,20 @@ def dense_model(shape: dict[str, Any], device: torch.device, layers: int | None 
 
 
 def sketch_(model: Any, sketch: SketchConfig) -> None:
-    """Sketch a model in place, planned by uneven importance: a few channels hold most of the energy."""
+    """Sketch a model in place, planned by uneven importance: a few channels hold most of the energy.
+
+    Layers of one shape share their bits out alike, as planning a billion weights takes a minute; their hashes differ.
+    """
     swap_linears_(model)
-    generator = torch.Generator().manual_seed(0)
-    layers = sketched_layers(model)
-    importance = {
-        name: torch.rand(layer.in_features, generator=generator) ** 8 + 1e-3 for name, layer in layers.items()
-    }
-    allocate_(model, sketch, importance)
+    shared: dict[tuple[int, int], tuple[Plan, Tensor]] = {}
+    for name, layer in sketched_layers(model).items():
+        shape = (layer.out_features, layer.in_features)
+        if shape not in shared:
+            importance = torch.rand(shape[1], generator=torch.Generator().manual_seed(0)) ** 8 + 1e-3
+            shared[shape] = build_plan(shape, importance, sketch, name), importance
+        plan, importance = shared[shape]
+        layer.set_plan(Plan(name, shape, sketch, plan.classes, plan.channel_class), importance)
+        layer.reproject()
 
 
 def release() -> None:
