@@ -18,9 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-if __name__ == "__main__":
-    sys.path[0:1] = [str(ROOT), str(ROOT / "kernels")]
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds only its own folder there
+sys.path.insert(1, str(Path(__file__).parents[1] / "kernels"))
 
 import numpy as np
 import torch

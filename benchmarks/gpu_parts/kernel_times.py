@@ -102,7 +102,7 @@ def codec(layer: Layer, clock: Clock) -> dict[str, Any]:
 
 
 def product(layer: Layer, tokens: int, clock: Clock) -> dict[str, Any]:
-    """``y = x Ŵᵀ`` from packed states over the dense bf16 product, both inside CUDA graphs: some are too short to launch."""
+    """``y = x Ŵᵀ`` from packed states over the dense bf16 product, in CUDA graphs: some are shorter than a launch."""
     plan, packed, dense = layer.plan, layer.packed, layer.dense
     x = torch.randn(tokens, plan.shape[1], device=clock.device, dtype=torch.bfloat16)
     with torch.no_grad():

@@ -12,10 +12,11 @@ from typing import Any
 from benchmarks.gpu_parts.results import COMPLETE, Refused, Results
 from benchmarks.gpu_parts.schedule import ENVIRONMENT, FINETUNING, PARTS, Part, part_end
 from benchmarks.gpu_parts.supervise import run_part
+from benchmarks.gpu_parts.table import section
 
 FILE = "results.jsonl"
 _RESERVE = 4.0  # seconds at the end for processes that have to be killed
-NOTHING_TO_DO, REFUSED = 0, 2
+REFUSED = 2
 
 
 def run(
@@ -112,5 +113,6 @@ def main(arguments: Sequence[str] | None = None, started: float | None = None) -
         print(f"gpu.py: {error}", file=sys.stderr)
         return REFUSED
     if status != REFUSED:
+        print(f"\n{section([Results(found.out / FILE)])}")
         print(f"\nresults: {found.out / FILE}\nto keep them: python benchmarks/gpu_table.py --add {found.out}")
     return status
