@@ -19,7 +19,7 @@ from benchmarks.gpu_parts.results import FAILED, OK
 from benchmarks.gpu_parts.session import CardLost, Session
 
 TESTS = Path(__file__).parents[2] / "tests" / "kernels"
-OF_DRY_RUN = 2  # tests of each function: the interpreter is slow
+OF_DRY_RUN = 1  # tests of each function: the interpreter is slow
 HANDFUL = 6  # tests of one result: neighbours, which use the same kernels
 _MOST_FAILURES = 3  # of one result whose messages are kept
 _LONGEST = 2000  # characters of one message

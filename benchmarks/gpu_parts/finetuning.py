@@ -26,7 +26,7 @@ from benchmarks.gpu_parts.pieces import MB, cut_all, joined_file, joined_folder
 from benchmarks.gpu_parts.results import OK, Refused
 from benchmarks.gpu_parts.session import Session
 from usllm.calibration import SecondMoments
-from usllm.compress import allocate_, reproject_, sketched_layers, swap_linears_
+from usllm.compress import allocate_, compressed_layers, reproject_, swap_linears_
 from usllm.eval.perplexity import perplexity
 from usllm.sketch import SketchConfig
 from usllm.training.objectives import Distill
@@ -57,7 +57,7 @@ class Recipe:
     for_the_end: float = 20.0
 
 
-MADE_UP_BITS = 12.0  # the tables of layers so small take most of them
+MADE_UP_BITS = 24.0  # the tables of layers so small take most of them
 DRY_RUN = Recipe(context=32, batch=2, calibration=2, windows=2, for_the_end=1.0)
 
 
@@ -106,7 +106,7 @@ def _finetune(session: Session, recipe: Recipe, device: torch.device, scratch: P
     )
     swap_linears_(model)
     batches = _batches(training, recipe, device)
-    with SecondMoments(sketched_layers(model)) as moments, torch.no_grad(), _autocast(device):
+    with SecondMoments(compressed_layers(model)) as moments, torch.no_grad(), _autocast(device):
         for _ in range(recipe.calibration):
             model(input_ids=next(batches), use_cache=False)
     allocate_(model, sketch, moments.mean())

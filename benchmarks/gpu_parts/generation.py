@@ -52,7 +52,7 @@ def _held(held: list[Any], shape: dict[str, Any], sketch: SketchConfig | None, d
     release()
     model = dense_model(shape, device)
     if sketch is not None:
-        sketch_(model, sketch)
+        sketch_(model, sketch, device.type == "cpu")
         pack_(model)
     model = model.to(torch.bfloat16).eval()
     release()

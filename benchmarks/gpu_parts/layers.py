@@ -26,7 +26,7 @@ SKETCHES = {
     "waterfill": SketchConfig(bits_per_weight=0.5, allocation="waterfill", output_scale=True, rounding="nearest"),
 }
 # On small layers the tables alone take more than half a bit; the interpreter is slow with every row.
-SMALL_SKETCHES = {"absmaxmin-r3": SketchConfig(bits_per_weight=9.0, rows=2, allocation="uniform")}
+SMALL_SKETCHES = {"absmaxmin-r3": SketchConfig(bits_per_weight=12.0, rows=2, allocation="uniform")}
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_parts.session import Session
-from usllm.compress import sketched_layers, swap_linears_
-from usllm.sketch import Plan, SketchConfig, build_plan
+from usllm.compress import DEFAULT_PATTERNS, LayerPlan, Statistics, as_compressor, swap_linears_
+from usllm.sketch import SketchConfig
 
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -35,25 +35,27 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 SMALL: dict[str, dict[str, Any]] = {
     "small": {
-        "hidden_size": 16,
-        "intermediate_size": 24,
+        "hidden_size": 8,
+        "intermediate_size": 16,
         "num_hidden_layers": 1,
-        "num_attention_heads": 2,
+        "num_attention_heads": 1,
         "num_key_value_heads": 1,
         "head_dim": 8,
         "vocab_size": 264,
     },
 }
 
+DRY_RUN_PATTERNS = ("down_proj",)
+
 
 def prepare(session: Session) -> torch.device:
     """The device of a part; in a dry run the CPU, with layers that compute as on a card, in Triton's interpreter."""
     if not session.dry_run:
         return torch.device("cuda")
-    from usllm.compress import sketched_linear
+    from usllm.compress.methods.sketch import SketchPlan
 
     os.environ["USLLM_KERNELS"] = "triton"
-    sketched_linear.DECODED_ON = frozenset()
+    SketchPlan.decodes_on = frozenset()
     return torch.device("cpu")
 
 
@@ -73,20 +75,21 @@ def dense_model(shape: dict[str, Any], device: torch.device, layers: int | None 
         return LlamaForCausalLM(LlamaConfig(**fields, max_position_embeddings=4096, tie_word_embeddings=True))
 
 
-def sketch_(model: Any, sketch: SketchConfig) -> None:
+def sketch_(model: Any, sketch: SketchConfig, dry_run: bool = False) -> None:
     """Sketch a model in place, planned by uneven importance: a few channels hold most of the energy.
 
     Layers of one shape share their bits out alike, as planning a billion weights takes a minute; their hashes differ.
+    In a dry run one layer is enough: the interpreter takes seconds for each.
     """
-    swap_linears_(model)
-    shared: dict[tuple[int, int], tuple[Plan, Tensor]] = {}
-    for name, layer in sketched_layers(model).items():
-        shape = (layer.out_features, layer.in_features)
-        if shape not in shared:
-            importance = torch.rand(shape[1], generator=torch.Generator().manual_seed(0)) ** 8 + 1e-3
-            shared[shape] = build_plan(shape, importance, sketch, name), importance
-        plan, importance = shared[shape]
-        layer.set_plan(Plan(name, shape, sketch, plan.classes, plan.channel_class), importance)
+    compressor = as_compressor(sketch)
+    shared: dict[tuple[int, int], tuple[LayerPlan, Tensor]] = {}
+    for name, layer in swap_linears_(model, DRY_RUN_PATTERNS if dry_run else DEFAULT_PATTERNS).items():
+        if layer.shape not in shared:
+            importance = torch.rand(layer.in_features, generator=torch.Generator().manual_seed(0)) ** 8 + 1e-3
+            bits = int(sketch.bits_per_weight * layer.out_features * layer.in_features)
+            shared[layer.shape] = compressor.plan(layer.shape, name, Statistics(energy=importance), bits), importance
+        plan, importance = shared[layer.shape]
+        layer.set_plan(compressor.restore(plan.to_tensors(), layer.shape, name), importance)
         layer.reproject()
 
 

@@ -53,7 +53,7 @@ def run(
     todo = [part for part in parts if part.essential or not results.is_complete(part.name)]
     complete = True
     for number, part in enumerate(todo):
-        until = part_end(time.monotonic(), end, todo[number:])
+        until = part_end(time.monotonic(), end, todo[number:], dry_run)
         status = run_part(part, results, call, until, options or {}, dry_run, path)
         if part.essential and status != COMPLETE:
             _say_why(results, part, call)

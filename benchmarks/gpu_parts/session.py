@@ -45,6 +45,7 @@ class Session:
     options: Mapping[str, Any]
     running: Path
     unmet: list[str] = field(default_factory=list)
+    _current: str = ""
 
     def remaining(self) -> float:
         """Seconds of the part's time that are left."""
@@ -62,6 +63,7 @@ class Session:
 
     def begin(self, key: str) -> None:
         """Tell the runner what is being measured from now on."""
+        self._current = key
         self.running.write_text(key, encoding="utf-8")
 
     def measure(self, key: str, work: Callable[[], Mapping[str, Any]], least: float = 1.0) -> None:
@@ -104,6 +106,8 @@ class Session:
     def write(self, key: str, status: str, **values: Any) -> None:
         """Write a line, and show its beginning."""
         self.results.append(self.part, key, status, call=self.call, **values)
+        if key == self._current:
+            self.begin("")  # what happens from now on is not its doing
         shown = {name: value for name, value in values.items() if name != "error"}
         shown |= {"error": str(values["error"]).strip().splitlines()[-1]} if values.get("error") else {}
         print(f"{self.part:12} {key:44} {status:7} {_short(shown)}", file=sys.__stdout__, flush=True)

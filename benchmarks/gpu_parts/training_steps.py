@@ -49,7 +49,7 @@ def step_ratio(shape: dict[str, Any], device: torch.device, layers: int | None, 
         release()
         model = dense_model(shape, device, layers)
         if kind == "sketched":
-            sketch_(model, sketch)
+            sketch_(model, sketch, dry_run)
         model.train()
         batch = torch.randint(0, shape["vocab_size"], (tokens // context, context), device=device)
         after = (lambda m=model: reproject_(m)) if kind == "sketched" else (lambda: None)
