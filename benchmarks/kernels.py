@@ -22,14 +22,14 @@ from torch import Tensor
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parent))  # run as a script, the folder is there already
+from baselines import matrix_query, naive_query
 from kernels_model import model_step
 
-from usllm.sketch import Plan, SketchConfig, States, build_plan, channel_scales
+from usllm.sketch import Plan, SketchConfig, States, build_plan
 from usllm.system.machine import machine, machine_line
 from usllm_kernels import (
     choose,
     folded_linear,
-    matrix_query,
     packed_states,
     project,
     project_query,
@@ -94,30 +94,6 @@ def several(states: States, plan: Plan) -> list[States]:
     """Copies of the states as :func:`copies` makes them of weights, as many as layers of this shape would be cold."""
     count = min(-(-UNCACHED_BYTES // max(plan.total_bits // 8, 1)), 64)
     return [{name: value.clone() for name, value in states.items()} for _ in range(count)]
-
-
-def naive_query(states: States, plan: Plan, dtype: torch.dtype) -> Tensor:
-    """AbsMaxMin decoded as written down: hash every weight, gather every row's candidate, take the largest."""
-    codes, device = states["codes"], states["codes"].device
-    decoded = torch.zeros(plan.shape, dtype=dtype, device=device)
-    scales = channel_scales(states, plan)
-    for block in plan.blocks:
-        channels = block.channels.to(device)
-        first = block.first_state + torch.arange(len(channels), device=device) * block.states_per_channel
-        for span in plan.spans:
-            buckets = plan.placement(block.choice, span.size).buckets.long().to(device)
-            k = min(block.choice.states, span.size)
-            for group in range(span.groups):
-                turn = plan.rotation(span) + plan.turns * (group * plan.shape[1] + channels)
-                q = (torch.arange(span.size, device=device)[:, None] - turn) % span.size
-                best = torch.zeros(q.shape, dtype=torch.int16, device=device)
-                for row in range(block.choice.rows):
-                    candidate = codes[first + row * k + buckets[row][q]].to(torch.int16)
-                    best = torch.where(candidate.abs() > best.abs(), candidate, best)
-                rows = slice(span.start + group * span.size, span.start + (group + 1) * span.size)
-                decoded[rows, channels] = (best * scales[channels]).to(dtype)
-                first = first + block.choice.rows * k
-    return decoded
 
 
 def table(title: str, rows: Iterator[tuple[str, ...]], head: tuple[str, ...]) -> None:

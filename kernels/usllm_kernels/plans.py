@@ -20,6 +20,7 @@ from usllm.sketch.classes import ChannelClass
 from usllm.sketch.codec import States
 from usllm.sketch.hash import HASHES
 from usllm.sketch.operators import OPERATORS
+from usllm.sketch.plan import living_plan
 
 _OPERATORS, _HASHES = tuple(OPERATORS), tuple(HASHES)
 _QUERIES, _ROUNDINGS = ("magnitude_max", "signed_max"), ("toward_zero", "nearest")
@@ -46,6 +47,9 @@ class FlatPlan(NamedTuple):
 
 def flatten(plan: Plan) -> FlatPlan:
     """A plan for an operator call; made once a plan."""
+    if torch.compiler.is_dynamo_compiling():
+        found = _flat_plan(plan.handle)
+        return FlatPlan(found.classes, found.channel_class, found.numbers)  # a constant of torch 2.11 is not unpacked
     kept: FlatPlan | None = plan.__dict__.get("_flat")
     if kept is None:
         kept = plan.__dict__["_flat"] = _flatten(plan)
@@ -148,8 +152,13 @@ def name_states(tensors: Sequence[Tensor]) -> States:
     return dict(zip(held, tensors, strict=False))
 
 
-def _places(plan: Plan) -> tuple[int, int, int]:
+def _flat_plan(handle: str) -> FlatPlan:
+    return flatten(living_plan(handle))
+
+
+def _places(handle: str) -> tuple[int, int, int]:
     """First bytes of scales, output scales and codes in a packed layer."""
+    plan = living_plan(handle)
     size = {name: bits // 8 for name, bits in plan.bit_breakdown().items()}
     scales = size["header"] + size["classes"] + size["channel_classes"]
     output = scales + size["scales"]
@@ -163,7 +172,7 @@ def packed_states(packed: Tensor, plan: Plan) -> States:
         packed: uint8 [``plan.total_bits / 8``], header first (`usllm/packed/FORMAT.md`).
         plan: The layer's plan.
     """
-    scales, output, codes = _places(plan)
+    scales, output, codes = _places(plan.handle)
     states = {"codes": packed[codes:], "scales": packed[scales:output], "scale_base": packed[1:2]}
     if plan.config.output_scale:
         states |= {"output_scales": packed[output:codes], "output_scale_base": packed[2:3]}
@@ -175,6 +184,7 @@ def empty(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(0, dtype=dtype, device=device)
 
 
-# What torch.compiler.assume_constant_result does, without its import of the whole compiler (a second, and triton).
-for _function in (flatten, _places):
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler (a second, and triton). They
+# take a plan's handle: before torch 2.12 no object that is not a constant may go into such a function.
+for _function in (_flat_plan, _places):
     setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010  # functions have no such attribute for mypy

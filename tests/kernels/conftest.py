@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,15 @@ def unusable(backend: str) -> str | None:
     if backend == "triton" and not (torch.cuda.is_available() or interpreted()):
         return "no CUDA; tests/kernels/test_interpreted.py runs this in Triton's interpreter"
     return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs Triton's kernels, so that ``-m cuda`` is what a card has to be asked for; skipped without one."""
+    for item in items:
+        of_backend = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
+        if of_backend == "triton" and item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.cuda)
 
 
 @pytest.fixture(params=["torch", "numba", "triton"])

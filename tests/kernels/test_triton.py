@@ -17,10 +17,13 @@ from usllm_kernels.ops.project import triton as projection  # noqa: E402
 from usllm_kernels.ops.sketch_linear import triton as products  # noqa: E402  # needs triton
 from usllm_kernels.triton_tile import as_multiplied, as_stored  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() or interpreted()),
-    reason="no CUDA; tests/kernels/test_interpreted.py runs this in Triton's interpreter",
-)
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(
+        not (torch.cuda.is_available() or interpreted()),
+        reason="no CUDA; tests/kernels/test_interpreted.py runs this in Triton's interpreter",
+    ),
+]
 
 # Halfway cases up and down, signs, infinities, the largest float32, and NaNs whose bits overflow or vanish in rounding.
 NUMBERS = [0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001, 0xBF818000, 0x7F800000, 0xFF800000, 0x7F7FFFFF, 0, 1]

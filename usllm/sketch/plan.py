@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -53,6 +55,15 @@ class Placement(NamedTuple):
     load: Tensor
 
 
+_numbers = itertools.count()
+_living: WeakValueDictionary[str, Plan] = WeakValueDictionary()
+
+
+def living_plan(handle: str) -> Plan:
+    """The plan of this process with that ``handle``: ``torch.compile`` takes a string where it takes no object."""
+    return _living[handle]
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Where the states of one layer are.
@@ -63,6 +74,7 @@ class Plan:
         config: The sketch configuration (format constants among it).
         classes: Up to 16 classes of channels.
         channel_class: uint8 [in].
+        handle: Name of this object in this process, for :func:`living_plan`.
     """
 
     name: str
@@ -70,6 +82,15 @@ class Plan:
     config: SketchConfig
     classes: tuple[ChannelClass, ...]
     channel_class: Tensor
+    handle: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "handle", f"plan {next(_numbers)}")
+        _living[self.handle] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()  # a copy is another object
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from usllm.sketch import Plan
 from usllm.sketch.codec import States, store_output_scales
+from usllm_kernels.cards import launch_parameters
 from usllm_kernels.launch import power_of_two
 from usllm_kernels.ops.project.triton_output_sums import output_sums
 from usllm_kernels.ops.project.triton_states import MAGNITUDE, store_states
@@ -143,10 +144,11 @@ def _values(weight: Tensor, plan: Plan, known: Tables, keys: bool, winners: Tens
     width, numbers = plan.shape[1], plan.num_scales
     values = torch.empty(plan.num_states, dtype=dtype, device=device)
     kept = values if winners is None else winners
+    parameters = launch_parameters("order", device)
     for span in known.spans:
         step = min(max(ORDERED_BYTES // (4 * numbers * span.size), 1), span.groups)
         ordered = torch.empty(step, numbers, span.size, dtype=dtype, device=device)
-        channels, outputs = 32, power_of_two(span.size, 16, 128)
+        channels, outputs = parameters["channels"], power_of_two(span.size, 16, parameters["outputs"])
         block = power_of_two(known.states, 16, 256)
         for first in range(0, span.groups, step):
             groups = min(step, span.groups - first)
@@ -165,6 +167,7 @@ def _values(weight: Tensor, plan: Plan, known: Tables, keys: bool, winners: Tens
                 KEYS=keys,
                 CHANNELS=channels,
                 OUTPUTS=outputs,
+                num_warps=parameters["num_warps"],
             )
             reduce_kernel[numbers, groups](
                 ordered,

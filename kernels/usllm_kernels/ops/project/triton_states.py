@@ -89,7 +89,8 @@ def best_scale(largest, total, squares, states, width, best, ratios):
     fitting = tl.div_rn(largest.to(tl.float32, bitcast=True), limit)
     normal, more = tl.load(best + 2 * width), tl.load(best + 2 * width + 1)
     first, between, slope = tl.load(ratios), tl.load(ratios + 1), tl.load(ratios + 2)
-    ratio = tl.div_rn(rms, tl.maximum(mean, _LEAST_MEAN))
+    # Triton 3.6 takes so small a number for a float64: brought back, it is the same one.
+    ratio = tl.div_rn(rms, tl.maximum(mean, _LEAST_MEAN).to(tl.float32))
     tail = tl.maximum(tl.div_rn(ratio - first, between), 0.0)
     tail += slope * tl.maximum(tail - 1.0, 0.0)
     clipped = tl.minimum(fitting, mean * (normal + more * tail))

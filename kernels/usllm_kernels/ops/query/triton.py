@@ -12,6 +12,7 @@ from torch import Tensor
 
 from usllm.sketch import Plan
 from usllm.sketch.codec import States
+from usllm_kernels.cards import launch_parameters
 from usllm_kernels.launch import groups_argument, power_of_two, sketch_argument, target
 from usllm_kernels.triton_tile import as_stored, decoded_tile
 
@@ -81,7 +82,8 @@ def query_groups(
     """
     known, sketch = sketch_argument(states, plan, output_scale=output_scale)
     span, columns = known.spans[span_number], decoded.shape[1]
-    channels, outputs = 32, power_of_two(span.size, 16, 32)  # 32 float32 fill a line; larger tiles spill registers
+    parameters = launch_parameters("query", decoded.device)
+    channels, outputs = parameters["channels"], power_of_two(span.size, 16, parameters["outputs"])
     query_kernel[triton.cdiv(columns, channels), len(groups) * triton.cdiv(span.size, outputs)](
         **target(decoded),
         pitch=decoded.stride(0),
@@ -94,5 +96,5 @@ def query_groups(
         COMPACT=numbers is not None,
         CHANNELS=channels,
         OUTPUTS=outputs,
-        num_warps=4,
+        num_warps=parameters["num_warps"],
     )

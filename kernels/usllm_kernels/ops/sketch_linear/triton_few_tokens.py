@@ -15,11 +15,9 @@ from torch import Tensor
 
 from usllm.sketch import Plan
 from usllm.sketch.codec import States
+from usllm_kernels.cards import launch_parameters
 from usllm_kernels.launch import groups_argument, power_of_two, sketch_argument
 from usllm_kernels.triton_tile import as_multiplied, decoded_tile
-
-_CHANNELS = 16
-_PROGRAMS = 512  # a few for each multiprocessor of a large card
 
 
 @triton.jit
@@ -60,13 +58,15 @@ def few_tokens(x: Tensor, states: States, plan: Plan) -> Tensor:
     """``x Ŵᵀ``, [tokens, out], of contiguous ``x`` [tokens, in], tokens up to eight, and a plan with states."""
     tokens, outputs = len(x), plan.shape[0]
     known, sketch = sketch_argument(states, plan)
-    tiles = sum(span.groups * triton.cdiv(span.size, 128) for span in known.spans)
-    splits = max(min(_PROGRAMS // tiles, triton.cdiv(plan.num_scales, 4 * _CHANNELS)), 1)
-    each = triton.cdiv(triton.cdiv(plan.num_scales, splits), _CHANNELS) * _CHANNELS
+    parameters = launch_parameters("few_tokens", x.device)
+    channels = parameters["channels"]
+    tiles = sum(span.groups * triton.cdiv(span.size, parameters["outputs"]) for span in known.spans)
+    splits = max(min(parameters["programs"] // tiles, triton.cdiv(plan.num_scales, 4 * channels)), 1)
+    each = triton.cdiv(triton.cdiv(plan.num_scales, splits), channels) * channels
     splits = triton.cdiv(plan.num_scales, each)
     parts = torch.empty(splits, tokens, outputs, dtype=torch.float32, device=x.device)
     for span in known.spans:
-        size = power_of_two(span.size, 16, 128)
+        size = power_of_two(span.size, 16, parameters["outputs"])
         few_tokens_kernel[span.groups * triton.cdiv(span.size, size), splits](
             x,
             parts,
@@ -76,8 +76,8 @@ def few_tokens(x: Tensor, states: States, plan: Plan) -> Tensor:
             sketch,
             groups_argument(span),
             TOKENS=power_of_two(tokens),
-            CHANNELS=_CHANNELS,
+            CHANNELS=channels,
             OUTPUTS=size,
-            num_warps=4,
+            num_warps=parameters["num_warps"],
         )
     return parts.sum(0).to(x.dtype)

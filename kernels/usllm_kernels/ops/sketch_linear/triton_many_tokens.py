@@ -12,6 +12,7 @@ from torch import Tensor
 
 from usllm.sketch import Plan
 from usllm.sketch.codec import States
+from usllm_kernels.cards import launch_parameters
 from usllm_kernels.launch import dot_in_float32, groups_argument, power_of_two, sketch_argument, target
 from usllm_kernels.triton_tile import as_multiplied, as_stored, decoded_tile
 
@@ -58,8 +59,10 @@ def many_tokens(x: Tensor, states: States, plan: Plan, tile: int) -> Tensor:
     out = x.new_empty(tokens, outputs)
     rows = power_of_two(tokens, 16, tile)
     float32 = dot_in_float32() or x.dtype not in (torch.bfloat16, torch.float16)
+    parameters = launch_parameters("many_tokens", x.device)
+    warps = parameters["num_warps" if rows >= 128 else "num_warps_below_128_tokens"]
     for span in known.spans:
-        size = power_of_two(span.size, 16, 32 if float32 else 64)  # larger tiles spill registers
+        size = power_of_two(span.size, 16, 32 if float32 else parameters["outputs"])
         many_tokens_kernel[triton.cdiv(tokens, rows), span.groups * triton.cdiv(span.size, size)](
             x=held,
             **target(out),
@@ -69,8 +72,8 @@ def many_tokens(x: Tensor, states: States, plan: Plan, tile: int) -> Tensor:
             span=groups_argument(span),
             FLOAT32=float32,
             TOKENS=rows,
-            CHANNELS=16 if float32 else 32,
+            CHANNELS=16 if float32 else parameters["channels"],
             OUTPUTS=size,
-            num_warps=8 if rows * size >= 128 * 64 else 4,
+            num_warps=warps if size >= 64 else 4,
         )
     return out
