@@ -56,8 +56,8 @@ class GgufContents:
     def refusal(self, what: str) -> UserError:
         """The error that this file cannot be used, and why."""
         return UserError(
-            f"model.file={self.path}: {what}. Nothing a file says is left out silently: take another GGUF file of this "
-            "model, or the original with model=folder or model=hub"
+            f"model.file={self.path}: {what}. Take another GGUF file of this model, or the original with model=folder or "
+            "model=hub"
         )
 
 

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from usllm.models.completeness import incompleteness
 from usllm.models.gguf_contents import GgufContents
 from usllm.models.gguf_families import GgufFamily, family_of
 from usllm.models.gguf_rope import ROPE_TENSORS
+from usllm.models.skeleton import skeleton
 from usllm.system.errors import UserError
 
 
@@ -27,11 +28,9 @@ def check_tensors(contents: GgufContents, config: PretrainedConfig) -> None:
             f"model.file={contents.path} holds {len(blocks)} layers, its metadata say {config.num_hidden_layers}; "
             "download it again"
         )
-    with torch.device("meta"):
-        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     wanted = {
         name: tuple(tensor.shape)
-        for name, tensor in _renamed(contents, skeleton.state_dict(), config.num_hidden_layers).items()
+        for name, tensor in _renamed(contents, skeleton(config).state_dict(), config.num_hidden_layers).items()
     }
     if config.tie_word_embeddings:
         wanted.pop("output.weight", None)
@@ -74,7 +73,11 @@ def _renamed(contents: GgufContents, tensors: dict[str, Tensor], layers: int) ->
 
     kind = next(key for key, name in MODEL_ARCH_NAMES.items() if name == contents.architecture)
     names = get_tensor_name_map(kind, layers)
-    return {names.get_name(name, try_suffixes=(".weight", ".bias")) or name: value for name, value in tensors.items()}
+    head = {"lm_head.weight": "output.weight"}  # which the map of an architecture that always ties it leaves out
+    return {
+        names.get_name(name, try_suffixes=(".weight", ".bias")) or head.get(name, name): value
+        for name, value in tensors.items()
+    }
 
 
 def _as_parameter(contents: GgufContents, name: str, family: GgufFamily, config: PretrainedConfig) -> Tensor:

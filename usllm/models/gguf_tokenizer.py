@@ -140,14 +140,12 @@ def _check_encoding(contents: GgufContents, tokenizer: PreTrainedTokenizerFast) 
     tokens = _get(contents, "tokens")
     kinds = _get(contents, "token_type", [_NORMAL] * len(tokens))
     way_out = "install another version of transformers (5 reads more of them than 4), or take the original model"
-    normal = [index for index, kind in enumerate(kinds) if kind == _NORMAL]
-    normal = normal[:: max(1, len(normal) // _SAMPLE)]
-    texts = {index: tokenizer.decode([index]) for index in normal}
-    texts = {index: text for index, text in texts.items() if text.isprintable() and text.strip()}
-    whole = sum(_encoded(tokenizer, text)[-1:] == [index] and len(_encoded(tokenizer, text)) <= 2 for index, text in texts.items())
-    if texts and whole < _LEAST_WHOLE * len(texts):
+    texts = _texts(contents, tokenizer, [index for index, kind in enumerate(kinds) if kind == _NORMAL])
+    whole = sum(_encoded(tokenizer, text) == [index] for index, text in texts.items())
+    if whole < _LEAST_WHOLE * len(texts):
         raise contents.refusal(
-            f"transformers reads its tokenizer wrongly: {whole} of {len(texts)} tokens are encoded as themselves; {way_out}"
+            f"transformers reads its tokenizer wrongly: {whole} of {len(texts)} tokens are encoded as themselves; "
+            f"{way_out}"
         )
     vocabulary = tokenizer.get_vocab()
     for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
@@ -157,6 +155,20 @@ def _check_encoding(contents: GgufContents, tokenizer: PreTrainedTokenizerFast) 
         prefixed = tokenizer.convert_ids_to_tokens(_encoded(tokenizer, "a"))[0].startswith("\u2581")
         if prefixed != (wanted := _get(contents, "add_space_prefix", True)):
             raise contents.refusal(f"transformers ignores its tokenizer.ggml.add_space_prefix={wanted}; {way_out}")
+
+
+def _texts(contents: GgufContents, tokenizer: PreTrainedTokenizerFast, normal: list[int]) -> dict[int, str]:
+    """Token ids and the texts that should be encoded as these single tokens, for a sample of ``normal``."""
+    if _get(contents, "model") == "gpt2":
+        sampled = normal[:: max(1, len(normal) // _SAMPLE)]
+        found = {index: tokenizer.decode([index]) for index in sampled}
+        # Parts of a character have no text of their own.
+        return {index: text for index, text in found.items() if text.strip() and "\ufffd" not in text}
+    tokens, space = _get(contents, "tokens"), "\u2581"
+    prefix = space if _get(contents, "add_space_prefix", True) else ""
+    words = [index for index in normal if tokens[index].startswith(prefix) and tokens[index].strip(space)]
+    sampled = words[:: max(1, len(words) // _SAMPLE)]
+    return {index: tokens[index].removeprefix(prefix).replace(space, " ") for index in sampled}
 
 
 def _encoded(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

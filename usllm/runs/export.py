@@ -12,11 +12,13 @@ import torch
 from rich.console import Console
 
 from usllm.compress import allocate_, swap_linears_
+from usllm.compress.coverage import coverage
 from usllm.config import DataConfig, EvaluationConfig, section_of, sketch_config_of
 from usllm.config.packed import ExportConfig, size_in_bytes
 from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.models import ModelSpec
 from usllm.models.loading import load_config, load_dense, load_generation_config, load_tokenizer
+from usllm.models.skeleton import skeleton
 from usllm.packed.card import CardFacts, model_card
 from usllm.packed.export import ModelFiles, RestStorage, export
 from usllm.packed.inspection import Inspection
@@ -24,7 +26,7 @@ from usllm.packed.loading import load
 from usllm.packed.source import PackingSource, from_checkpoint, from_model
 from usllm.runs.inputs import build_data, program, token_streams
 from usllm.runs.measure import measure, merge_stages
-from usllm.runs.report import human_bytes, print_facts
+from usllm.runs.report import human_bytes, print_coverage, print_facts
 from usllm.runs.saved_run import find_checkpoint
 from usllm.system.errors import UserError
 from usllm.system.files import read_json
@@ -71,7 +73,9 @@ def export_model(config: ExportConfig, command: str) -> Inspection:
     origin = _from_run(config.ckpt) if config.ckpt is not None else _from_dense(config)
     progress.print(f"Packing {len(origin.source.plans)} layers …")
     tokenizer = load_tokenizer(origin.spec)
-    files = ModelFiles(load_config(origin.spec), tokenizer, load_generation_config(origin.spec))
+    model_config = load_config(origin.spec)
+    print_coverage(coverage(skeleton(model_config), origin.spec.patterns, origin.source.plans.keys()), progress)
+    files = ModelFiles(model_config, tokenizer, load_generation_config(origin.spec))
 
     def card(folder: Path, inspection: Inspection) -> str:
         rows = list(origin.report.get("perplexity", []))
