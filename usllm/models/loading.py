@@ -20,12 +20,14 @@ from transformers import (
 from transformers.utils import cached_file
 
 from usllm.models.completeness import refuse_incomplete, refuse_second_head
-from usllm.models.gguf_file import decoded_folder, packaged_gguf
+from usllm.models.gguf_file import decoded_folder
+from usllm.models.gguf_package import packaged_gguf
 from usllm.models.random_model import byte_tokenizer, random_config, random_model
 from usllm.models.spec import ModelSpec
 from usllm.packed.config import QUANT_METHOD
 from usllm.packed.loading import load
 from usllm.system.errors import PackedFormatError, UserError, first_line
+from usllm.system.finite import refuse_nonfinite
 
 T = TypeVar("T")
 _SAFE = {"trust_remote_code": False}  # transformers would ask on the screen whether to run a stranger's code
@@ -77,13 +79,16 @@ def load_packed(spec: ModelSpec) -> PreTrainedModel | None:
 
     Raises:
         UserError: it is damaged.
+        RunError: a stored number is not finite.
     """
     if spec.kind not in ("folder", "hub") or not _is_packed(load_config(spec)):
         return None
     try:
-        return load(str(spec.name), dtype=torch.float32, revision=spec.revision)
+        model = load(str(spec.name), dtype=torch.float32, revision=spec.revision)
     except PackedFormatError as error:
         raise UserError(f"model={spec.name}: {error}") from error
+    refuse_nonfinite(model, f"model={spec.name}")
+    return model
 
 
 def load_dense(spec: ModelSpec) -> PreTrainedModel:
@@ -94,6 +99,7 @@ def load_dense(spec: ModelSpec) -> PreTrainedModel:
     Raises:
         UserError: the model cannot be found, is not a decoder-only language model, is a packed or otherwise quantised
             one, or its weight files and its configuration do not describe the same model.
+        RunError: a weight is not finite.
     """
     config = load_config(spec)
     if _is_packed(config):
@@ -120,6 +126,7 @@ def load_dense(spec: ModelSpec) -> PreTrainedModel:
     )
     refuse_incomplete(info, _place(spec))
     refuse_second_head(model, _weights_folder(source, options), _place(spec))
+    refuse_nonfinite(model, f"The model at {_place(spec)}")
     return model
 
 
