@@ -78,6 +78,9 @@ def check_tokenizer(contents: GgufContents) -> None:
         index = _get(contents, key)
         if key.endswith("_token_id") and index is not None and not 0 <= index < len(tokens):
             raise contents.refusal(f"tokenizer.ggml.{key}={index} is none of its {len(tokens)} tokens")
+    for key in ("bos", "eos"):
+        if _get(contents, f"add_{key}_token") and _get(contents, f"{key}_token_id") is None:
+            raise contents.refusal(f"tokenizer.ggml.add_{key}_token is set, but there is no {key}_token_id")
     if len(_get(contents, "token_type", tokens)) != len(tokens):
         raise contents.refusal("tokenizer.ggml.token_type and tokenizer.ggml.tokens differ in length")
 
@@ -127,9 +130,7 @@ def _framing(contents: GgufContents, special: dict[str, str]) -> Any:
     begins = sentencepiece or PRE_TOKENIZERS[_get(contents, "pre", "default")].begins_texts
     added = {}
     for key, default in (("bos", begins), ("eos", False)):
-        if _get(contents, f"add_{key}_token", default):
-            if f"{key}_token" not in special:
-                raise contents.refusal(f"tokenizer.ggml.add_{key}_token is set, but there is no {key}_token_id")
+        if _get(contents, f"add_{key}_token", default and f"{key}_token" in special):
             added[key] = special[f"{key}_token"]
     template = " ".join(filter(None, (added.get("bos"), "$A", added.get("eos"))))
     ids = [(token, _get(contents, f"{key}_token_id")) for key, token in added.items()]

@@ -120,8 +120,15 @@ def load_dense(spec: ModelSpec) -> PreTrainedModel:
     model, info = _explained(
         spec,
         # fp32 by name: transformers 5 keeps a checkpoint's bf16, in which small updates of a latent weight vanish.
+        # Mismatches are not ignored but refused below, with their names, which transformers' own error leaves out.
         lambda: AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=torch.float32, output_loading_info=True, **_SAFE, **options
+            source,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **_SAFE,
+            **options,
         ),
     )
     refuse_incomplete(info, _place(spec))
