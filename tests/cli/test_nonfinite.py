@@ -51,7 +51,10 @@ def poisoned_run(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     [
         ("train", [*TINY, "model={dense}", "data.train.path={text}", "run_dir={out}/run"]),
         ("eval", ["model={dense}", "run_dir={out}", "evaluation=files", "evaluation.test_sets.text.path={text}"]),
-        ("export", ["model={dense}", "out={out}/packed", "data=text", "data.train.path={text}", "data.context_length=32"]),
+        (
+            "export",
+            ["model={dense}", "out={out}/packed", "data=text", "data.train.path={text}", "data.context_length=32"],
+        ),
         ("eval", ["ckpt={run}", "run_dir={out}"]),
         ("export", ["ckpt={run}", "out={out}/packed"]),
         ("generate", ["ckpt={run}", "prompt=the cat"]),

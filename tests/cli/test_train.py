@@ -148,7 +148,10 @@ def test_epochs_are_counted_in_passes_over_the_text(
 def test_coverage_is_said_before_the_run_and_kept_in_its_report(
     tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_here(monkeypatch, *arguments(tiny_text, tmp_path, "name=a", "model.patterns=[up_proj,gate_prj]", "trainer.max_steps=2"))
+    run_here(
+        monkeypatch,
+        *arguments(tiny_text, tmp_path, "name=a", "model.patterns=[up_proj,gate_prj]", "trainer.max_steps=2"),
+    )
     shown = capsys.readouterr()
     assert "Compressing 2 layers, 23.8% of the decoder's linear weights; left out: gate_proj (2 x)" in shown.err
     assert "warning: model.patterns: gate_prj matched no layer of this model" in shown.err

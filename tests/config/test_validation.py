@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import usllm.conf
 from composing import composed
 
+import usllm.conf
 from usllm.config import check_eval, check_train, sketch_config
 from usllm.system.errors import UserError
 

@@ -79,7 +79,9 @@ def test_evaluation_of_nan_names_where_it_begins(in_weights: bool) -> None:
         torch.nn.init.constant_(layer.weight, math.nan)
     else:
         layer.register_forward_hook(lambda module, inputs, output: output * math.nan)
-    with pytest.raises(RunError, match=rf"NaN, first seen in the {'weight' if in_weights else 'output of'} model.layers.1"):
+    with pytest.raises(
+        RunError, match=rf"NaN, first seen in the {'weight' if in_weights else 'output of'} model.layers.1"
+    ):
         evaluate(model, byte_tokenizer(), {"text": torch.arange(64)}, [32])
 
 

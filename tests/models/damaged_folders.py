@@ -140,7 +140,11 @@ DAMAGED: dict[str, tuple[dict[str, Any], Change, str]] = {
     "tied, with another head": ({}, configured(tie_word_embeddings=True), "lm_head.weight in its weight files"),
     "untied, without a head": ({"tied": True}, configured(tie_word_embeddings=False), r"missing \(lm_head"),
     "NaN": ({}, replaced(DOWN, lambda w: w.fill_(float("nan"))), rf"not finite.*{DOWN}"),
-    "one infinite number": ({}, replaced("model.norm.weight", lambda w: w.index_fill_(0, torch.tensor(3), torch.inf)), "norm"),
+    "one infinite number": (
+        {},
+        replaced("model.norm.weight", lambda w: w.index_fill_(0, torch.tensor(3), torch.inf)),
+        "norm",
+    ),
     "shard lost": ({"shards": True}, without_second_shard, "cannot be loaded"),
     "cut in half": ({}, cut(0.5), "cannot be loaded"),
     "cut in the header": ({}, cut(0.001), "cannot be loaded"),

@@ -28,7 +28,11 @@ METADATA: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"llama.block_count": None}, "llama.block_count=None"),
     ("llama", {"llama.vocab_size": 100}, "counts 100 tokens, token_embd.weight 272"),
     ("llama", {"llama.attention.sliding_window": 128}, "sliding_window=128 is not understood"),
-    ("llama3-scaled", {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}, "rope_freqs.weight with"),
+    (
+        "llama3-scaled",
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
+        "rope_freqs.weight with",
+    ),
     ("qwen2", {"qwen2.attention.key_length": 32, "qwen2.attention.value_length": 32}, "key_length=32"),
     ("gemma3", {"gemma3.attention.sliding_window": None}, "states no gemma3.attention.sliding_window"),
     ("gemma3", {"gemma3.attention.sliding_window_pattern": [True, False]}, "2 entries for 7 layers"),

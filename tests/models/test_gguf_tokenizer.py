@@ -111,5 +111,5 @@ def test_vocabulary_whose_merges_are_lost_is_refused(tmp_path: Path) -> None:
 
 
 def test_prefix_that_transformers_ignores_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="add_space_prefix=True|tokens are encoded as themselves"):
+    with pytest.raises(UserError, match=r"add_space_prefix=True|tokens are encoded as themselves"):
         load_tokenizer(spec(tmp_path, {"tokenizer.ggml.add_space_prefix": True}, "gemma3"))

@@ -21,7 +21,7 @@ from usllm.eval.perplexity import perplexity
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 8
 BEFORE_5 = int(transformers.__version__.partition(".")[0]) < 5
 Case = Callable[[Path], PreTrainedModel | None]
-"""Writes the file or folder called ``model.gguf`` or ``model`` and returns the model that it is meant to be, or None."""
+"""Writes ``model.gguf`` or the folder ``model``, and returns the model that it is meant to be, or None."""
 
 
 def whole_folder(name: str) -> Case:

@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from usllm.system.finite import first_nonfinite_output, first_nonfinite_tensor
 from usllm.system.errors import RunError
+from usllm.system.finite import first_nonfinite_output, first_nonfinite_tensor
 from usllm.system.rng import preserved_rng
 
 
@@ -60,9 +60,9 @@ class NanGuard(Callback):
 
     def _first_nonfinite_output(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """Run the micro batch again, watching each module's output; ``None`` where all of them are finite."""
-        with first_nonfinite_output(pl_module) as found, preserved_rng(), torch.no_grad():
-            with trainer.precision_plugin.forward_context():
-                pl_module.training_step(self._batch, 0)
+        forward_context = trainer.precision_plugin.forward_context()
+        with first_nonfinite_output(pl_module) as found, preserved_rng(), torch.no_grad(), forward_context:
+            pl_module.training_step(self._batch, 0)
         return found[0] if found else None
 
 

@@ -28,8 +28,8 @@ class Coverage:
         compressed_weights: weights in them, without those of an output head.
         linear_weights: weights of all linear layers and experts of the decoder; embeddings, norms and the output head
             are none of them.
-        left_out: last part of a name to (number of layers, weights) of what is not compressed, most weights first. Experts
-            stored as one parameter ``[experts, out, in]`` are called so.
+        left_out: last part of a name to (number of layers, weights) of what is not compressed, most weights first.
+            Experts stored as one parameter ``[experts, out, in]`` come with their shape.
         unmatched: patterns that matched nothing, but for the other form of a projection that is fused or apart.
         linear: those of ``left_out`` that patterns could name.
     """
@@ -90,7 +90,7 @@ def coverage(model: nn.Module, patterns: Iterable[str], compressed: Collection[s
     patterns = tuple(patterns)
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if callable(find_head) else None
-    kinds = (*POLICY, CompressedLinear)
+    kinds: tuple[type[nn.Module], ...] = (*POLICY, CompressedLinear)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     chosen = {name for name in linear if matches(name, patterns)} if compressed is None else set(compressed)
     weights = {name: _weights(module) for name, module in linear.items() if module is not head}

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from usllm.system.finite import first_nonfinite_output, first_nonfinite_tensor
 from usllm.system.errors import RunError, UserError
+from usllm.system.finite import first_nonfinite_output, first_nonfinite_tensor
 from usllm.system.ranks import dealt, ranks, sum_over_ranks_
 
 if TYPE_CHECKING:
@@ -185,8 +185,8 @@ def _not_finite(
             model(input_ids=ids[None].to(device), use_cache=False)
         where = found[0] if found else "a window after the first"
     return (
-        f"the perplexity on {result.name!r} with windows of {result.window} is NaN, first seen in {where}: take an earlier "
-        "checkpoint, or evaluation.precision=fp32 where a sum was too large for less"
+        f"the perplexity on {result.name!r} with windows of {result.window} is NaN, first seen in {where}: take an "
+        "earlier checkpoint, or evaluation.precision=fp32 where a sum was too large for less"
     )
 
 

@@ -48,8 +48,8 @@ def refuse_incomplete(info: Mapping[str, Any], place: str) -> None:
         problem = "; ".join(filter(None, (problem, str(next(iter(errors))).strip().splitlines()[0])))
     if problem is not None:
         raise UserError(
-            f"The model at {place} is not the one that its config.json describes: {problem}. Restore the missing weight "
-            "files, or the config.json that belongs to them"
+            f"The model at {place} is not the one that its config.json describes: {problem}. Restore the missing "
+            "weight files, or the config.json that belongs to them"
         )
 
 

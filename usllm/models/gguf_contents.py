@@ -1,4 +1,4 @@
-"""What a GGUF file says, read with the ``gguf`` package: independent of transformers, which skips what it does not know."""
+"""What a GGUF file says, read with the ``gguf`` package: transformers skips what it does not know."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class GgufContents:
     def refusal(self, what: str) -> UserError:
         """The error that this file cannot be used, and why."""
         return UserError(
-            f"model.file={self.path}: {what}. Take another GGUF file of this model, or the original with model=folder or "
-            "model=hub"
+            f"model.file={self.path}: {what}. Take another GGUF file of this model, or the original with "
+            "model=folder or model=hub"
         )
 
 
@@ -80,7 +80,9 @@ def read_contents(path: Path) -> GgufContents:
         stored = {tensor.name: tensor for tensor in reader.tensors}
         shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in stored.items()}
     except Exception as error:  # the reader fails in many ways on a file cut short: numpy, struct, Unicode, keys
-        raise UserError(f"model.file={path} is damaged or cut short; download it again ({first_line(error)})") from error
+        raise UserError(
+            f"model.file={path} is damaged or cut short; download it again ({first_line(error)})"
+        ) from error
     if (parts := metadata.get("split.count", 1)) not in (0, 1):
         raise UserError(
             f"model.file={path} is one of {parts} parts of a model; join them with llama.cpp's `gguf-split --merge`"

@@ -63,7 +63,7 @@ def _decode(path: Path, folder: Path) -> None:
     # The weights are plain fp32 now; transformers refuses to save what it still believes to be quantised.
     with contextlib.suppress(AttributeError):
         del model.config.quantization_config
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=end_tokens(contents) or None, pad_token_id=config.pad_token_id
     )

@@ -58,7 +58,9 @@ def _joined(files: list[Path]) -> Path | None:
     if not parts:
         return None
     if sorted(parts) != list(range(len(parts))):
-        raise UserError(f"{parts[min(parts)].name}: of its parts only {sorted(parts)} are installed; reinstall the package")
+        raise UserError(
+            f"{parts[min(parts)].name}: of its parts only {sorted(parts)} are installed; reinstall the package"
+        )
     ordered = [parts[number] for number in sorted(parts)]
     match = _PART.fullmatch(ordered[0].name)
     assert match is not None

@@ -57,7 +57,7 @@ def pre_tokenizer(name: str) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
     split = PRE_TOKENIZERS[name]
-    steps = [pre_tokenizers.Digits(individual_digits=True)] if split.single_digits else []
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split.single_digits else []
     if split.pattern is not None:
         steps.append(pre_tokenizers.Split(Regex(split.pattern), behavior="isolated"))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.pattern is None))

@@ -78,10 +78,12 @@ def check_rope(contents: GgufContents, model: nn.Module) -> None:
         width = 2 * frequencies.numel()
         local = contents.architecture == "gemma3" and ("sliding" in kind or "rotary_emb_local" in name)
         wanted = _frequencies(contents, width, local)
-        if wanted.shape != frequencies.shape or not torch.allclose(frequencies.double(), wanted, rtol=_TOLERANCE, atol=0):
+        if wanted.shape != frequencies.shape or not torch.allclose(
+            frequencies.double(), wanted, rtol=_TOLERANCE, atol=0
+        ):
             worst = (frequencies.double() / wanted - 1).abs().max()
             raise contents.refusal(
-                f"the rotary frequencies of {name} are {float(worst):.1%} off the file's; transformers reads them wrongly"
+                f"transformers reads its rotary frequencies wrongly: those of {name} are {float(worst):.1%} off"
             )
     if width is None:
         raise contents.refusal("the model of transformers has no rotary embedding to compare with")
@@ -103,9 +105,7 @@ def _frequencies(contents: GgufContents, width: int, local: bool) -> Tensor:
     return frequencies
 
 
-def _scaling(
-    contents: GgufContents, settings: Mapping[str, Any], base: float, rotated: int
-) -> dict[str, Any] | None:
+def _scaling(contents: GgufContents, settings: Mapping[str, Any], base: float, rotated: int) -> dict[str, Any] | None:
     kind = contents.of_model("rope.scaling.type", "none")
     factor = contents.of_model("rope.scaling.factor")
     tensors = [name for name in ROPE_TENSORS if name in contents.shapes]

@@ -162,7 +162,7 @@ def _texts(contents: GgufContents, tokenizer: PreTrainedTokenizerFast, normal: l
     """Token ids and the texts that should be encoded as these single tokens, for a sample of ``normal``."""
     if _get(contents, "model") == "gpt2":
         sampled = normal[:: max(1, len(normal) // _SAMPLE)]
-        found = {index: tokenizer.decode([index]) for index in sampled}
+        found = {index: str(tokenizer.decode([index])) for index in sampled}
         # Parts of a character have no text of their own.
         return {index: text for index, text in found.items() if text.strip() and "\ufffd" not in text}
     tokens, space = _get(contents, "tokens"), "\u2581"

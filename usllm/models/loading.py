@@ -116,8 +116,7 @@ def load_dense(spec: ModelSpec) -> PreTrainedModel:
             "made from"
         )
     source, options = _locate(spec)
-    model: PreTrainedModel
-    model, info = _explained(
+    loaded: Any = _explained(
         spec,
         # fp32 by name: transformers 5 keeps a checkpoint's bf16, in which small updates of a latent weight vanish.
         # Mismatches are not ignored but refused below, with their names, which transformers' own error leaves out.
@@ -131,6 +130,8 @@ def load_dense(spec: ModelSpec) -> PreTrainedModel:
             **options,
         ),
     )
+    model: PreTrainedModel
+    model, info = loaded
     refuse_incomplete(info, _place(spec))
     refuse_second_head(model, _weights_folder(source, options), _place(spec))
     refuse_nonfinite(model, f"The model at {_place(spec)}")
@@ -194,7 +195,9 @@ def _weights_folder(source: str, options: dict[str, Any]) -> Path | None:
     """Folder of the model's files on this machine; for a hub model, which has been downloaded, its snapshot."""
     if Path(source).is_dir():
         return Path(source)
-    config = cached_file(source, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False, **options)
+    config = cached_file(
+        source, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False, **options
+    )
     return None if config is None else Path(config).parent
 
 

@@ -82,8 +82,8 @@ class _FiniteLogits(LogitsProcessor):
         """
         if torch.isnan(scores).any():
             raise RunError(
-                f"the scores of token {input_ids.shape[1] + 1} are NaN: a number was too large for dtype={scores.dtype}; "
-                "use dtype=float32"
+                f"the scores of token {input_ids.shape[1] + 1} are NaN: a number on the way was too large; use "
+                "dtype=float32"
             )
         return scores
 

@@ -55,4 +55,6 @@ def refuse_nonfinite(module: nn.Module, what: str) -> None:
         RunError: names the first tensor.
     """
     if (where := first_nonfinite_tensor(module)) is not None:
-        raise RunError(f"{what} has values that are not finite (NaN or infinite), first in {where}; take an earlier one")
+        raise RunError(
+            f"{what} has values that are not finite (NaN or infinite), first in {where}; take an earlier one"
+        )
