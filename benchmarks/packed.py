@@ -61,7 +61,7 @@ def prepare(root: Path, rates: list[float]) -> dict[str, dict[str, Any]]:
     from usllm.config import DataConfig
     from usllm.data import SourceSpec
     from usllm.models import ModelSpec
-    from usllm.models.gguf_file import packaged_gguf
+    from usllm.models.gguf_package import packaged_gguf
     from usllm.models.loading import load_config, load_dense, load_tokenizer
     from usllm.packed.export import ModelFiles, RestStorage, export
     from usllm.packed.source import from_model

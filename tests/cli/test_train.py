@@ -145,6 +145,24 @@ def test_epochs_are_counted_in_passes_over_the_text(
     assert sequences == report["steps"] * 2
 
 
+def test_coverage_is_said_before_the_run_and_kept_in_its_report(
+    tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_here(
+        monkeypatch,
+        *arguments(tiny_text, tmp_path, "name=a", "model.patterns=[up_proj,gate_prj]", "trainer.max_steps=2"),
+    )
+    shown = capsys.readouterr()
+    assert "Compressing 2 layers, 23.8% of the decoder's linear weights; left out: gate_proj (2 x)" in shown.err
+    assert "warning: model.patterns: gate_prj matched no layer of this model" in shown.err
+    assert "Add to model.patterns: gate_proj, down_proj" in shown.err
+    assert "2 layers, 23.8%" in shown.out
+    (report,) = tmp_path.rglob("report.json")
+    covered = json.loads(report.read_text())["coverage"]
+    assert covered["unmatched"] == ["gate_prj"]
+    assert covered["left_out"]["q_proj"] == [2, 8192]
+
+
 @pytest.mark.parametrize(
     ("override", "named"),
     [

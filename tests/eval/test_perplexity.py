@@ -18,7 +18,7 @@ from torch import nn
 from usllm.data import SourceSpec
 from usllm.eval.perplexity import bos_rule, evaluate, perplexity, tokenise_test_sets
 from usllm.models.random_model import byte_tokenizer, random_model
-from usllm.system.errors import UserError
+from usllm.system.errors import RunError, UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -69,6 +69,20 @@ def test_only_the_first_windows_are_measured_when_asked() -> None:
 def test_hopeless_model_scores_infinity_without_an_overflow() -> None:
     wrong = torch.tensor([[-4000.0, 4000.0], [4000.0, -4000.0]])
     assert perplexity(Table(wrong), torch.zeros(8, dtype=torch.long), 4).perplexity == math.inf
+
+
+@pytest.mark.parametrize("in_weights", [True, False])
+def test_evaluation_of_nan_names_where_it_begins(in_weights: bool) -> None:
+    model = random_model("llama")
+    layer = model.model.layers[1].mlp.down_proj
+    if in_weights:
+        torch.nn.init.constant_(layer.weight, math.nan)
+    else:
+        layer.register_forward_hook(lambda module, inputs, output: output * math.nan)
+    with pytest.raises(
+        RunError, match=rf"NaN, first seen in the {'weight' if in_weights else 'output of'} model.layers.1"
+    ):
+        evaluate(model, byte_tokenizer(), {"text": torch.arange(64)}, [32])
 
 
 def test_nan_is_reported_as_it_is() -> None:

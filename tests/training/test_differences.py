@@ -143,6 +143,13 @@ def test_sketch_keys_are_called_as_the_configuration_calls_them() -> None:
     assert compression_differences(saved, as_compressor(SketchConfig(rows=2)), ["k_proj", "q_proj"]) == []
 
 
+def test_checkpoint_from_before_fused_projections_were_among_the_default_patterns_continues() -> None:
+    older = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    saved = {"sketch": dataclasses.asdict(SketchConfig()), "patterns": older}
+    assert compression_differences(saved, as_compressor(SketchConfig()), DEFAULT_PATTERNS) == []
+    assert compression_differences(saved, as_compressor(SketchConfig()), [*DEFAULT_PATTERNS, "o_proj"]) != []
+
+
 def test_checkpoints_of_both_formats_say_the_same() -> None:
     ours = as_compressor(SketchConfig(rows=2))
     patterns = ["q_proj"]

@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from usllm.system.errors import UserError
+from usllm.system.errors import RunError
+from usllm.system.finite import first_nonfinite_output, first_nonfinite_tensor
 from usllm.system.rng import preserved_rng
 
 
 class NanGuard(Callback):
-    """Raises a ``UserError`` that names the step and the first layer in which numbers stopped being finite.
+    """Raises a ``RunError`` that names the step and the first layer in which numbers stopped being finite.
 
     The loss is looked at before each backward pass and the gradients before each optimizer step, so the latent weights
     stay as they were and no checkpoint is written with the poisoned state. Looking at the loss waits for the device,
@@ -32,20 +33,20 @@ class NanGuard(Callback):
         """Stop on a loss that is not finite.
 
         Raises:
-            UserError: names the step and the first layer with a weight, state or output that is not finite.
+            RunError: names the step and the first layer with a weight, state or output that is not finite.
         """
         bad = not bool(torch.isfinite(loss).all())
         if not trainer.strategy.reduce_boolean_decision(bad, all=False):
             return
         where = first_nonfinite_tensor(pl_module) or self._first_nonfinite_output(trainer, pl_module)
         what = f"loss is {loss.item()}" if bad else "loss of another rank is not finite"
-        raise UserError(_message(what, where or "the objective itself", trainer))
+        raise RunError(_message(what, where or "the objective itself", trainer))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Stop on a gradient that is not finite.
 
         Raises:
-            UserError: names the step and, of the layers with such a gradient, the one nearest to the loss: the backward
+            RunError: names the step and, of the layers with such a gradient, the one nearest to the loss: the backward
                 pass met it first.
         """
         if trainer.precision == "16-mixed":
@@ -55,40 +56,14 @@ class NanGuard(Callback):
             return
         for name, gradient in reversed(named):
             if not torch.isfinite(gradient).all():
-                raise UserError(_message("gradient is not finite", f"the gradient of {name}", trainer))
+                raise RunError(_message("gradient is not finite", f"the gradient of {name}", trainer))
 
     def _first_nonfinite_output(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """Run the micro batch again, watching each module's output; ``None`` where all of them are finite."""
-        found: list[str] = []
-        handles = []
-
-        def watch(name: str) -> Any:
-            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                value = output[0] if isinstance(output, tuple) else output
-                if not found and isinstance(value, Tensor) and not torch.isfinite(value).all():
-                    found.append(f"the output of {name}")
-
-            return hook
-
-        for name, module in pl_module.named_modules():
-            if not list(module.children()):
-                handles.append(module.register_forward_hook(watch(name)))
-        try:
-            with preserved_rng(), torch.no_grad(), trainer.precision_plugin.forward_context():
-                pl_module.training_step(self._batch, 0)
-        finally:
-            for handle in handles:
-                handle.remove()
+        forward_context = trainer.precision_plugin.forward_context()
+        with first_nonfinite_output(pl_module) as found, preserved_rng(), torch.no_grad(), forward_context:
+            pl_module.training_step(self._batch, 0)
         return found[0] if found else None
-
-
-def first_nonfinite_tensor(module: nn.Module) -> str | None:
-    """Name of the first parameter or floating buffer of ``module`` with a value that is not finite, if there is one."""
-    for kind, named in (("weight", module.named_parameters()), ("state", module.named_buffers())):
-        for name, tensor in named:
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                return f"the {kind} {name}"
-    return None
 
 
 def _message(what: str, where: str, trainer: Trainer) -> str:

@@ -16,7 +16,7 @@ from usllm.system.errors import UserError
 
 T = TypeVar("T")
 
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR = UserError.status
 EXIT_INTERRUPTED = 130
 PLAIN_TEXT = ("prompt",)
 """Keys whose value ``null`` is the word."""
@@ -39,7 +39,7 @@ _QUIET_LOGGERS = ("lightning.pytorch", "lightning.fabric", "transformers", "data
 
 
 def report_errors(program: str, task: Callable[[], T], in_sweep: bool = False, resumes: bool = False) -> T:
-    """Run ``task``; a :class:`UserError` becomes one message on stderr and exit status 2, without a traceback.
+    """Run ``task``; a :class:`UserError` becomes one message on stderr and its exit status, without a traceback.
 
     So does a disk that has run full. With ``HYDRA_FULL_ERROR=1`` in the environment the error passes through with its
     traceback.
@@ -64,7 +64,7 @@ def report_errors(program: str, task: Callable[[], T], in_sweep: bool = False, r
             from hydra.errors import CompactHydraException
 
             raise CompactHydraException(f"{program}: error: {error}") from None
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(error.status)
     except SystemExit as leaving:
         if hasattr(leaving, "reason"):  # usllm.callbacks.Preempted, which is slow to import
             print(f"{program}: {leaving.reason}", file=sys.stderr)

@@ -24,7 +24,7 @@ from usllm.compress.sharded import (
 )
 from usllm.system.errors import UserError
 
-DEFAULT_PATTERNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+DEFAULT_PATTERNS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 POLICY: dict[type[nn.Module], Callable[[Any, str], CompressedLinear]] = {nn.Linear: CompressedLinear}
 """Replacement of each type of module, called with the module and its stable name. Fused projections are linear too."""
@@ -53,7 +53,7 @@ def swap_linears_(model: nn.Module, patterns: Iterable[str] = DEFAULT_PATTERNS) 
     found: dict[str, Any] = {}
     # A linear layer that two places share comes up under both names; swapping it in one would untie them.
     for name, module in model.named_modules(remove_duplicate=False):
-        if not _matches(name, patterns) or not any(isinstance(module, kind) for kind in POLICY):
+        if not matches(name, patterns) or not any(isinstance(module, kind) for kind in POLICY):
             continue
         if owners.count(id(module._parameters["weight"])) > 1:
             raise UserError(
@@ -237,6 +237,7 @@ def _with_stored_states(model: nn.Module) -> dict[str, CompressedLinear]:
     }
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern fits the last part of a layer's name, or the whole of it."""
     last = name.rpartition(".")[2]
     return any(fnmatch(last, pattern) or fnmatch(name, pattern) for pattern in patterns)

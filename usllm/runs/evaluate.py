@@ -22,6 +22,7 @@ from usllm.runs.report import perplexity_table, print_facts
 from usllm.runs.saved_run import find_checkpoint, load_sketched_
 from usllm.system.errors import UserError
 from usllm.system.files import write_json
+from usllm.system.finite import refuse_nonfinite
 from usllm.system.machine import choose_autocast, machine, machine_line
 from usllm.training import load_checkpoint
 from usllm.training.checkpoint_section import CHECKPOINT_KEY
@@ -42,6 +43,7 @@ def evaluate(config: EvalConfig, command: str, own_evaluation: bool = True) -> d
 
     Raises:
         UserError: something in the input does not work.
+        RunError: the model is not finite; names where first.
     """
     tasks = config.harness
     manager = find_tasks(tasks.tasks, tasks.include_path) if tasks.tasks else None
@@ -70,6 +72,7 @@ def evaluate(config: EvalConfig, command: str, own_evaluation: bool = True) -> d
     model = packed or load_dense(spec)
     if saved is not None:
         load_sketched_(model, saved)
+        refuse_nonfinite(model, f"ckpt={checkpoint}")
     cast(nn.Module, model).to(choose_device(config.device))  # transformers' own `to` is typed for keywords only
     rows = measure(model, tokenizer, streams, evaluation, "Model")
     harness = None

@@ -12,11 +12,13 @@ import torch
 from rich.console import Console
 
 from usllm.compress import allocate_, swap_linears_
+from usllm.compress.coverage import coverage
 from usllm.config import DataConfig, EvaluationConfig, compressor_of, section_of
 from usllm.config.packed import ExportConfig, size_in_bytes
 from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.models import ModelSpec
 from usllm.models.loading import load_config, load_dense, load_generation_config, load_tokenizer
+from usllm.models.skeleton import skeleton
 from usllm.packed.card import CardFacts, model_card
 from usllm.packed.export import ModelFiles, RestStorage, export
 from usllm.packed.inspection import Inspection
@@ -24,9 +26,9 @@ from usllm.packed.loading import load
 from usllm.packed.source import PackingSource, from_checkpoint, from_model
 from usllm.runs.inputs import build_data, program, token_streams
 from usllm.runs.measure import measure, merge_stages
-from usllm.runs.report import human_bytes, print_facts
+from usllm.runs.report import human_bytes, print_coverage, print_facts
 from usllm.runs.saved_run import find_checkpoint
-from usllm.system.errors import UserError
+from usllm.system.errors import RunError, UserError
 from usllm.system.files import read_json
 from usllm.system.machine import choose_autocast, machine, machine_line
 from usllm.system.run_files import CHECKPOINT_FOLDER, REPORT_FILE
@@ -71,7 +73,9 @@ def export_model(config: ExportConfig, command: str) -> Inspection:
     origin = _from_run(config.ckpt) if config.ckpt is not None else _from_dense(config)
     progress.print(f"Packing {len(origin.source.plans)} layers …")
     tokenizer = load_tokenizer(origin.spec)
-    files = ModelFiles(load_config(origin.spec), tokenizer, load_generation_config(origin.spec))
+    model_config = load_config(origin.spec)
+    print_coverage(coverage(skeleton(model_config), origin.spec.patterns, origin.source.plans.keys()), progress)
+    files = ModelFiles(model_config, tokenizer, load_generation_config(origin.spec))
 
     def card(folder: Path, inspection: Inspection) -> str:
         rows = list(origin.report.get("perplexity", []))
@@ -115,8 +119,10 @@ def _from_run(ckpt: str) -> _Origin:
     run = section["config"]
     folder = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINT_FOLDER else checkpoint.parent
     report = read_json(folder / REPORT_FILE) or {}
+    source = from_checkpoint(saved, section)
+    _refuse_nonfinite(source, checkpoint)
     return _Origin(
-        source=from_checkpoint(saved, section),
+        source=source,
         spec=section_of(ModelSpec, run["model"], "model"),
         data=section_of(DataConfig, run["data"], "data"),
         seed=run["seed"],
@@ -124,6 +130,14 @@ def _from_run(ckpt: str) -> _Origin:
         # The figures are those of the newest checkpoint, not of an earlier one beside it.
         report=report if Path(str(report.get("checkpoint"))).name == checkpoint.name else {},
     )
+
+
+def _refuse_nonfinite(source: PackingSource, checkpoint: Path) -> None:
+    """Raise a RunError where a number that is packed is not finite; latent weights are not packed, and not read."""
+    latent = {f"{name}.weight" for name in source.plans}
+    for name, tensor in source.tensors.items():
+        if name not in latent and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise RunError(f"ckpt={checkpoint}: {name} has values that are not finite; take an earlier checkpoint")
 
 
 def _from_dense(config: ExportConfig) -> _Origin:

@@ -23,16 +23,18 @@ from transformers import PreTrainedModel
 
 from usllm.callbacks import Preemption, SketchHealth
 from usllm.compress import compressed_layers, compression_report
+from usllm.compress.coverage import coverage
 from usllm.config import TrainConfig, compressor_of
 from usllm.config.compression import DEFAULT_METHOD
 from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.loggers import axis_step
 from usllm.models.loading import check_context_length, load_config, load_dense, load_tokenizer
+from usllm.models.skeleton import skeleton
 from usllm.runs.directory import finished_report, noting_failure, refuse_used
 from usllm.runs.inputs import build_data, program, token_streams
 from usllm.runs.launched import ending_together
 from usllm.runs.measure import BaselinePerplexity, measure, merge_stages
-from usllm.runs.report import print_outcome, print_report
+from usllm.runs.report import print_coverage, print_outcome, print_report
 from usllm.runs.tracking import finishing, log_results
 from usllm.runs.trainer import build_nodes, build_trainer, devices_in
 from usllm.stages import Preparation
@@ -97,9 +99,11 @@ def _finetune(
     for window in config.evaluation.windows:
         check_context_length(model_config, window, "evaluation.windows")
     tokenizer = load_tokenizer(config.model)
+    covered = coverage(skeleton(model_config), config.model.patterns)
     steps = config.trainer.get("max_steps")
     length = f"{steps} steps" if steps else f"{config.trainer.get('epochs')} epochs"
     console.print(f"Run {config.name}: {length}, in {run_dir}", markup=False, soft_wrap=True)
+    print_coverage(covered, console)
     console.print("Reading and tokenising text …")
     data = build_data(config.data, tokenizer, config.seed)
     streams = token_streams(config.evaluation, tokenizer, data)
@@ -163,6 +167,7 @@ def _finetune(
         "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer)},
         "checkpoint": str(saved) if saved else "none was written",
         "report": str(run_dir / REPORT_FILE),
+        "coverage": {**covered.to_dict(), "line": covered.line()},
         "health": health,
         "next": next_commands(config, command),
         "machine": machine(),

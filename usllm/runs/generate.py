@@ -8,7 +8,15 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import (
+    AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+    set_seed,
+)
 
 from usllm.config import section_of
 from usllm.config.packed import GenerateConfig, size_in_bytes
@@ -17,7 +25,8 @@ from usllm.models.loading import load_dense, load_tokenizer
 from usllm.packed.loading import load
 from usllm.runs.evaluate import choose_device
 from usllm.runs.saved_run import find_checkpoint, load_sketched_
-from usllm.system.errors import PackedFormatError, UserError, first_line
+from usllm.system.errors import PackedFormatError, RunError, UserError, first_line
+from usllm.system.finite import refuse_nonfinite
 from usllm.training import load_checkpoint
 from usllm.training.checkpoint_section import CHECKPOINT_KEY
 
@@ -30,12 +39,14 @@ def generate(config: GenerateConfig) -> str:
 
     Raises:
         UserError: The model cannot be loaded, or the prompt is empty or longer than its context.
+        RunError: The model is not finite; names where first.
     """
     text = sys.stdin.read() if config.prompt == "-" else config.prompt
     if not text:
         raise UserError("prompt: is empty; give a text to go on from")
     device = choose_device(config.device)
     model, tokenizer = _packed(config, device) if config.folder is not None else _checkpoint(config, device)
+    refuse_nonfinite(model, f"ckpt={config.ckpt}" if config.folder is None else f"model={config.folder}")
     ids = _tokenised(text, tokenizer, config.chat).to(device)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and ids.shape[1] + config.max_new_tokens > limit:
@@ -53,10 +64,28 @@ def generate(config: GenerateConfig) -> str:
         attention_mask=torch.ones_like(ids),
         max_new_tokens=config.max_new_tokens,
         streamer=streamer,
+        logits_processor=LogitsProcessorList([_FiniteLogits()]),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **sampling,
     )
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+class _FiniteLogits(LogitsProcessor):
+    """Stops where the model's numbers are lost: the most likely token of NaN is the first of the vocabulary."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores ``[batch, vocabulary]`` as they are.
+
+        Raises:
+            RunError: one of them is NaN.
+        """
+        if torch.isnan(scores).any():
+            raise RunError(
+                f"the scores of token {input_ids.shape[1] + 1} are NaN: a number on the way was too large; use "
+                "dtype=float32"
+            )
+        return scores
 
 
 def _tokenised(text: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> torch.Tensor:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from usllm.compress.coverage import Coverage
 from usllm.system.machine import machine_line
 from usllm.system.stage_names import FINETUNED, HEADINGS, with_todays_names
 from usllm.system.text import perplexity_text
@@ -59,6 +60,13 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
         console.print(f"  {command}", style="bold", markup=False, soft_wrap=True, highlight=False)
 
 
+def print_coverage(covered: Coverage, console: Console) -> None:
+    """Print what the patterns of a run cover, and what a user most likely did not mean."""
+    console.print(f"Compressing {covered.line()}", markup=False, soft_wrap=True, highlight=False)
+    for warning in covered.warnings():
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True, highlight=False)
+
+
 def print_outcome(report: dict[str, Any], console: Console | None = None) -> None:
     """Print one line about a run that has ended before (the content of its ``report.json``)."""
     rows = [with_todays_names(row) for row in report["perplexity"]]
@@ -80,6 +88,7 @@ def _size_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     asked = "scales and metadata included" if bits["asked"] is None else f"of {bits['asked']:g} asked"
     return [
         ("bits per weight", f"{bits['achieved']:.4f} {asked} (compressed layers)"),
+        *[("compressed", str(covered["line"])) for covered in (report.get("coverage"),) if covered],
         ("", f"{bits['model']:.4f} over all parameters of the model"),
         ("model", f"{human_bytes(size['sketched'])} sketched, {human_bytes(size['dense_bf16'])} dense, both with bf16"),
     ]

@@ -7,8 +7,19 @@ class UserError(Exception):
     """Something in the user's input is wrong.
 
     The message names the key or file, the value, and the way out. Command-line programs print it as it is, without a
-    traceback, and exit with status 2.
+    traceback, and exit with :attr:`status`.
     """
+
+    status = 2
+
+
+class RunError(UserError):
+    """Something failed on the way, whatever the input says: numbers that are not finite, for example.
+
+    The message names where, and the way out. Command-line programs exit with status 1.
+    """
+
+    status = 1
 
 
 class PackedFormatError(ValueError):
