@@ -166,7 +166,7 @@ def test_signed_max_takes_the_largest_candidate() -> None:
     signed, magnitude = (query(project(weight, p), p) for p in (plan, by_magnitude))
     assert bool((signed >= magnitude).all())
     assert bool((signed > magnitude).any())
-    assert float(signed.mean()) > 0.05 > abs(float(magnitude.mean()))  # the bias that method.md §3 names
+    assert float(signed.mean()) > 0.05 > abs(float(magnitude.mean()))  # the bias that docs/method.md §3 names
 
 
 def test_the_mean_of_buckets_is_linear() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from usllm.compress import as_compressor, to_section
+from usllm.compress import DEFAULT_PATTERNS, as_compressor, to_section
 from usllm.sketch import SketchConfig
 from usllm.training.differences import compression_differences, run_differences
 

@@ -1,4 +1,4 @@
-"""The paper's sanity checks of a sketch, while it trains and as a closing report."""
+"""Sanity checks of a sketch, while it trains and as a closing report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RISE = 2.0
 
 
 class SketchHealth(Callback):
-    """Warns, once per kind, when a sketched model shows one of the failures that the paper's readers look for.
+    """Warns, once per kind, when a sketched model shows one of the failures of `docs/method.md` §2.
 
     - *occupancy*: the share of states with at least one member, in the worst layer.
     - *allocation_variation*: the spread of bits per weight across layers (coefficient of variation).
@@ -31,7 +31,7 @@ class SketchHealth(Callback):
     Args:
         stop: end training (after the step, with its checkpoint and report) at the first warning about perplexity or
             loss stability; otherwise only warn.
-        occupancy_min: lowest acceptable occupancy; the paper's readers ask for less than 2 % unoccupied.
+        occupancy_min: lowest acceptable occupancy; the limits and where they come from: `docs/method.md` §2.
         allocation_variation_max: highest acceptable variation.
         perplexity_max: highest acceptable perplexity after warm-up.
         warmup_steps: optimizer steps during which neither perplexity nor stability is judged.

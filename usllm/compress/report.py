@@ -89,7 +89,7 @@ class CompressionReport:
 
     @property
     def allocation_variation(self) -> float:
-        """Coefficient of variation of the layers' bits per weight (the paper's readers ask for at most 0.2)."""
+        """Coefficient of variation of the layers' bits per weight (at most 0.2: `docs/method.md` §2)."""
         rates = torch.tensor([layer.bits_per_weight for layer in self.layers], dtype=torch.float64)
         return float(rates.std(correction=0) / rates.mean())
 

@@ -19,7 +19,7 @@ class StraightThrough(torch.autograd.Function):
 
 
 def straight_through(latent: Tensor, decoded: Tensor) -> Tensor:
-    """Decoded weight [out, in] that hands its gradient to ``latent`` [out, in] (UltraSketchLLM §4).
+    """Decoded weight [out, in] that hands its gradient to ``latent`` [out, in] (`docs/method.md` §2).
 
     The gradient arrives in the decoded weight's dtype and is cast to the latent's by autograd.
     """

@@ -1,4 +1,4 @@
-"""How far a sketched layer's output is from the dense one's, before any training (`method.md` §4)."""
+"""How far a sketched layer's output is from the dense one's, before any training (`docs/method.md` §4)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def relative_output_error(weight: Tensor, decoded: Tensor, moment: Tensor) -> fl
 def rate_distortion_bound(weight: Tensor, moment: Tensor, bits_per_weight: float) -> float:
     """Lowest ``tr(ΔΣΔᵀ) / tr(WΣWᵀ)`` that any code of this rate reaches on independent normal weights.
 
-    Reverse water-filling over the eigenvalues of Σ (`method.md` §4.5).
+    Reverse water-filling over the eigenvalues of Σ (`docs/method.md` §4.5).
 
     Args:
         weight: W, [out, in]; only its mean energy enters.

@@ -25,7 +25,7 @@ from usllm.system.machine import machine
 
 FILE = "collision_rate.json"
 UNOCCUPIED_LIMIT = 0.02
-"""Highest share of states without a member that the paper's readers accept."""
+"""Highest acceptable share of states without a member (`docs/method.md` §2)."""
 
 
 @dataclass(frozen=True)

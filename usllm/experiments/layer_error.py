@@ -1,4 +1,4 @@
-"""Output error of each layer as sketched, before any training, by allocation (``method.md`` §4)."""
+"""Output error of each layer as sketched, before any training, by allocation (`docs/method.md` §4)."""
 
 from __future__ import annotations
 

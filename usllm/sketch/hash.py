@@ -9,11 +9,11 @@ The hash of weight ``i`` of a group of ``n`` weights, in input channel ``c`` and
     bucket = table_r[q] mod K          (shared)             # rotation(c, g) is the same for all c and g
 
 so one small table per row serves a whole layer, and no hash is evaluated and no index stored per weight
-(`method.md` §3). The rotation changes from channel to channel and group to group by one, which visits all n
+(`docs/method.md` §3). The rotation changes from channel to channel and group to group by one, which visits all n
 rotations before one repeats: two weights that share a state in one channel part in the next. ``shared`` does without:
 outputs that share a bucket then do so in every channel, which lets products of a linear operator be folded
-(`peers.md` §3) and costs what a rotation is for. Tables and the first rotation depend on (seed, layer name) alone, by
-32-bit multiply, shift and xor.
+(`docs/method.md` §3) and costs what a rotation is for. Tables and the first rotation depend on (seed, layer name)
+alone, by 32-bit multiply, shift and xor.
 
 Everything here is a format constant (``HASH_VERSION``): changing it changes what stored states mean.
 """

@@ -2,7 +2,7 @@
 
 ``b`` bits hold the codes -(2^(b-1) - 1) … 2^(b-1) - 1; one bit holds the signs -1 and +1. Rounding toward zero never
 enlarges a magnitude, whatever the scale, and neither does clipping: the underestimate property of the sketch
-survives (`method.md` §3).
+survives (`docs/method.md` §3).
 """
 
 from __future__ import annotations

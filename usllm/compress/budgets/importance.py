@@ -1,4 +1,4 @@
-"""Rates in proportion to a layer's importance, the mean E[a²] of its channels (UltraSketchLLM §4, docs/method.md)."""
+"""Rates in proportion to a layer's importance, the mean E[a²] of its channels (`docs/method.md` §2)."""
 
 from __future__ import annotations
 

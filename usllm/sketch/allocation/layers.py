@@ -18,7 +18,7 @@ def layer_rates(
 
     Args:
         sizes: Weights per layer.
-        layer_importance: Mean E[a²] of the layer's channels (`method.md` §2).
+        layer_importance: Mean E[a²] of the layer's channels (`docs/method.md` §2).
         config: ``layer_budget`` is ``equal`` or ``importance``.
 
     Returns:

@@ -1,7 +1,7 @@
 """Reverse water-filling: states per group and state bits chosen together, where they reduce the error most.
 
 Minimises ``Σ_j E[a_j²] E[w_j²] d(choice_j)`` under the bit ceiling, ``d`` the operator's measured distortion: the
-discrete form of the rate-distortion solution, in which channels under the water level get nothing. `method.md` §4
+discrete form of the rate-distortion solution, in which channels under the water level get nothing. `docs/method.md` §4
 shows what letting the state bits vary is worth.
 """
 

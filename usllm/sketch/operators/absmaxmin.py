@@ -1,7 +1,7 @@
 """AbsMaxMin: a state is its bucket's member of smallest magnitude; a query takes the largest candidate.
 
 Every candidate is at most as large as the weight, so the decode never overestimates a magnitude (the underestimate
-property, UltraSketchLLM §3).
+property, `docs/method.md` §2).
 """
 
 from __future__ import annotations
