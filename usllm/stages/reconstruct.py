@@ -1,8 +1,8 @@
 """Reconstruct: block by block, the compressed block learns the dense block's output on the stream that reaches it.
 
 Each decoder block is fed the student's stream, what the blocks before it made of the text, and is trained towards the
-dense block's output on the dense stream (`docs/method.md` §6). All of the block's parameters are trained: latents with a
-learning rate relative to their own size, everything else with one of its own. The loss of a token is relative to the
+dense block's output on the dense stream (`docs/method.md` §6). All of the block's parameters are trained: latents with
+a learning rate relative to their own size, everything else with one of its own. The loss of a token is relative to the
 energy of its target, held above a share of the median so that silent tokens do not decide.
 """
 
