@@ -10,7 +10,9 @@ from typing import Any
 from usllm.config.schema import DataConfig, EvaluationConfig, HarnessConfig
 from usllm.config.structure import built
 from usllm.data import SourceSpec
+from usllm.data.sources.kinds import with_kind
 from usllm.models import ModelSpec
+from usllm.system.errors import UserError
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 RESERVED_TRAINER_KEYS = ("callbacks", "logger", "default_root_dir", "max_epochs")
@@ -72,11 +74,17 @@ def check_model(model: ModelSpec, problems: Problems) -> None:
 
 
 def check_source(key: str, source: SourceSpec, problems: Problems) -> None:
-    """The rules of ``SourceSpec``, and that the files it names are there."""
-    problems.extend(source.problems(key))
-    for path in source.paths:
-        found = Path(path).expanduser().is_file()
-        problems.require(found, f"{key}.path", path, f"no such file (relative paths start at {Path.cwd()})")
+    """The rules of ``SourceSpec``, and that the files it names are there and of its kind."""
+    broken = source.problems(key)
+    missing = [path for path in source.paths if not Path(path).expanduser().is_file()]
+    problems.extend(broken)
+    for path in missing:
+        problems.require(False, f"{key}.path", path, f"no such file (relative paths start at {Path.cwd()})")
+    if not broken and not missing:
+        try:
+            with_kind(source, key)
+        except UserError as error:
+            problems.append(f"{key}: {error}")
 
 
 def check_objective(objective: dict[str, Any], problems: Problems) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-KINDS = ("pydoc", "text", "jsonl", "parquet", "hub")
+KINDS = ("pydoc", "text", "jsonl", "parquet", "hub", "auto")
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,10 @@ class SourceSpec:
     """Where documents come from.
 
     Attributes:
-        kind: ``pydoc`` (Python's own documentation, always at hand), ``text``, ``jsonl``, ``parquet`` (files) or
-            ``hub`` (a Hugging Face data set).
-        path: file or files (``text``, ``jsonl``, ``parquet``); ``.xz``, ``.gz`` and ``.bz2`` are unpacked on the fly.
+        kind: ``pydoc`` (Python's own documentation, always at hand), ``text``, ``jsonl``, ``parquet`` (files),
+            ``auto`` (files whose name and first bytes agree on which of the three they are) or ``hub`` (a Hugging Face
+            data set).
+        path: file or files; ``.xz``, ``.lzma``, ``.gz`` and ``.bz2`` are unpacked on the fly (not Parquet).
         name: data set on the hub, for example ``Salesforce/wikitext``.
         config: configuration of the hub data set, for example ``wikitext-2-raw-v1``.
         split: split of the hub data set.
@@ -55,7 +56,7 @@ class SourceSpec:
         found = []
         if self.kind not in KINDS:
             found.append(f"{key}.kind={self.kind!r} is unknown; use one of {', '.join(KINDS)}")
-        if self.kind in ("text", "jsonl", "parquet") and not self.paths:
+        if self.kind in ("text", "jsonl", "parquet", "auto") and not self.paths:
             found.append(f"{key}.kind={self.kind} needs {key}.path=/path/to/file")
         if self.kind == "hub" and not self.name:
             found.append(f"{key}.kind=hub needs {key}.name=…, for example Salesforce/wikitext")
