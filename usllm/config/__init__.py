@@ -11,6 +11,7 @@ from usllm.config.schema import (
 from usllm.config.validation import (
     check_eval,
     check_train,
+    evaluation_of_run,
     plain_config,
     section_of,
     sketch_config,
@@ -26,6 +27,7 @@ __all__ = [
     "TrainConfig",
     "check_eval",
     "check_train",
+    "evaluation_of_run",
     "plain_config",
     "section_of",
     "sketch_config",

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from usllm.config import rules
+from usllm.config.overrides import group_of, idle_beside_checkpoint
 from usllm.config.rules import Problems
 from usllm.config.schema import AllocationConfig, DataConfig, EvaluationConfig
 from usllm.config.structure import built, merge_typed
@@ -102,8 +103,10 @@ def check_export(cfg: DictConfig | dict[str, Any], given: Sequence[str] = ()) ->
     problems.number("calibration_sequences", config.calibration_sequences, least=1)
     problems.number("seed", config.seed, least=0, below=2**32)
     if config.ckpt is not None:
-        idle = [override for override in given if re.split(r"[.=@]", override)[0] in WITHOUT_CKPT]
-        problems.extend(f"{override}: ckpt={config.ckpt} decides that; leave it out" for override in idle)
+        problems.extend(idle_beside_checkpoint(config.ckpt, given, WITHOUT_CKPT))
+    if not config.measure:
+        idle = [override for override in given if group_of(override) == "evaluation"]
+        problems.extend(f"{override}: nothing is measured; pass measure=true, or leave it out" for override in idle)
     if config.ckpt is None:
         check_sketch(config.sketch, config.allocation, problems)
         rules.check_model(config.model, problems)

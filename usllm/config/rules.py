@@ -11,6 +11,7 @@ from usllm.config.schema import DataConfig, EvaluationConfig, HarnessConfig
 from usllm.config.structure import built
 from usllm.data import SourceSpec
 from usllm.data.sources.kinds import with_kind
+from usllm.data.windows import WINDOW_STARTS
 from usllm.models import ModelSpec
 from usllm.system.errors import UserError
 
@@ -112,6 +113,7 @@ def check_data(data: DataConfig, problems: Problems) -> None:
         )
     problems.number("data.context_length", data.context_length, least=2)
     problems.number("data.max_sequences", data.max_sequences, least=1, hint="null takes the whole text")
+    problems.choice("data.window_start", data.window_start, WINDOW_STARTS)
     problems.number("data.batch_size", data.batch_size, least=1)
     problems.number("data.num_proc", data.num_proc, least=1)
     problems.number("data.num_workers", data.num_workers, least=0)
@@ -128,6 +130,7 @@ def check_evaluation(evaluation: EvaluationConfig, problems: Problems) -> None:
     problems.number("evaluation.max_windows", evaluation.max_windows, least=1)
     problems.number("evaluation.batch_size", evaluation.batch_size, least=1)
     problems.choice("evaluation.precision", evaluation.precision, ("auto", "bf16", "fp32"))
+    problems.choice("evaluation.window_start", evaluation.window_start, WINDOW_STARTS)
 
 
 def check_harness(harness: HarnessConfig, problems: Problems) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from usllm.config import rules
+from usllm.config.overrides import evaluation_beside, idle_beside_checkpoint, key_of
 from usllm.config.rules import Problems, metric_problem
-from usllm.config.schema import AllocationConfig, EvalConfig, TrainConfig
+from usllm.config.schema import AllocationConfig, EvalConfig, EvaluationConfig, TrainConfig
 from usllm.config.structure import NEEDS_A_VALUE, built, merge_typed, merge_values
 from usllm.sketch import SketchConfig
 from usllm.sketch.allocation import ALLOCATIONS
@@ -19,6 +20,7 @@ from usllm.system.errors import UserError
 
 T = TypeVar("T")
 
+_OF_WINDOWS = tuple(f"evaluation.{key}" for key in ("windows", "max_windows", "batch_size", "window_start"))
 # Fields of SketchConfig that the user sets in the group `allocation`.
 _ALLOCATION_KEYS = {"allocation": "name", "layer_budget": "layer_budget", "min_importance": "min_importance"}
 
@@ -68,8 +70,12 @@ def check_train(cfg: DictConfig | dict[str, Any]) -> TrainConfig:
     return config
 
 
-def check_eval(cfg: DictConfig | dict[str, Any]) -> EvalConfig:
+def check_eval(cfg: DictConfig | dict[str, Any], given: Sequence[str] = ()) -> EvalConfig:
     """Typed configuration of ``usllm-eval``.
+
+    Args:
+        cfg: the composed configuration.
+        given: overrides that the user typed: those that can have no effect are refused.
 
     Raises:
         UserError: With all problems in one message, each with key, value and way out.
@@ -88,9 +94,27 @@ def check_eval(cfg: DictConfig | dict[str, Any]) -> EvalConfig:
             "evaluation.test_sets: none given; pass data=[<file>,…], or +evaluation.test_sets.<name>.kind=text and "
             "+evaluation.test_sets.<name>.path=<file>, or harness.tasks=[…]"
         )
+    problems.extend(_idle(config, given))
     if problems:
         raise user_error(problems)
     return config
+
+
+def _idle(config: EvalConfig, given: Sequence[str]) -> list[str]:
+    """One line for each typed override of ``usllm-eval`` that nothing would come of."""
+    found = []
+    if config.ckpt is not None:
+        found += idle_beside_checkpoint(config.ckpt, given, ("model",))
+    for override in given:
+        key = key_of(override)
+        if key.startswith("harness.") and key != "harness.tasks" and not config.harness.tasks:
+            found.append(f"{override}: no task is run; name some with harness.tasks=[…], or leave it out")
+        if config.ckpt is None and key == "evaluation.validation_split" and config.evaluation.validation_split:
+            found.append(f"{override}: only a run has a validation split; give ckpt=<run>, or leave it out")
+        nothing_measured = config.ckpt is None and not config.evaluation.test_sets
+        if nothing_measured and key in _OF_WINDOWS:
+            found.append(f"{override}: no perplexity is measured; give data=[<file>,…], or leave it out")
+    return found
 
 
 def section_of(cls: type[T], plain: Mapping[str, Any], path: str) -> T:
@@ -102,6 +126,25 @@ def section_of(cls: type[T], plain: Mapping[str, Any], path: str) -> T:
     problems = Problems()
     section = merge_typed(cls, plain, problems, f"{path}.")
     if section is None or problems:
+        raise user_error(problems)
+    return section
+
+
+def evaluation_of_run(run: Mapping[str, Any], composed: EvaluationConfig, given: Sequence[str]) -> EvaluationConfig:
+    """What a run was measured on, with what the user typed changed in it; see :func:`evaluation_beside`.
+
+    Args:
+        run: the run's configuration.
+        composed: the group ``evaluation`` as it was composed.
+        given: overrides that the user typed.
+
+    Raises:
+        UserError: With all problems of the result.
+    """
+    section = section_of(EvaluationConfig, evaluation_beside(run["evaluation"], composed, given), "evaluation")
+    problems = Problems()
+    rules.check_evaluation(section, problems)
+    if problems:
         raise user_error(problems)
     return section
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from usllm.data.packing import pack
 from usllm.data.sampler import FILLER, DealtSampler, UnrolledSampler
 from usllm.data.sources import SourceSpec, read_documents
+from usllm.data.windows import AUTO, EACH, NONE, resolved_rule
 from usllm.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,6 +60,11 @@ class TextDataModule(LightningDataModule):
         num_proc: processes that tokenise.
         cache_dir: where packed sequences are kept.
         seed: of the order of training.
+        window_start: ``each`` puts the beginning-of-text token at the start of each sequence, ``none`` does not
+            (:mod:`usllm.data.windows`, which also knows what a family needs).
+
+    Raises:
+        UserError: ``window_start`` is neither, or needs a token that the tokenizer does not have.
     """
 
     def __init__(
@@ -75,8 +81,12 @@ class TextDataModule(LightningDataModule):
         num_proc: int = 1,
         cache_dir: str | Path = "~/.cache/usllm",
         seed: int = 0,
+        window_start: str = NONE,
     ) -> None:
         super().__init__()
+        if window_start == AUTO:
+            raise UserError("window_start=auto: needs the model's family; see usllm.data.windows.resolved_rule")
+        self.window_start = resolved_rule(window_start, "", tokenizer, "data.window_start")
         self.tokenizer = tokenizer
         self.train_source = train
         self.validation_source = validation
@@ -130,8 +140,12 @@ class TextDataModule(LightningDataModule):
         return self._validation
 
     def validation_tokens(self) -> Tensor:
-        """The validation split as one token stream, int64 ``[n]``, for perplexity."""
-        return torch.tensor(self.validation_sequences["input_ids"][:], dtype=torch.long).flatten()
+        """The text of the validation split as one token stream, int64 ``[n]``, for perplexity.
+
+        Without the tokens that ``window_start`` put there: they are put where the windows of a measurement begin.
+        """
+        sequences = torch.tensor(self.validation_sequences["input_ids"][:], dtype=torch.long)
+        return sequences[:, int(self.window_start == EACH) :].flatten()
 
     def train_dataloader(self) -> PositionedLoader:
         """The run's batches from the present optimizer step on.
@@ -206,6 +220,7 @@ class TextDataModule(LightningDataModule):
             key=key,
             cache_dir=self.cache_dir,
             num_proc=self.num_proc,
+            window_start=self.window_start,
         )
 
     def _split(self, documents: Dataset) -> tuple[Dataset, Dataset]:

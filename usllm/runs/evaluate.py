@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +11,8 @@ from rich.console import Console
 from torch import nn
 
 from usllm.compress import compressed_layers, compression_report
-from usllm.config import DataConfig, EvalConfig, EvaluationConfig, section_of
+from usllm.config import DataConfig, EvalConfig, evaluation_of_run, section_of
+from usllm.data.windows import resolved_rule
 from usllm.eval.harness import find_tasks, harness_tables, run_harness
 from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.models import ModelSpec
@@ -19,23 +21,22 @@ from usllm.packed.inspection import inspect_folder
 from usllm.runs.inputs import build_data, token_streams
 from usllm.runs.measure import measure
 from usllm.runs.report import perplexity_table, print_facts
-from usllm.runs.saved_run import find_checkpoint, load_sketched_
+from usllm.runs.saved_run import find_checkpoint, load_sketched_, stored_config
 from usllm.system.errors import UserError
 from usllm.system.files import write_json
 from usllm.system.machine import choose_autocast, machine, machine_line
 from usllm.training import load_checkpoint
-from usllm.training.checkpoint_section import CHECKPOINT_KEY
 
 RESULT_FILE = "evaluation.json"
 
 
-def evaluate(config: EvalConfig, command: str, own_evaluation: bool = True) -> dict[str, Any]:
+def evaluate(config: EvalConfig, command: str, given: Sequence[str] = ()) -> dict[str, Any]:
     """Measure, print a table and write ``evaluation.json``.
 
     Args:
         config: checked configuration.
         command: what the user typed, for the result.
-        own_evaluation: whether ``config.evaluation`` was asked for; if not, a checkpoint is measured as its run was.
+        given: overrides that the user typed: a checkpoint is measured as its run was, but for what they name.
 
     Returns:
         The content of ``evaluation.json``.
@@ -50,20 +51,18 @@ def evaluate(config: EvalConfig, command: str, own_evaluation: bool = True) -> d
     if saved is None:
         spec, evaluation, run = config.model, config.evaluation, None
     else:
-        if CHECKPOINT_KEY not in saved:
-            raise UserError(f"ckpt={checkpoint}: was not written by usllm-train")
-        run = saved[CHECKPOINT_KEY]["config"]
+        assert checkpoint is not None
+        run = stored_config(saved, checkpoint)
         spec = section_of(ModelSpec, run["model"], "model")
-        evaluation = (
-            config.evaluation if own_evaluation else section_of(EvaluationConfig, run["evaluation"], "evaluation")
-        )
+        evaluation = evaluation_of_run(run, config.evaluation, given)
     model_config = load_config(spec)
     for window in evaluation.windows:
         check_context_length(model_config, window, "evaluation.windows")
     tokenizer = load_tokenizer(spec)
+    rule = resolved_rule(evaluation.window_start, model_config.model_type, tokenizer, "evaluation.window_start")
     data = None
     if run is not None and evaluation.validation_split:
-        data = build_data(section_of(DataConfig, run["data"], "data"), tokenizer, run["seed"])
+        data = build_data(section_of(DataConfig, run["data"], "data"), tokenizer, run["seed"], model_config)
     streams = token_streams(evaluation, tokenizer, data)
 
     packed = load_packed(spec) if saved is None else None
@@ -96,7 +95,7 @@ def evaluate(config: EvalConfig, command: str, own_evaluation: bool = True) -> d
         "model": str(checkpoint or spec.file or spec.name),
         "perplexity": rows,
         "harness": harness,
-        "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer)},
+        "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer, rule)},
         "compression": compression,
         "machine": machine(),
     }

@@ -28,7 +28,7 @@ from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.loggers import axis_step
 from usllm.models.loading import check_context_length, load_config, load_dense, load_tokenizer
 from usllm.runs.directory import finished_report, noting_failure, refuse_used
-from usllm.runs.inputs import build_data, program, token_streams
+from usllm.runs.inputs import build_data, program, token_streams, with_window_starts
 from usllm.runs.launched import ending_together
 from usllm.runs.measure import BaselinePerplexity, measure, merge_stages
 from usllm.runs.report import print_outcome, print_report
@@ -43,7 +43,7 @@ from usllm.system.machine import machine
 from usllm.system.renamed_keys import with_todays_keys
 from usllm.system.run_files import REPORT_FILE, STAGES_FOLDER, checkpoint_folder
 from usllm.training import SketchFinetuner, build_objective, latest_checkpoint
-from usllm.training.differences import run_differences
+from usllm.training.differences import agree, run_differences
 
 
 def finetune(config: TrainConfig, plain: Mapping[str, Any], command: str, brief: bool = False) -> dict[str, Any]:
@@ -96,11 +96,12 @@ def _finetune(
     for window in config.evaluation.windows:
         check_context_length(model_config, window, "evaluation.windows")
     tokenizer = load_tokenizer(config.model)
+    config, plain = with_window_starts(config, plain, tokenizer, model_config)
     steps = config.trainer.get("max_steps")
     length = f"{steps} steps" if steps else f"{config.trainer.get('epochs')} epochs"
     console.print(f"Run {config.name}: {length}, in {run_dir}", markup=False, soft_wrap=True)
     console.print("Reading and tokenising text …")
-    data = build_data(config.data, tokenizer, config.seed)
+    data = build_data(config.data, tokenizer, config.seed, model_config)
     streams = token_streams(config.evaluation, tokenizer, data)
     accumulate = int(config.trainer.get("accumulate_grad_batches", 1))
     max_steps = config.trainer.get("max_steps") or data.steps_for(
@@ -159,7 +160,7 @@ def _finetune(
         "tokens": trainer.global_step * per_step,
         "seconds": _seconds(timer, time.perf_counter() - started),
         "precision": str(trainer.precision),
-        "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer)},
+        "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer, config.evaluation.window_start)},
         "checkpoint": str(saved) if saved else "none was written",
         "report": str(run_dir / REPORT_FILE),
         "health": health,
@@ -190,7 +191,7 @@ def refuse_other_configuration(finished: Mapping[str, Any], config: TrainConfig,
         differences += [
             f"{group}.{key}: {old.get(key)} in the finished run, {new.get(key)} in this one"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and (group, key) != ("evaluation", "batch_size")
+            if not agree(f"{group}.{key}", old.get(key), new.get(key)) and (group, key) != ("evaluation", "batch_size")
         ]
     if differences:
         raise UserError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from usllm.data.windows import EACH, NONE
 from usllm.system.machine import machine_line
 from usllm.system.stage_names import FINETUNED, HEADINGS, with_todays_names
 
@@ -16,8 +18,8 @@ def perplexity_table(rows: list[dict[str, Any]], title: str | None = None) -> Ta
     """Perplexities by test set and window.
 
     Args:
-        rows: one per test set and window: ``test_set``, ``window``, ``tokens``, and a figure for some of ``dense``,
-            the points of :mod:`usllm.system.stage_names` and ``perplexity``.
+        rows: one per test set and window: ``test_set``, ``window``, ``tokens``, ``window_start``, and a figure for some
+            of the points of :mod:`usllm.system.stage_names` and ``perplexity``.
     """
     rows = [with_todays_names(row) for row in rows]
     stages = [
@@ -27,13 +29,13 @@ def perplexity_table(rows: list[dict[str, Any]], title: str | None = None) -> Ta
     ]
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("test set")
-    table.add_column("window", justify="right")
+    table.add_column("window, start", justify="right")  # one column: the table is to fit into 80 signs
     table.add_column("tokens", justify="right")
     for _, heading in stages:
         table.add_column(heading, justify="right")
     for row in rows:
         figures = [_figure(row.get(key)) for key, _ in stages]
-        table.add_row(str(row["test_set"]), str(row["window"]), _tokens(row), *figures)
+        table.add_row(str(row["test_set"]), f"{row['window']}, {_window_start(row)}", _tokens(row), *figures)
     return table
 
 
@@ -61,7 +63,8 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
 def print_outcome(report: dict[str, Any], console: Console | None = None) -> None:
     """Print one line about a run that has ended before (the content of its ``report.json``)."""
     figures = [
-        f"{row['test_set']}/{row['window']} {_figure(with_todays_names(row).get(FINETUNED))}"
+        f"{row['test_set']}/{row['window']} {_figure(with_todays_names(row).get(FINETUNED))} "
+        f"(window start: {_window_start(row)})"
         for row in report["perplexity"]
     ]
     bits = report["bits_per_weight"]
@@ -117,9 +120,18 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _tokens(row: dict[str, Any]) -> str:
+def _window_start(row: Mapping[str, Any]) -> str:
+    return str(row.get("window_start", NONE))  # rows of older versions do not say it
+
+
+def measured_tokens(row: Mapping[str, Any]) -> int:
+    """Tokens of the text in the windows that a row was measured on."""
+    return int(row["windows"] * (row["window"] - (_window_start(row) == EACH)))
+
+
+def _tokens(row: Mapping[str, Any]) -> str:
     """Tokens measured, and of how many, where that is not all but the remainder."""
-    measured = row["windows"] * row["window"]
+    measured = measured_tokens(row)
     whole = row["tokens"] - measured < row["window"]
     return f"{measured:,}" if whole else f"{measured:,} of {row['tokens']:,}"
 
