@@ -100,5 +100,6 @@ def test_run_among_many_that_has_ended_before_gets_one_line(changes: dict[str, A
     screen = io.StringIO()
     print_outcome(report(**changes), Console(file=screen, width=80))
     assert screen.getvalue() == (
-        f"Finished before: runs/demo/default/report.json, {rate}, perplexity validation/512 40.25 (window start: none)\n"
+        f"Finished before: runs/demo/default/report.json, {rate}, "
+        "perplexity validation/512 40.25 (window start: none)\n"
     )
