@@ -11,6 +11,8 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from usllm.data.identity import identity_differences, text_identity, texts
+from usllm.data.overlap import SharedDocuments, count_shared, kept_hashes
 from usllm.data.packing import pack
 from usllm.data.sampler import FILLER, DealtSampler, UnrolledSampler
 from usllm.data.sources import SourceSpec, read_documents
@@ -26,6 +28,8 @@ Batch = dict[str, Tensor]
 # The split is the same for every seed, so that the validation loss of two seeds is of the same documents.
 _SPLIT_SEED = 0
 _NO_TARGET = -100
+TRAIN, VALIDATION = "data.train", "data.validation"
+"""What the two texts are called in the configuration."""
 
 
 class PositionedLoader(DataLoader[Any]):
@@ -98,6 +102,7 @@ class TextDataModule(LightningDataModule):
         self.num_proc = num_proc
         self.cache_dir = Path(cache_dir)
         self.seed = seed
+        self.identity: dict[str, dict[str, Any]] = {}
         self._train: Dataset | None = None
         self._validation: Dataset | None = None
 
@@ -114,16 +119,52 @@ class TextDataModule(LightningDataModule):
         del stage
         if self._train is not None:
             return
-        documents = read_documents(self.train_source, "data.train")
+        documents = read_documents(self.train_source, TRAIN)
         if self.validation_source is not None:
-            held_out = read_documents(self.validation_source, "data.validation")
+            held_out = read_documents(self.validation_source, VALIDATION)
         else:
             documents, held_out = self._split(documents)
-        validation = self._pack(held_out, "data.validation")
-        train = self._pack(documents, "data.train")
+        validation = self._pack(held_out, VALIDATION)
+        train = self._pack(documents, TRAIN)
         if self.max_sequences is not None:
             train = train.select(range(min(self.max_sequences, len(train))))
+        self.identity = {
+            TRAIN: text_identity(documents, train),
+            VALIDATION: text_identity(held_out, validation),
+        }
+        self._seen = kept_hashes(documents, self.identity[TRAIN]["text"], self.cache_dir)
+        self._validation_shared = count_shared("validation", texts(held_out), self._seen)
         self._train, self._validation = train, validation
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the texts are, for checkpoints: a resumed run is refused where they have changed."""
+        self.setup()
+        return self.identity
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare the texts with those of the checkpoint; one of an older version says nothing about them.
+
+        Raises:
+            UserError: names each text that has changed.
+        """
+        self.setup()
+        if differences := identity_differences(state_dict, self.identity):
+            raise UserError(
+                f"the text has changed since the checkpoint was made: {'; '.join(differences)}. Restore it, or start "
+                "a new run under another name="
+            )
+
+    def shared_with(self, test_set: str, documents: Dataset | None) -> SharedDocuments:
+        """How many documents of a test set are in the text of training and calibration.
+
+        Args:
+            test_set: its name.
+            documents: column ``text``; ``None`` for the validation split.
+        """
+        self.setup()
+        if documents is None:
+            return self._validation_shared
+        return count_shared(test_set, texts(documents), self._seen)
 
     @property
     def train_sequences(self) -> Dataset:

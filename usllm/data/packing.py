@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from usllm.data.identity import texts
 from usllm.data.windows import NONE, cut_windows, start_token
 from usllm.system.cache import published
 from usllm.system.errors import UserError
@@ -64,7 +64,7 @@ def pack(
     first = start_token(window_start, tokenizer)
     if first is not None:
         digest.update(f"each sequence begins with {first}".encode())
-    for text in _texts(documents):
+    for text in texts(documents):
         digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
 
     def build(folder: Path) -> None:
@@ -81,11 +81,6 @@ def pack(
 
     folder = published(cache_dir.expanduser() / "sequences" / digest.hexdigest()[:32], build)
     return Dataset.from_file(str(folder / "sequences.arrow"))
-
-
-def _texts(documents: Dataset) -> Iterator[str]:
-    for batch in documents.iter(batch_size=1000):
-        yield from batch["text"]
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:
