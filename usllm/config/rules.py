@@ -9,6 +9,7 @@ from typing import Any
 
 from usllm.config.schema import DataConfig, EvaluationConfig, HarnessConfig
 from usllm.config.structure import built
+from usllm.config.trainer_arguments import argument_problems, length_problems
 from usllm.data import SourceSpec
 from usllm.data.sources.kinds import with_kind
 from usllm.data.windows import WINDOW_STARTS
@@ -16,7 +17,6 @@ from usllm.models import ModelSpec
 from usllm.system.errors import UserError
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
-RESERVED_TRAINER_KEYS = ("callbacks", "logger", "default_root_dir", "max_epochs")
 
 PERPLEXITY = "perplexity"
 METRICS = (PERPLEXITY, f"{PERPLEXITY}/<test set>/<window>", "bits_per_weight", "model_bytes")
@@ -133,6 +133,19 @@ def check_evaluation(evaluation: EvaluationConfig, problems: Problems) -> None:
     problems.choice("evaluation.window_start", evaluation.window_start, WINDOW_STARTS)
 
 
+def check_unseen(train: SourceSpec | None, evaluation: EvaluationConfig, problems: Problems) -> None:
+    """No test set is the source of training and calibration, unless ``evaluation.allow_shared`` names it."""
+    for name in evaluation.allow_shared:
+        known = ", ".join(evaluation.test_sets) or "there is none"
+        problems.require(name in evaluation.test_sets, "evaluation.allow_shared", name, f"no such test set ({known})")
+    for name, source in evaluation.test_sets.items():
+        if train is not None and name not in evaluation.allow_shared and (what := train.shared_with(source)):
+            problems.append(
+                f"evaluation.test_sets.{name}: {what} is also data.train, so its perplexity would not be of unseen "
+                f"text; choose another, or allow it with evaluation.allow_shared=[{name}]"
+            )
+
+
 def check_harness(harness: HarnessConfig, problems: Problems) -> None:
     """Ranges, and that the folder is there; whether the tasks are known is for the harness to say."""
     path = harness.include_path
@@ -161,34 +174,13 @@ def check_trainer(trainer: dict[str, Any], warmup_steps: int, problems: Problems
             problems.append(f"trainer.{key}={value}: must be a number")
         else:
             problems.number(f"trainer.{key}", value, above=0)
-    if isinstance(steps, int) and steps > 0:
-        fits = warmup_steps <= steps
-        problems.require(
-            fits,
-            "optimizer.warmup_steps",
-            warmup_steps,
-            f"longer than trainer.max_steps={steps}: make it shorter, 0 for none",
-        )
     accumulate = trainer.get("accumulate_grad_batches", 1)
     is_count = isinstance(accumulate, int) and not isinstance(accumulate, bool) and accumulate >= 1
     problems.require(is_count, "trainer.accumulate_grad_batches", accumulate, "must be a whole number of at least 1")
     problems.choice("trainer.precision", trainer.get("precision", "auto"), PRECISIONS)
-    _check_trainer_names(trainer, problems)
-
-
-def _check_trainer_names(trainer: dict[str, Any], problems: Problems) -> None:
-    import inspect
-
-    from lightning import Trainer
-
-    known = set(inspect.signature(Trainer.__init__).parameters) - {"self", *RESERVED_TRAINER_KEYS} | {"epochs"}
-    for key in trainer:
-        if key in RESERVED_TRAINER_KEYS:
-            problems.append(
-                f"trainer.{key}: set by usllm; use the groups callbacks and logger, run_dir and trainer.epochs"
-            )
-        elif key not in known:
-            problems.append(f"trainer.{key}={trainer[key]}: not an argument of lightning.Trainer")
+    problems.extend(argument_problems(trainer))
+    if isinstance(steps, int) and steps > 0:
+        problems.extend(length_problems(trainer, warmup_steps, steps))
 
 
 def check_nodes(group: str, nodes: dict[str, Any] | None, problems: Problems) -> None:

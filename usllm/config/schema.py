@@ -65,6 +65,7 @@ class EvaluationConfig:
         precision: of the forward passes: ``bf16`` (autocast), ``fp32``, or ``auto``, bf16 where the machine has it.
         window_start: what stands at the start of each window; the configuration takes that of ``data``, where there is
             one.
+        allow_shared: names of test sets that may be the very text of training.
     """
 
     test_sets: dict[str, SourceSpec] = field(default_factory=dict)
@@ -74,6 +75,7 @@ class EvaluationConfig:
     batch_size: int = 1
     precision: str = "auto"
     window_start: str = "auto"
+    allow_shared: list[str] = field(default_factory=list)
 
 
 @dataclass

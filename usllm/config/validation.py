@@ -14,6 +14,7 @@ from usllm.config.overrides import evaluation_beside, idle_beside_checkpoint, ke
 from usllm.config.rules import Problems, metric_problem
 from usllm.config.schema import AllocationConfig, EvalConfig, EvaluationConfig, TrainConfig
 from usllm.config.structure import NEEDS_A_VALUE, built, merge_typed, merge_values
+from usllm.data import SourceSpec
 from usllm.sketch import SketchConfig
 from usllm.sketch.allocation import ALLOCATIONS
 from usllm.system.errors import UserError
@@ -60,6 +61,7 @@ def check_train(cfg: DictConfig | dict[str, Any]) -> TrainConfig:
     rules.check_nodes("callbacks", config.callbacks, problems)
     rules.check_nodes("logger", config.logger, problems)
     rules.check_evaluation(config.evaluation, problems)
+    rules.check_unseen(config.data.train, config.evaluation, problems)
     if not config.evaluation.test_sets and not config.evaluation.validation_split:
         problems.append("evaluation.test_sets: none given and evaluation.validation_split=false: nothing is measured")
     if (problem := metric_problem(config.optimized_metric)) is not None:
@@ -144,6 +146,9 @@ def evaluation_of_run(run: Mapping[str, Any], composed: EvaluationConfig, given:
     section = section_of(EvaluationConfig, evaluation_beside(run["evaluation"], composed, given), "evaluation")
     problems = Problems()
     rules.check_evaluation(section, problems)
+    train = (run.get("data") or {}).get("train")
+    seen = None if train is None else section_of(SourceSpec, train, "data.train")
+    rules.check_unseen(seen, section, problems)
     if problems:
         raise user_error(problems)
     return section

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,11 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from usllm.data.batches import Batch, FilledSequences, collate
 from usllm.data.identity import identity_differences, text_identity, texts
 from usllm.data.overlap import SharedDocuments, count_shared, kept_hashes
 from usllm.data.packing import pack
-from usllm.data.sampler import FILLER, DealtSampler, UnrolledSampler
+from usllm.data.sampler import DealtSampler, UnrolledSampler
 from usllm.data.sources import SourceSpec, read_documents
 from usllm.data.windows import AUTO, EACH, NONE, resolved_rule
 from usllm.system.errors import UserError
@@ -23,11 +24,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-Batch = dict[str, Tensor]
-
 # The split is the same for every seed, so that the validation loss of two seeds is of the same documents.
 _SPLIT_SEED = 0
-_NO_TARGET = -100
 TRAIN, VALIDATION = "data.train", "data.validation"
 """What the two texts are called in the configuration."""
 
@@ -213,7 +211,7 @@ class TextDataModule(LightningDataModule):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=_collate,
+            collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),
         )
@@ -225,12 +223,12 @@ class TextDataModule(LightningDataModule):
         """
         trainer = self.trainer
         rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
-        sequences = _Filled(self.validation_sequences)
+        sequences = FilledSequences(self.validation_sequences)
         return DataLoader(
             sequences,
             batch_size=self.batch_size,
             sampler=DealtSampler(len(self.validation_sequences), rank, world_size),
-            collate_fn=_collate,
+            collate_fn=collate,
             # A loader draws a seed for its workers even when it has none; not from the global generator, please.
             generator=torch.Generator(),
         )
@@ -246,7 +244,7 @@ class TextDataModule(LightningDataModule):
         count = min(sequences, len(self.train_sequences))
         order = list(UnrolledSampler(len(self.train_sequences), count, self.seed))
         for row in order:
-            yield _collate([self.train_sequences[row]])
+            yield collate([self.train_sequences[row]])
 
     def steps_for(self, passes: float, accumulate_grad_batches: int = 1, world_size: int = 1) -> int:
         """Optimizer steps that see the training split ``passes`` times, rounded up, at least one."""
@@ -279,24 +277,3 @@ class TextDataModule(LightningDataModule):
         count = min(max(1, round(self.validation_fraction * len(documents))), len(documents) - 1)
         parts = documents.train_test_split(test_size=count, seed=_SPLIT_SEED)
         return parts["train"], parts["test"]
-
-
-class _Filled(torch.utils.data.Dataset[Any]):
-    """Sequences, and one without targets for the filler of :class:`DealtSampler`."""
-
-    def __init__(self, sequences: Dataset) -> None:
-        self.sequences = sequences
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        return {"input_ids": self.sequences[position]["input_ids"], "counts": position != FILLER}
-
-
-def _collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
-    """Rows of ``input_ids`` to one batch."""
-    input_ids = torch.tensor([row["input_ids"] for row in rows], dtype=torch.long)
-    counts = torch.tensor([row.get("counts", True) for row in rows])
-    labels = input_ids if bool(counts.all()) else input_ids.where(counts[:, None], _NO_TARGET)
-    return {"input_ids": input_ids, "labels": labels}

@@ -184,6 +184,7 @@ def record(
     tokens = report.get("tokens") or (steps * per_step if steps and (per_step := tokens_per_step(config)) else None)
     health = _mapping(report.get("health"))
     found = [f"{w.get('message')} (step {w.get('step')})" for w in _mappings(health.get("warnings"))]
+    found += [str(line) for line in report.get("warnings") or []]
     return Run(
         name=name,
         place=place,

@@ -18,9 +18,9 @@ from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.models import ModelSpec
 from usllm.models.loading import check_context_length, load_config, load_dense, load_packed, load_tokenizer
 from usllm.packed.inspection import inspect_folder
-from usllm.runs.inputs import build_data, token_streams
+from usllm.runs.inputs import build_data, shared_documents, sharing, token_streams
 from usllm.runs.measure import measure
-from usllm.runs.report import perplexity_table, print_facts
+from usllm.runs.report import perplexity_table, print_facts, print_warnings
 from usllm.runs.saved_run import find_checkpoint, load_sketched_, stored_config
 from usllm.system.errors import UserError
 from usllm.system.files import write_json
@@ -64,6 +64,7 @@ def evaluate(config: EvalConfig, command: str, given: Sequence[str] = ()) -> dic
     if run is not None and evaluation.validation_split:
         data = build_data(section_of(DataConfig, run["data"], "data"), tokenizer, run["seed"], model_config)
     streams = token_streams(evaluation, tokenizer, data)
+    shared = [] if data is None else shared_documents(evaluation, data)
 
     packed = load_packed(spec) if saved is None else None
     model = packed or load_dense(spec)
@@ -94,6 +95,7 @@ def evaluate(config: EvalConfig, command: str, given: Sequence[str] = ()) -> dic
         "command": command,
         "model": str(checkpoint or spec.file or spec.name),
         "perplexity": rows,
+        **sharing(shared),
         "harness": harness,
         "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer, rule)},
         "compression": compression,
@@ -123,6 +125,7 @@ def print_result(result: dict[str, Any], path: Path) -> None:
         bits = f"{compression['bits_per_weight']:.4f}, over the whole model {compression['model_bits_per_weight']:.4f}"
         facts.insert(1, ("bits per weight", bits))
     print_facts(facts, console)
+    print_warnings(result["warnings"], console)
 
 
 def choose_device(name: str) -> torch.device:

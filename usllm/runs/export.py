@@ -23,9 +23,9 @@ from usllm.packed.export import ModelFiles, RestStorage, export
 from usllm.packed.inspection import Inspection
 from usllm.packed.loading import load
 from usllm.packed.source import PackingSource, from_checkpoint, from_model
-from usllm.runs.inputs import build_data, program, token_streams
+from usllm.runs.inputs import build_data, program, shared_documents, sharing, token_streams
 from usllm.runs.measure import measure, merge_stages
-from usllm.runs.report import human_bytes, print_facts
+from usllm.runs.report import human_bytes, print_facts, print_warnings
 from usllm.runs.saved_run import find_checkpoint, stored_config
 from usllm.system.files import read_json
 from usllm.system.machine import choose_autocast, machine, machine_line
@@ -158,6 +158,8 @@ def _measured(origin: _Origin, folder: Path) -> list[dict[str, Any]]:
     evaluation, model_config = origin.evaluation, load_config(origin.spec)
     data = build_data(origin.data, tokenizer, origin.seed, model_config) if evaluation.validation_split else None
     streams = token_streams(evaluation, tokenizer, data)
+    if data is not None:
+        print_warnings(sharing(shared_documents(evaluation, data))["warnings"], Console(stderr=True))
     model = load(folder, dtype=torch.float32)
     return measure(model, tokenizer, streams, evaluation, "Packed model")
 

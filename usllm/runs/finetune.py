@@ -24,11 +24,14 @@ from transformers import PreTrainedModel
 from usllm.callbacks import Preemption, SketchHealth
 from usllm.compress import compressed_layers, compression_report
 from usllm.config import TrainConfig, sketch_config
+from usllm.config.trainer_arguments import length_problems
+from usllm.config.validation import user_error
 from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.loggers import axis_step
 from usllm.models.loading import check_context_length, load_config, load_dense, load_tokenizer
 from usllm.runs.directory import finished_report, noting_failure, refuse_used
-from usllm.runs.inputs import build_data, program, token_streams, with_window_starts
+from usllm.runs.ending import early_end, timer_of
+from usllm.runs.inputs import build_data, program, shared_documents, sharing, token_streams, with_window_starts
 from usllm.runs.launched import ending_together
 from usllm.runs.measure import BaselinePerplexity, measure, merge_stages
 from usllm.runs.report import print_outcome, print_report
@@ -44,6 +47,9 @@ from usllm.system.renamed_keys import with_todays_keys
 from usllm.system.run_files import REPORT_FILE, STAGES_FOLDER, checkpoint_folder
 from usllm.training import SketchFinetuner, build_objective, latest_checkpoint
 from usllm.training.differences import agree, run_differences
+
+_FREE_KEYS = ("evaluation.batch_size", "evaluation.allow_shared")
+"""What a finished run may be asked for again with another value: it changes no figure."""
 
 
 def finetune(config: TrainConfig, plain: Mapping[str, Any], command: str, brief: bool = False) -> dict[str, Any]:
@@ -89,6 +95,7 @@ def _finetune(
     """The run itself, in a directory that is its own."""
     started = time.perf_counter()
     run_dir = Path(config.run_dir)
+    timer = timer_of(callbacks, config.trainer.get("max_time"))
     first_rank = getattr(rank_zero_only, "rank", 0) == 0
     console = Console(stderr=True, quiet=not first_rank)
     model_config = load_config(config.model)
@@ -103,10 +110,13 @@ def _finetune(
     console.print("Reading and tokenising text …")
     data = build_data(config.data, tokenizer, config.seed, model_config)
     streams = token_streams(config.evaluation, tokenizer, data)
+    shared = shared_documents(config.evaluation, data)
     accumulate = int(config.trainer.get("accumulate_grad_batches", 1))
     max_steps = config.trainer.get("max_steps") or data.steps_for(
         config.trainer["epochs"], accumulate, devices_in(config.trainer)
     )
+    if problems := length_problems(config.trainer, config.optimizer.warmup_steps, max_steps):
+        raise user_error(problems)
 
     seed_everything(config.seed, workers=True, verbose=False)
     checkpoint = latest_checkpoint(checkpoint_folder(run_dir)) if config.resume else None
@@ -122,9 +132,6 @@ def _finetune(
     )
     if not loggers:  # Lightning refuses this one where it has nowhere to write
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-    timer = next((callback for callback in callbacks if isinstance(callback, Timer)), None)
-    if timer is None:
-        callbacks.append(timer := Timer())
     trainer = build_trainer(config, max_steps, [baseline, *callbacks], loggers)
     stages = list(build_nodes("stages", config.stages).values())
     module = SketchFinetuner(
@@ -154,9 +161,12 @@ def _finetune(
         "finished": True,
         "name": config.name,
         "command": command,
+        **sharing(shared),
         "perplexity": merge_stages(**baseline.rows, finetuned=after),
         **sizes(model, config),
         "steps": trainer.global_step,
+        "max_steps": max_steps,
+        "ended_early": early_end(trainer, max_steps, callbacks),
         "tokens": trainer.global_step * per_step,
         "seconds": _seconds(timer, time.perf_counter() - started),
         "precision": str(trainer.precision),
@@ -191,7 +201,7 @@ def refuse_other_configuration(finished: Mapping[str, Any], config: TrainConfig,
         differences += [
             f"{group}.{key}: {old.get(key)} in the finished run, {new.get(key)} in this one"
             for key in sorted(old.keys() | new.keys())
-            if not agree(f"{group}.{key}", old.get(key), new.get(key)) and (group, key) != ("evaluation", "batch_size")
+            if not agree(f"{group}.{key}", old.get(key), new.get(key)) and f"{group}.{key}" not in _FREE_KEYS
         ]
     if differences:
         raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from usllm.config import DataConfig, EvaluationConfig, TrainConfig
 from usllm.data.datamodule import TextDataModule
+from usllm.data.overlap import SharedDocuments
+from usllm.data.sources import read_documents
 from usllm.data.windows import resolved_rule
 from usllm.eval.perplexity import check_long_enough, tokenise_test_sets
 
@@ -84,6 +86,26 @@ def token_streams(
         for window in evaluation.windows:
             check_long_enough(streams[VALIDATION_SET], window, VALIDATION_SET)
     return streams | tokenise_test_sets(evaluation.test_sets, tokenizer, evaluation.windows)
+
+
+def shared_documents(evaluation: EvaluationConfig, data: TextDataModule) -> list[SharedDocuments]:
+    """How many documents of each test set, the held-out split first, are in the text of training and calibration.
+
+    Raises:
+        UserError: a text is missing.
+    """
+    found = [data.shared_with(VALIDATION_SET, None)] if evaluation.validation_split else []
+    for name, source in evaluation.test_sets.items():
+        found.append(data.shared_with(name, read_documents(source, f"evaluation.test_sets.{name}")))
+    return found
+
+
+def sharing(found: Sequence[SharedDocuments]) -> dict[str, Any]:
+    """What a report says about shared documents: the numbers in ``shared_documents`` and lines in ``warnings``."""
+    return {
+        "shared_documents": [dataclasses.asdict(one) for one in found],
+        "warnings": [one.warning for one in found if one.warning is not None],
+    }
 
 
 def program(name: str) -> str:

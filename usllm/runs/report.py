@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -46,6 +46,12 @@ def print_facts(facts: list[tuple[str, str]], console: Console) -> None:
         console.print(Text(name.ljust(width), style="bold") + Text(value), soft_wrap=True)
 
 
+def print_warnings(warnings: Sequence[str], console: Console) -> None:
+    """One line each about the figures above."""
+    for warning in warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+
+
 def print_report(report: dict[str, Any], console: Console | None = None) -> None:
     """Print the closing tables of a finetuning run (the content of ``report.json``)."""
     console = console or Console()
@@ -54,6 +60,7 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     print_facts([*_size_facts(report), *_run_facts(report)], console)
     for warning in (report.get("health") or {}).get("warnings", []):
         console.print(f"warning (step {warning['step']}): {warning['message']}", style="yellow", markup=False)
+    print_warnings(report.get("warnings", []), console)
     console.print("\nNext, try")
     for command in report["next"]:
         # Plain and unwrapped, so that it can be copied from the screen.
@@ -69,8 +76,9 @@ def print_outcome(report: dict[str, Any], console: Console | None = None) -> Non
     ]
     bits = report["bits_per_weight"]
     rate = "dense" if bits is None else f"{bits['achieved']:.4f} bits per weight"
+    early = f", ended early after {report['steps']:,} steps" if report.get("ended_early") else ""
     (console or Console()).print(
-        f"Finished before: {report['report']}, {rate}, perplexity {', '.join(figures)}",
+        f"Finished before: {report['report']}, {rate}, perplexity {', '.join(figures)}{early}",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -90,8 +98,11 @@ def _size_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _run_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     seconds = report["seconds"]
+    early = report.get("ended_early")
+    steps = f"{report['steps']:,} of {report['max_steps']:,} steps" if early else f"{report['steps']:,} steps"
     return [
-        ("training", f"{report['steps']:,} steps, {report['tokens']:,} tokens, precision {report['precision']}"),
+        ("training", f"{steps}, {report['tokens']:,} tokens, precision {report['precision']}"),
+        *([("ended early", str(early))] if early else []),
         ("time", f"{human_seconds(seconds['training'])} training, {human_seconds(seconds['total'])} in all"),
         ("tokenizer", f"{report['tokenizer']['name']}, beginning-of-text token: {report['tokenizer']['bos']}"),
         ("machine", machine_line(report["machine"])),

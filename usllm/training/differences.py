@@ -39,9 +39,12 @@ _DECISIVE_KEYS = (
 """Parts of the run's configuration that a resumed run must keep, besides the sketch. All others only store, show or
 measure what happens, or say on which machines: of batch size, accumulation and number of ranks only the product, the
 sequences of an optimizer step, must be kept."""
-
-
-ADDED_LATER: Mapping[str, Any] = {"data.window_start": "none", "evaluation.window_start": "none"}
+_PLACES_OF_TEXTS = ("data.train.path", "data.validation.path")
+ADDED_LATER: Mapping[str, Any] = {
+    "data.window_start": "none",
+    "evaluation.window_start": "none",
+    "evaluation.allow_shared": [],
+}
 """Keys that configurations of older versions lack, with what those versions did."""
 
 
@@ -69,6 +72,7 @@ def run_differences(
     config: Mapping[str, Any],
     saved_ranks: int | None = None,
     ranks: int | None = None,
+    texts_compared: bool = False,
 ) -> list[str]:
     """Every key besides the sketch that decides the course of a run and differs, with both values.
 
@@ -77,13 +81,16 @@ def run_differences(
         config: this run's.
         saved_ranks: number of processes that made the checkpoint; ``None``: as far as its configuration says.
         ranks: the same of this run.
+        texts_compared: whether the texts themselves are compared elsewhere: then it does not matter where they lie.
     """
     theirs, ours = {**ADDED_LATER, **dict(_leaves(saved))}, {**ADDED_LATER, **dict(_leaves(config))}
     decisive = tuple(f"{key}." for key in _DECISIVE_KEYS)
     differences = [
         f"{key}: {theirs.get(key)} in the checkpoint, {ours.get(key)} in this run"
         for key in sorted(theirs.keys() | ours.keys())
-        if f"{key}.".startswith(decisive) and not agree(key, theirs.get(key), ours.get(key))
+        if f"{key}.".startswith(decisive)
+        and not (texts_compared and key in _PLACES_OF_TEXTS)
+        and not agree(key, theirs.get(key), ours.get(key))
     ]
     before, now = _step_size(theirs, saved_ranks), _step_size(ours, ranks)
     if before is not None and now is not None and before.sequences != now.sequences:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 KINDS = ("pydoc", "text", "jsonl", "parquet", "hub", "auto")
 
@@ -46,6 +47,16 @@ class SourceSpec:
         if self.path is None:
             return ()
         return (self.path,) if isinstance(self.path, str) else tuple(self.path)
+
+    def shared_with(self, other: SourceSpec) -> str | None:
+        """What both sources read: a file, under whatever path, or a split of a data set; ``None`` where nothing."""
+        if self.kind == "hub" and other.kind == "hub":
+            place, theirs = (self.name, self.config, self.split), (other.name, other.config, other.split)
+            return f"{other.name}, split {other.split}" if place == theirs else None
+        if self.kind == "pydoc" and other.kind == "pydoc":
+            return "Python's documentation"
+        ours = {Path(path).expanduser().resolve() for path in self.paths}
+        return next((path for path in other.paths if Path(path).expanduser().resolve() in ours), None)
 
     def problems(self, key: str) -> list[str]:
         """Everything wrong with the values themselves (nothing is opened).
