@@ -88,6 +88,7 @@ class HarnessConfig:
         limit: measure only the first examples of each task; below 1, that share of them.
         batch_size: requests per forward pass.
         num_fewshot: solved examples in front of each question; ``None`` takes each task's own number.
+        add_bos_token: whether texts begin with a beginning-of-text token; ``None`` leaves it to the tokenizer.
     """
 
     tasks: list[str] = field(default_factory=list)
@@ -95,6 +96,7 @@ class HarnessConfig:
     limit: float | None = None
     batch_size: int = 1
     num_fewshot: int | None = None
+    add_bos_token: bool | None = None
 
 
 @dataclass

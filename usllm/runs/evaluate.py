@@ -83,6 +83,7 @@ def evaluate(config: EvalConfig, command: str, given: Sequence[str] = ()) -> dic
             batch_size=tasks.batch_size,
             num_fewshot=tasks.num_fewshot,
             seed=config.seed,
+            add_bos_token=tasks.add_bos_token,
             autocast=choose_autocast(evaluation.precision, model.device),
             manager=manager,
         )
@@ -125,7 +126,8 @@ def print_result(result: dict[str, Any], path: Path) -> None:
         bits = f"{compression['bits_per_weight']:.4f}, over the whole model {compression['model_bits_per_weight']:.4f}"
         facts.insert(1, ("bits per weight", bits))
     print_facts(facts, console)
-    print_warnings(result["warnings"], console)
+    notes = (result["harness"] or {}).get("notes", [])
+    print_warnings([*result["warnings"], *notes], console)
 
 
 def choose_device(name: str) -> torch.device:
