@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,9 +109,56 @@ def test_data_names_files_as_test_sets(
     assert as_text["perplexity"] == as_rows["perplexity"]
 
 
+def _marked(text: str) -> bytes:
+    return b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [("x.txt", str.encode), ("x.txt", _marked), ("x.jsonl", None), ("x.json", None), ("x.jsonl.bz2", bz2.compress)],
+)
+def test_one_text_measures_the_same_in_every_file(
+    name: str, pack: Any, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tiny_text.read_text()
+    line = (json.dumps({"text": text}) + "\n").encode()
+    content = pack(text) if name == "x.txt" else line if pack is None else pack(line)
+    (tmp_path / name).write_bytes(content)
+    arguments = ["model=random", "evaluation.windows=[32]", "evaluation.max_windows=4"]
+    plain = evaluate(monkeypatch, tmp_path / "a", f"data=[{tiny_text}]", *arguments)
+    found = evaluate(monkeypatch, tmp_path / "b", f"data=[{tmp_path / name}]", *arguments)
+    assert found["perplexity"][0]["test_set"] == "x"
+    for key in ("perplexity", "tokens"):
+        assert found["perplexity"][0][key] == plain["perplexity"][0][key]
+
+
+def test_override_keeps_the_windows_and_test_sets_of_the_run(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = json.loads((run_dir / "report.json").read_text())
+    result = evaluate(monkeypatch, tmp_path, f"ckpt={run_dir}", "evaluation.batch_size=2")
+    shared = ("test_set", "window", "windows", "tokens", "window_start")
+    assert [[row[key] for key in shared] for row in result["perplexity"]] == [
+        [row[key] for key in shared] for row in report["perplexity"]
+    ]
+    assert result["perplexity"][0]["window_start"] == "none"
+
+
+def test_window_start_is_measured_and_said(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (row,) = evaluate(monkeypatch, tmp_path / "a", f"ckpt={run_dir}")["perplexity"]
+    result = evaluate(monkeypatch, tmp_path / "b", f"ckpt={run_dir}", "evaluation.window_start=each")
+    assert result["perplexity"][0]["window_start"] == "each"
+    assert result["perplexity"][0]["perplexity"] != row["perplexity"]
+    assert "32, each" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argument", "named"),
     [
+        ("data=[{json}]", "is one JSON document, not JSON lines"),
+        ("data=[{utf16}]", "is UTF-16 text"),
         ("ckpt=/no/such/run", "no such file or folder"),
         ("ckpt={empty}", "holds no checkpoint"),
         ("ckpt={text}", "cannot be read"),
@@ -126,7 +175,10 @@ def test_bad_input_ends_in_one_message(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty").mkdir()
-    argument = argument.format(empty=tmp_path / "empty", text=tiny_text)
+    (tmp_path / "x.json").write_text('[{"text": "one"}]')
+    (tmp_path / "x.txt").write_bytes("text".encode("utf-16"))
+    places = {"empty": tmp_path / "empty", "json": tmp_path / "x.json", "utf16": tmp_path / "x.txt"}
+    argument = argument.format(text=tiny_text, **places)
     with pytest.raises(SystemExit) as ended:
         evaluate(monkeypatch, tmp_path, argument, "evaluation=files", f"evaluation.test_sets.text.path={tiny_text}")
     assert ended.value.code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,8 @@ def tiny(text: Path, *overrides: str) -> list[str]:
 def data_folder(tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with files of the names that configurations of local data expect."""
     for name in ("imdb.train.txt.xz", "imdb.valid.txt.xz", "wikitext2.valid.txt", "wikitext2.test.raw.txt"):
-        (tmp_path / name).write_text(tiny_text.read_text())
+        content = tiny_text.read_bytes()
+        (tmp_path / name).write_bytes(lzma.compress(content) if name.endswith(".xz") else content)
     monkeypatch.setenv("USLLM_DATA", str(tmp_path))
     return tmp_path
 

@@ -10,6 +10,7 @@ import torch
 
 from usllm.data import SourceSpec
 from usllm.data.datamodule import TextDataModule
+from usllm.data.windows import cut_windows
 from usllm.models.random_model import byte_tokenizer
 from usllm.system.errors import UserError
 
@@ -144,6 +145,26 @@ def test_validation_source_is_used_where_given(tmp_path: Path) -> None:
     _attach(module)
     rows = torch.cat([batch["input_ids"] for batch in module.val_dataloader()])
     assert torch.equal(rows.flatten(), module.validation_tokens())
+
+
+def test_every_sequence_begins_alike_in_training_validation_and_calibration(tmp_path: Path) -> None:
+    module = _module(tmp_path, window_start="each")
+    _attach(module)
+    start = module.tokenizer.bos_token_id
+    for batches in (module.train_dataloader(), module.val_dataloader(), module.calibration_batches(5)):
+        assert {int(first) for batch in batches for first in batch["input_ids"][:, 0]} == {start}
+
+
+def test_validation_tokens_cut_again_are_the_validation_sequences(tmp_path: Path) -> None:
+    module = _module(tmp_path, window_start="each")
+    start = module.tokenizer.bos_token_id
+    windows, _ = cut_windows(module.validation_tokens().numpy(), 16, start)
+    assert windows.tolist() == module.validation_sequences["input_ids"][:]
+
+
+def test_rule_of_a_family_needs_the_family(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="window_start=auto: needs the model's family"):
+        _module(tmp_path, window_start="auto")
 
 
 def test_validation_does_not_touch_the_global_rng(tmp_path: Path) -> None:

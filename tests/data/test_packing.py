@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
@@ -17,13 +18,14 @@ from transformers import PreTrainedTokenizerFast
 
 from usllm.data import packing
 from usllm.data.packing import pack
+from usllm.data.windows import cut_windows
 from usllm.models.random_model import byte_tokenizer
 from usllm.system.errors import UserError
 
 END = 256
 
 
-def _packed(texts: list[str], length: int, folder: Path, **options: int) -> list[list[int]]:
+def _packed(texts: list[str], length: int, folder: Path, **options: Any) -> list[list[int]]:
     documents = Dataset.from_dict({"text": texts})
     return pack(documents, byte_tokenizer(), length, key="data.train", cache_dir=folder, **options)["input_ids"][:]
 
@@ -64,6 +66,17 @@ def test_tokens_that_the_tokenizer_adds_stay_at_each_document(tmp_path: Path) ->
     plain = _packed(["a", "b"], 2, tmp_path)
     with_bos = pack(documents, tokenizer, 3, key="data.train", cache_dir=tmp_path)["input_ids"][:]
     assert with_bos == [[END, *plain[0]], [END, *plain[1]]]
+
+
+def test_each_sequence_begins_with_the_token_where_asked_for(tmp_path: Path) -> None:
+    texts = [f"document {number}" for number in range(700)]  # sequences cross the batches of writing
+    tokenizer = byte_tokenizer()
+    stream = [token for text in texts for token in [*tokenizer(text).input_ids, END]]
+    rows = _packed(texts, 97, tmp_path, window_start="each")
+    # The end-of-text token is the beginning-of-text token here: one at the start of a window is not doubled.
+    assert rows == cut_windows(np.array(stream), 97, END)[0].tolist()
+    assert {row[0] for row in rows} == {END}
+    assert rows != _packed(texts, 97, tmp_path)
 
 
 def test_second_call_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_packed import pack, sketched_model
+from tokenizers import processors
 
 from usllm.cli import eval as evaluation
 from usllm.cli import train
@@ -140,6 +141,29 @@ def test_model_tokenizer_and_random_numbers_are_left_alone(task_folder: Path) ->
     assert (random.random(), torch.rand(1).item()) == expected
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert tokenizer.pad_token is None
+
+
+@pytest.mark.parametrize(("add_bos_token", "first", "noted"), [(None, 2, True), (False, 1, False), (True, 2, True)])
+def test_second_beginning_of_text_token_is_said_and_can_be_left_out(
+    task_folder: Path, add_bos_token: bool | None, first: int, noted: bool
+) -> None:
+    tokenizer = byte_tokenizer()
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)]
+    )
+    model, seen = random_model("llama"), []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(inputs[0][0, :3]))
+    options = {"include_path": task_folder, "limit": 1, "add_bos_token": add_bos_token}
+    result = run_harness(model, tokenizer, ["read_the_text"], **options)  # type: ignore[arg-type]
+    assert int((seen[-1] == bos).sum()) == first
+    assert result["settings"]["add_bos_token"] is add_bos_token
+    assert ["harness.add_bos_token=false leaves one" in note for note in result["notes"]] == [True] * noted
+
+
+def test_one_beginning_of_text_token_is_nothing_to_note(task_folder: Path) -> None:
+    for task in ("read_the_text", "choose_a_word"):
+        assert run_harness(random_model("llama"), byte_tokenizer(), [task], include_path=task_folder)["notes"] == []
 
 
 def test_autocast_reaches_the_model(task_folder: Path) -> None:

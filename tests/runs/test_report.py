@@ -45,6 +45,7 @@ def test_closing_table_names_everything() -> None:
         "1.00e+09",
         "40.25",
         "2,048 of 9,000",
+        "512, none",
         "0.4987 of 0.5 asked",
         "5.2500 over all parameters",
         "88.0 MB sketched, 269.0 MB dense",
@@ -56,6 +57,13 @@ def test_closing_table_names_everything() -> None:
         "usllm-eval ckpt=runs/demo/default",
     ):
         assert part in text
+
+
+def test_a_token_at_the_start_of_each_window_is_said_and_is_no_token_of_the_text() -> None:
+    row = {"test_set": "a", "window": 9, "windows": 10, "tokens": 500, "window_start": "each", "after": 3.0}
+    text = shown(report(perplexity=[row]))
+    assert "9, each" in text
+    assert "80 of 500" in text
 
 
 def test_long_paths_stay_on_one_line() -> None:
@@ -92,5 +100,6 @@ def test_run_among_many_that_has_ended_before_gets_one_line(changes: dict[str, A
     screen = io.StringIO()
     print_outcome(report(**changes), Console(file=screen, width=80))
     assert screen.getvalue() == (
-        f"Finished before: runs/demo/default/report.json, {rate}, perplexity validation/512 40.25\n"
+        f"Finished before: runs/demo/default/report.json, {rate}, "
+        "perplexity validation/512 40.25 (window start: none)\n"
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from usllm.data.sources.files import COMPRESSIONS
 from usllm.system.errors import UserError
 
 T = TypeVar("T")
@@ -140,7 +141,10 @@ def expand_model(arguments: list[str]) -> list[str]:
 
 
 def expand_test_sets(arguments: list[str]) -> list[str]:
-    """Let ``data=[a.txt,b.jsonl.gz]`` name files to measure on; each becomes a test set called after its file."""
+    """Let ``data=[a.txt,b.jsonl.gz]`` name files to measure on; each becomes a test set called after its file.
+
+    What kind of file it is follows from its name and its first bytes, when the configuration is checked.
+    """
     expanded: list[str] = []
     names: list[str] = []
     for argument in arguments:
@@ -149,13 +153,13 @@ def expand_test_sets(arguments: list[str]) -> list[str]:
             expanded.append(argument)
             continue
         for path in value.removeprefix("[").removesuffix("]").split(","):
-            plain = path.strip().removesuffix(".gz").removesuffix(".xz")
-            kind = {".jsonl": "jsonl", ".parquet": "parquet"}.get(Path(plain).suffix, "text")
-            name = re.sub(r"\W", "_", Path(plain).stem)
+            plain = Path(path.strip())
+            plain = plain.with_suffix("") if plain.suffix.lower() in COMPRESSIONS else plain
+            name = re.sub(r"\W", "_", plain.stem)
             names.append(name)
             number = names.count(name)
             prefix = f"+evaluation.test_sets.{name if number == 1 else f'{name}_{number}'}"
-            expanded += [f"{prefix}.kind={kind}", f"{prefix}.path={_quoted(path.strip())}"]
+            expanded += [f"{prefix}.kind=auto", f"{prefix}.path={_quoted(path.strip())}"]
     return expanded
 
 

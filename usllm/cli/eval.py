@@ -33,13 +33,12 @@ def _eval(cfg: DictConfig) -> None:
         import_plugins(cfg.plugins)
         from usllm.config import check_eval
 
-        config = check_eval(cfg)
+        given = list(HydraConfig.get().overrides.task)
+        config = check_eval(cfg, given)
         from usllm.runs.evaluate import evaluate
 
         quiet_libraries()
-        given = HydraConfig.get().overrides.task
-        own_evaluation = any(override.lstrip("+~").startswith("evaluation") for override in given)
-        evaluate(config, shlex.join([PROGRAM, *typed]), own_evaluation)
+        evaluate(config, shlex.join([PROGRAM, *typed]), given)
 
     report_errors(PROGRAM, task)
 

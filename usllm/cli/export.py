@@ -30,7 +30,7 @@ def _export(cfg: DictConfig) -> None:
         from usllm.runs.export import export_model
 
         quiet_libraries()
-        export_model(config, shlex.join([PROGRAM, *typed]))
+        export_model(config, shlex.join([PROGRAM, *typed]), given)
 
     report_errors(PROGRAM, task)
 

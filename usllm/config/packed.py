@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from usllm.config import rules
 from usllm.config.compression import check_compressor
+from usllm.config.overrides import group_of, idle_beside_checkpoint
 from usllm.config.rules import Problems
 from usllm.config.schema import AllocationConfig, DataConfig, EvaluationConfig
 from usllm.config.structure import built, merge_typed
@@ -103,14 +104,18 @@ def check_export(cfg: DictConfig | dict[str, Any], given: Sequence[str] = ()) ->
     problems.number("calibration_sequences", config.calibration_sequences, least=1)
     problems.number("seed", config.seed, least=0, below=2**32)
     if config.ckpt is not None:
-        idle = [override for override in given if re.split(r"[.=@]", override)[0] in WITHOUT_CKPT]
-        problems.extend(f"{override}: ckpt={config.ckpt} decides that; leave it out" for override in idle)
+        problems.extend(idle_beside_checkpoint(config.ckpt, given, WITHOUT_CKPT))
+    if not config.measure:
+        idle = [override for override in given if group_of(override) == "evaluation"]
+        problems.extend(f"{override}: nothing is measured; pass measure=true, or leave it out" for override in idle)
     if config.ckpt is None:
         check_compressor(config.sketch, config.allocation, problems)
         rules.check_model(config.model, problems)
         rules.check_data(config.data, problems)
     if config.measure:
         rules.check_evaluation(config.evaluation, problems)
+        if config.ckpt is None:
+            rules.check_unseen(config.data.train, config.evaluation, problems)
         if not config.evaluation.test_sets and not config.evaluation.validation_split:
             problems.append("evaluation.test_sets: none given, so measure=true has nothing to measure")
     if config.out:

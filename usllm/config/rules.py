@@ -9,11 +9,14 @@ from typing import Any
 
 from usllm.config.schema import DataConfig, EvaluationConfig, HarnessConfig
 from usllm.config.structure import built
+from usllm.config.trainer_arguments import argument_problems, length_problems
 from usllm.data import SourceSpec
+from usllm.data.sources.kinds import with_kind
+from usllm.data.windows import WINDOW_STARTS
 from usllm.models import ModelSpec
+from usllm.system.errors import UserError
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
-RESERVED_TRAINER_KEYS = ("callbacks", "logger", "default_root_dir", "max_epochs")
 
 PERPLEXITY = "perplexity"
 METRICS = (PERPLEXITY, f"{PERPLEXITY}/<test set>/<window>", "bits_per_weight", "model_bytes")
@@ -72,11 +75,17 @@ def check_model(model: ModelSpec, problems: Problems) -> None:
 
 
 def check_source(key: str, source: SourceSpec, problems: Problems) -> None:
-    """The rules of ``SourceSpec``, and that the files it names are there."""
-    problems.extend(source.problems(key))
-    for path in source.paths:
-        found = Path(path).expanduser().is_file()
-        problems.require(found, f"{key}.path", path, f"no such file (relative paths start at {Path.cwd()})")
+    """The rules of ``SourceSpec``, and that the files it names are there and of its kind."""
+    broken = source.problems(key)
+    missing = [path for path in source.paths if not Path(path).expanduser().is_file()]
+    problems.extend(broken)
+    for path in missing:
+        problems.require(False, f"{key}.path", path, f"no such file (relative paths start at {Path.cwd()})")
+    if not broken and not missing:
+        try:
+            with_kind(source, key)
+        except UserError as error:
+            problems.append(f"{key}: {error}")
 
 
 def check_objective(objective: dict[str, Any], problems: Problems) -> None:
@@ -104,6 +113,7 @@ def check_data(data: DataConfig, problems: Problems) -> None:
         )
     problems.number("data.context_length", data.context_length, least=2)
     problems.number("data.max_sequences", data.max_sequences, least=1, hint="null takes the whole text")
+    problems.choice("data.window_start", data.window_start, WINDOW_STARTS)
     problems.number("data.batch_size", data.batch_size, least=1)
     problems.number("data.num_proc", data.num_proc, least=1)
     problems.number("data.num_workers", data.num_workers, least=0)
@@ -120,6 +130,20 @@ def check_evaluation(evaluation: EvaluationConfig, problems: Problems) -> None:
     problems.number("evaluation.max_windows", evaluation.max_windows, least=1)
     problems.number("evaluation.batch_size", evaluation.batch_size, least=1)
     problems.choice("evaluation.precision", evaluation.precision, ("auto", "bf16", "fp32"))
+    problems.choice("evaluation.window_start", evaluation.window_start, WINDOW_STARTS)
+
+
+def check_unseen(train: SourceSpec | None, evaluation: EvaluationConfig, problems: Problems) -> None:
+    """No test set is the source of training and calibration, unless ``evaluation.allow_shared`` names it."""
+    for name in evaluation.allow_shared:
+        known = ", ".join(evaluation.test_sets) or "there is none"
+        problems.require(name in evaluation.test_sets, "evaluation.allow_shared", name, f"no such test set ({known})")
+    for name, source in evaluation.test_sets.items():
+        if train is not None and name not in evaluation.allow_shared and (what := train.shared_with(source)):
+            problems.append(
+                f"evaluation.test_sets.{name}: {what} is also data.train, so its perplexity would not be of unseen "
+                f"text; choose another, or allow it with evaluation.allow_shared=[{name}]"
+            )
 
 
 def check_harness(harness: HarnessConfig, problems: Problems) -> None:
@@ -150,34 +174,13 @@ def check_trainer(trainer: dict[str, Any], warmup_steps: int, problems: Problems
             problems.append(f"trainer.{key}={value}: must be a number")
         else:
             problems.number(f"trainer.{key}", value, above=0)
-    if isinstance(steps, int) and steps > 0:
-        fits = warmup_steps <= steps
-        problems.require(
-            fits,
-            "optimizer.warmup_steps",
-            warmup_steps,
-            f"longer than trainer.max_steps={steps}: make it shorter, 0 for none",
-        )
     accumulate = trainer.get("accumulate_grad_batches", 1)
     is_count = isinstance(accumulate, int) and not isinstance(accumulate, bool) and accumulate >= 1
     problems.require(is_count, "trainer.accumulate_grad_batches", accumulate, "must be a whole number of at least 1")
     problems.choice("trainer.precision", trainer.get("precision", "auto"), PRECISIONS)
-    _check_trainer_names(trainer, problems)
-
-
-def _check_trainer_names(trainer: dict[str, Any], problems: Problems) -> None:
-    import inspect
-
-    from lightning import Trainer
-
-    known = set(inspect.signature(Trainer.__init__).parameters) - {"self", *RESERVED_TRAINER_KEYS} | {"epochs"}
-    for key in trainer:
-        if key in RESERVED_TRAINER_KEYS:
-            problems.append(
-                f"trainer.{key}: set by usllm; use the groups callbacks and logger, run_dir and trainer.epochs"
-            )
-        elif key not in known:
-            problems.append(f"trainer.{key}={trainer[key]}: not an argument of lightning.Trainer")
+    problems.extend(argument_problems(trainer))
+    if isinstance(steps, int) and steps > 0:
+        problems.extend(length_problems(trainer, warmup_steps, steps))
 
 
 def check_nodes(group: str, nodes: dict[str, Any] | None, problems: Problems) -> None:

@@ -23,6 +23,8 @@ class DataConfig:
         validation: the text that is validated on; ``None`` holds out ``validation_fraction`` of the training documents.
         context_length: tokens per packed sequence.
         max_sequences: train and calibrate on the first ones only; ``None`` takes all.
+        window_start: what stands at the start of each sequence: ``none``, ``each`` (the beginning-of-text token) or
+            ``auto``, what the model's family needs (:mod:`usllm.data.windows`).
         cache_dir: where packed sequences are kept between runs.
         num_proc: processes that tokenise.
         batch_size: sequences per micro batch.
@@ -34,6 +36,7 @@ class DataConfig:
     validation_fraction: float = 0.02
     context_length: int = 512
     max_sequences: int | None = None
+    window_start: str = "auto"
     cache_dir: str = "~/.cache/usllm"
     num_proc: int = 2
     batch_size: int = 4
@@ -66,6 +69,9 @@ class EvaluationConfig:
         max_windows: measure only the first ones.
         batch_size: windows per forward pass.
         precision: of the forward passes: ``bf16`` (autocast), ``fp32``, or ``auto``, bf16 where the machine has it.
+        window_start: what stands at the start of each window; the configuration takes that of ``data``, where there is
+            one.
+        allow_shared: names of test sets that may be the very text of training.
     """
 
     test_sets: dict[str, SourceSpec] = field(default_factory=dict)
@@ -74,6 +80,8 @@ class EvaluationConfig:
     max_windows: int | None = None
     batch_size: int = 1
     precision: str = "auto"
+    window_start: str = "auto"
+    allow_shared: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -86,6 +94,7 @@ class HarnessConfig:
         limit: measure only the first examples of each task; below 1, that share of them.
         batch_size: requests per forward pass.
         num_fewshot: solved examples in front of each question; ``None`` takes each task's own number.
+        add_bos_token: whether texts begin with a beginning-of-text token; ``None`` leaves it to the tokenizer.
     """
 
     tasks: list[str] = field(default_factory=list)
@@ -93,6 +102,7 @@ class HarnessConfig:
     limit: float | None = None
     batch_size: int = 1
     num_fewshot: int | None = None
+    add_bos_token: bool | None = None
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,12 +12,16 @@ from omegaconf.errors import OmegaConfBaseException
 from usllm.compress import Compressor
 from usllm.config import rules
 from usllm.config.compression import check_compressor
+from usllm.config.overrides import evaluation_beside, idle_beside_checkpoint, key_of
 from usllm.config.rules import Problems, metric_problem
-from usllm.config.schema import AllocationConfig, EvalConfig, TrainConfig
+from usllm.config.schema import AllocationConfig, EvalConfig, EvaluationConfig, TrainConfig
 from usllm.config.structure import NEEDS_A_VALUE, merge_typed
+from usllm.data import SourceSpec
 from usllm.system.errors import UserError
 
 T = TypeVar("T")
+
+_OF_WINDOWS = tuple(f"evaluation.{key}" for key in ("windows", "max_windows", "batch_size", "window_start"))
 
 
 def plain_config(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
@@ -55,6 +59,7 @@ def check_train(cfg: DictConfig | dict[str, Any]) -> TrainConfig:
     rules.check_nodes("callbacks", config.callbacks, problems)
     rules.check_nodes("logger", config.logger, problems)
     rules.check_evaluation(config.evaluation, problems)
+    rules.check_unseen(config.data.train, config.evaluation, problems)
     if not config.evaluation.test_sets and not config.evaluation.validation_split:
         problems.append("evaluation.test_sets: none given and evaluation.validation_split=false: nothing is measured")
     if (problem := metric_problem(config.optimized_metric)) is not None:
@@ -65,8 +70,12 @@ def check_train(cfg: DictConfig | dict[str, Any]) -> TrainConfig:
     return config
 
 
-def check_eval(cfg: DictConfig | dict[str, Any]) -> EvalConfig:
+def check_eval(cfg: DictConfig | dict[str, Any], given: Sequence[str] = ()) -> EvalConfig:
     """Typed configuration of ``usllm-eval``.
+
+    Args:
+        cfg: the composed configuration.
+        given: overrides that the user typed: those that can have no effect are refused.
 
     Raises:
         UserError: With all problems in one message, each with key, value and way out.
@@ -85,9 +94,27 @@ def check_eval(cfg: DictConfig | dict[str, Any]) -> EvalConfig:
             "evaluation.test_sets: none given; pass data=[<file>,…], or +evaluation.test_sets.<name>.kind=text and "
             "+evaluation.test_sets.<name>.path=<file>, or harness.tasks=[…]"
         )
+    problems.extend(_idle(config, given))
     if problems:
         raise user_error(problems)
     return config
+
+
+def _idle(config: EvalConfig, given: Sequence[str]) -> list[str]:
+    """One line for each typed override of ``usllm-eval`` that nothing would come of."""
+    found = []
+    if config.ckpt is not None:
+        found += idle_beside_checkpoint(config.ckpt, given, ("model",))
+    for override in given:
+        key = key_of(override)
+        if key.startswith("harness.") and key != "harness.tasks" and not config.harness.tasks:
+            found.append(f"{override}: no task is run; name some with harness.tasks=[…], or leave it out")
+        if config.ckpt is None and key == "evaluation.validation_split" and config.evaluation.validation_split:
+            found.append(f"{override}: only a run has a validation split; give ckpt=<run>, or leave it out")
+        nothing_measured = config.ckpt is None and not config.evaluation.test_sets
+        if nothing_measured and key in _OF_WINDOWS:
+            found.append(f"{override}: no perplexity is measured; give data=[<file>,…], or leave it out")
+    return found
 
 
 def section_of(cls: type[T], plain: Mapping[str, Any], path: str) -> T:
@@ -106,6 +133,28 @@ def section_of(cls: type[T], plain: Mapping[str, Any], path: str) -> T:
 def sketch_config(config: TrainConfig) -> Any:
     """The options of the method that a checked configuration describes, such as ``SketchConfig``."""
     return compressor_of(config.sketch, config.allocation).options
+
+
+def evaluation_of_run(run: Mapping[str, Any], composed: EvaluationConfig, given: Sequence[str]) -> EvaluationConfig:
+    """What a run was measured on, with what the user typed changed in it; see :func:`evaluation_beside`.
+
+    Args:
+        run: the run's configuration.
+        composed: the group ``evaluation`` as it was composed.
+        given: overrides that the user typed.
+
+    Raises:
+        UserError: With all problems of the result.
+    """
+    section = section_of(EvaluationConfig, evaluation_beside(run["evaluation"], composed, given), "evaluation")
+    problems = Problems()
+    rules.check_evaluation(section, problems)
+    train = (run.get("data") or {}).get("train")
+    seen = None if train is None else section_of(SourceSpec, train, "data.train")
+    rules.check_unseen(seen, section, problems)
+    if problems:
+        raise user_error(problems)
+    return section
 
 
 def sketch_config_of(sketch: dict[str, Any], allocation: AllocationConfig) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +11,23 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from usllm.data.batches import Batch, FilledSequences, collate
+from usllm.data.identity import identity_differences, text_identity, texts
+from usllm.data.overlap import SharedDocuments, count_shared, kept_hashes
 from usllm.data.packing import pack
-from usllm.data.sampler import FILLER, DealtSampler, UnrolledSampler
+from usllm.data.sampler import DealtSampler, UnrolledSampler
 from usllm.data.sources import SourceSpec, read_documents
+from usllm.data.windows import AUTO, EACH, NONE, resolved_rule
 from usllm.system.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-Batch = dict[str, Tensor]
-
 # The split is the same for every seed, so that the validation loss of two seeds is of the same documents.
 _SPLIT_SEED = 0
-_NO_TARGET = -100
+TRAIN, VALIDATION = "data.train", "data.validation"
+"""What the two texts are called in the configuration."""
 
 
 class PositionedLoader(DataLoader[Any]):
@@ -59,6 +62,11 @@ class TextDataModule(LightningDataModule):
         num_proc: processes that tokenise.
         cache_dir: where packed sequences are kept.
         seed: of the order of training.
+        window_start: ``each`` puts the beginning-of-text token at the start of each sequence, ``none`` does not
+            (:mod:`usllm.data.windows`, which also knows what a family needs).
+
+    Raises:
+        UserError: ``window_start`` is neither, or needs a token that the tokenizer does not have.
     """
 
     def __init__(
@@ -75,8 +83,12 @@ class TextDataModule(LightningDataModule):
         num_proc: int = 1,
         cache_dir: str | Path = "~/.cache/usllm",
         seed: int = 0,
+        window_start: str = NONE,
     ) -> None:
         super().__init__()
+        if window_start == AUTO:
+            raise UserError("window_start=auto: needs the model's family; see usllm.data.windows.resolved_rule")
+        self.window_start = resolved_rule(window_start, "", tokenizer, "data.window_start")
         self.tokenizer = tokenizer
         self.train_source = train
         self.validation_source = validation
@@ -88,6 +100,7 @@ class TextDataModule(LightningDataModule):
         self.num_proc = num_proc
         self.cache_dir = Path(cache_dir)
         self.seed = seed
+        self.identity: dict[str, dict[str, Any]] = {}
         self._train: Dataset | None = None
         self._validation: Dataset | None = None
 
@@ -104,16 +117,52 @@ class TextDataModule(LightningDataModule):
         del stage
         if self._train is not None:
             return
-        documents = read_documents(self.train_source, "data.train")
+        documents = read_documents(self.train_source, TRAIN)
         if self.validation_source is not None:
-            held_out = read_documents(self.validation_source, "data.validation")
+            held_out = read_documents(self.validation_source, VALIDATION)
         else:
             documents, held_out = self._split(documents)
-        validation = self._pack(held_out, "data.validation")
-        train = self._pack(documents, "data.train")
+        validation = self._pack(held_out, VALIDATION)
+        train = self._pack(documents, TRAIN)
         if self.max_sequences is not None:
             train = train.select(range(min(self.max_sequences, len(train))))
+        self.identity = {
+            TRAIN: text_identity(documents, train),
+            VALIDATION: text_identity(held_out, validation),
+        }
+        self._seen = kept_hashes(documents, self.identity[TRAIN]["text"], self.cache_dir)
+        self._validation_shared = count_shared("validation", texts(held_out), self._seen)
         self._train, self._validation = train, validation
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the texts are, for checkpoints: a resumed run is refused where they have changed."""
+        self.setup()
+        return self.identity
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare the texts with those of the checkpoint; one of an older version says nothing about them.
+
+        Raises:
+            UserError: names each text that has changed.
+        """
+        self.setup()
+        if differences := identity_differences(state_dict, self.identity):
+            raise UserError(
+                f"the text has changed since the checkpoint was made: {'; '.join(differences)}. Restore it, or start "
+                "a new run under another name="
+            )
+
+    def shared_with(self, test_set: str, documents: Dataset | None) -> SharedDocuments:
+        """How many documents of a test set are in the text of training and calibration.
+
+        Args:
+            test_set: its name.
+            documents: column ``text``; ``None`` for the validation split.
+        """
+        self.setup()
+        if documents is None:
+            return self._validation_shared
+        return count_shared(test_set, texts(documents), self._seen)
 
     @property
     def train_sequences(self) -> Dataset:
@@ -130,8 +179,12 @@ class TextDataModule(LightningDataModule):
         return self._validation
 
     def validation_tokens(self) -> Tensor:
-        """The validation split as one token stream, int64 ``[n]``, for perplexity."""
-        return torch.tensor(self.validation_sequences["input_ids"][:], dtype=torch.long).flatten()
+        """The text of the validation split as one token stream, int64 ``[n]``, for perplexity.
+
+        Without the tokens that ``window_start`` put there: they are put where the windows of a measurement begin.
+        """
+        sequences = torch.tensor(self.validation_sequences["input_ids"][:], dtype=torch.long)
+        return sequences[:, int(self.window_start == EACH) :].flatten()
 
     def train_dataloader(self) -> PositionedLoader:
         """The run's batches from the present optimizer step on.
@@ -158,7 +211,7 @@ class TextDataModule(LightningDataModule):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=_collate,
+            collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),
         )
@@ -170,12 +223,12 @@ class TextDataModule(LightningDataModule):
         """
         trainer = self.trainer
         rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
-        sequences = _Filled(self.validation_sequences)
+        sequences = FilledSequences(self.validation_sequences)
         return DataLoader(
             sequences,
             batch_size=self.batch_size,
             sampler=DealtSampler(len(self.validation_sequences), rank, world_size),
-            collate_fn=_collate,
+            collate_fn=collate,
             # A loader draws a seed for its workers even when it has none; not from the global generator, please.
             generator=torch.Generator(),
         )
@@ -191,7 +244,7 @@ class TextDataModule(LightningDataModule):
         count = min(sequences, len(self.train_sequences))
         order = list(UnrolledSampler(len(self.train_sequences), count, self.seed))
         for row in order:
-            yield _collate([self.train_sequences[row]])
+            yield collate([self.train_sequences[row]])
 
     def steps_for(self, passes: float, accumulate_grad_batches: int = 1, world_size: int = 1) -> int:
         """Optimizer steps that see the training split ``passes`` times, rounded up, at least one."""
@@ -206,6 +259,7 @@ class TextDataModule(LightningDataModule):
             key=key,
             cache_dir=self.cache_dir,
             num_proc=self.num_proc,
+            window_start=self.window_start,
         )
 
     def _split(self, documents: Dataset) -> tuple[Dataset, Dataset]:
@@ -223,24 +277,3 @@ class TextDataModule(LightningDataModule):
         count = min(max(1, round(self.validation_fraction * len(documents))), len(documents) - 1)
         parts = documents.train_test_split(test_size=count, seed=_SPLIT_SEED)
         return parts["train"], parts["test"]
-
-
-class _Filled(torch.utils.data.Dataset[Any]):
-    """Sequences, and one without targets for the filler of :class:`DealtSampler`."""
-
-    def __init__(self, sequences: Dataset) -> None:
-        self.sequences = sequences
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        return {"input_ids": self.sequences[position]["input_ids"], "counts": position != FILLER}
-
-
-def _collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
-    """Rows of ``input_ids`` to one batch."""
-    input_ids = torch.tensor([row["input_ids"] for row in rows], dtype=torch.long)
-    counts = torch.tensor([row.get("counts", True) for row in rows])
-    labels = input_ids if bool(counts.all()) else input_ids.where(counts[:, None], _NO_TARGET)
-    return {"input_ids": input_ids, "labels": labels}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from usllm.data.identity import texts
+from usllm.data.windows import NONE, cut_windows, start_token
 from usllm.system.cache import published
 from usllm.system.errors import UserError
 
@@ -29,12 +30,14 @@ def pack(
     key: str,
     cache_dir: Path,
     num_proc: int = 1,
+    window_start: str = NONE,
 ) -> Dataset:
     """Tokenise documents, put the end-of-text token after each, and cut the stream into sequences.
 
     Special tokens that the tokenizer adds by itself (a Llama 3's BOS) are kept at the start of each document. The
     remainder that fills no sequence is dropped. The result is memory-mapped from a cache under
-    ``cache_dir/sequences``, whose key is the text, the tokenizer and the length: nothing else decides the content.
+    ``cache_dir/sequences``, whose key is the text, the tokenizer, the length and what stands at the start of a
+    sequence: nothing else decides the content.
 
     Args:
         documents: data set with a column ``text``.
@@ -43,6 +46,8 @@ def pack(
         key: what the source is called in the configuration, for messages.
         cache_dir: folder of the cache.
         num_proc: processes that tokenise.
+        window_start: ``none``, or ``each`` for the beginning-of-text token at the start of each sequence
+            (:mod:`usllm.data.windows`).
 
     Returns:
         Data set with one column, ``input_ids``: int32 ``[context_length]`` per row.
@@ -56,12 +61,15 @@ def pack(
         raise UserError("The tokenizer has no end-of-text token (eos_token) to put between documents; set one in it")
     digest = hashlib.sha256(f"{_FORMAT},{context_length}".encode())
     digest.update(_tokenizer_digest(tokenizer))
-    for text in _texts(documents):
+    first = start_token(window_start, tokenizer)
+    if first is not None:
+        digest.update(f"each sequence begins with {first}".encode())
+    for text in texts(documents):
         digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
 
     def build(folder: Path) -> None:
         tokenised = _tokenise(documents, tokenizer, num_proc, folder)
-        found = _write_sequences(tokenised, context_length, folder / "sequences.arrow")
+        found = _write_sequences(tokenised, context_length, first, folder / "sequences.arrow")
         if found < context_length:
             raise UserError(
                 f"{key} holds {found} tokens, fewer than one sequence of data.context_length={context_length}; "
@@ -73,11 +81,6 @@ def pack(
 
     folder = published(cache_dir.expanduser() / "sequences" / digest.hexdigest()[:32], build)
     return Dataset.from_file(str(folder / "sequences.arrow"))
-
-
-def _texts(documents: Dataset) -> Iterator[str]:
-    for batch in documents.iter(batch_size=1000):
-        yield from batch["text"]
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:
@@ -113,7 +116,7 @@ def _tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: 
     )
 
 
-def _write_sequences(tokenised: Dataset, context_length: int, path: Path) -> int:
+def _write_sequences(tokenised: Dataset, context_length: int, first: int | None, path: Path) -> int:
     """Write the packed sequences as an Arrow stream; returns the number of tokens found, remainder included."""
     import pyarrow as pa
 
@@ -125,10 +128,10 @@ def _write_sequences(tokenised: Dataset, context_length: int, path: Path) -> int
             ids = batch["ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
             total += len(ids)
             stream = np.concatenate([rest, ids])
-            count = len(stream) // context_length
-            rest = stream[count * context_length :]
-            if count:
-                offsets = np.arange(count + 1, dtype=np.int32) * context_length
-                column = pa.ListArray.from_arrays(offsets, pa.array(stream[: count * context_length]))
+            rows, used = cut_windows(stream, context_length, first)
+            rest = stream[used:]
+            if len(rows):
+                offsets = np.arange(len(rows) + 1, dtype=np.int32) * context_length
+                column = pa.ListArray.from_arrays(offsets, pa.array(rows.reshape(-1)))
                 writer.write_batch(pa.record_batch([column], schema=schema))
     return total

@@ -13,7 +13,7 @@ import copy
 import difflib
 import fnmatch
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,7 @@ def run_harness(
     max_length: int | None = None,
     num_fewshot: int | None = None,
     seed: int = 0,
+    add_bos_token: bool | None = None,
     autocast: torch.dtype | None = None,
     manager: TaskManager | None = None,
 ) -> dict[str, Any]:
@@ -87,13 +88,14 @@ def run_harness(
         max_length: tokens that the model sees at once; ``None`` takes the model's context.
         num_fewshot: solved examples in front of each question; ``None`` takes each task's own number.
         seed: of all four generators that the harness seeds.
+        add_bos_token: whether texts begin with a beginning-of-text token; ``None`` leaves it to the tokenizer.
         autocast: dtype of ``torch.autocast``; ``None`` computes in the weights' dtype.
         manager: of :func:`find_tasks`, if it was called before.
 
     Returns:
         What JSON can hold: the harness' ``results`` (``{task: {"acc,none": …}}``), ``groups``, ``versions``,
-        ``n-shot``, ``n-samples``, ``higher_is_better`` and ``configs``, and ``lm_eval_version``, ``seeds`` and
-        ``settings``. A figure that is not finite is ``None``.
+        ``n-shot``, ``n-samples``, ``higher_is_better`` and ``configs``, and ``lm_eval_version``, ``seeds``,
+        ``settings`` and ``notes``, lines about the figures. A figure that is not finite is ``None``.
 
     Raises:
         UserError: the package is missing, a task is unknown, or its data cannot be had.
@@ -115,6 +117,8 @@ def run_harness(
                 batch_size=batch_size,
                 max_length=max_length,
                 mixed_precision_dtype=autocast,
+                # What None means has changed between versions of the harness; all know a missing argument.
+                **({} if add_bos_token is None else {"add_bos_token": add_bos_token}),
             )
             found = simple_evaluate(
                 model=adapter,
@@ -135,7 +139,10 @@ def run_harness(
     kept = {key: found[key] for key in _KEPT if key in found}
     settings = {"limit": limit, "batch_size": batch_size, "max_length": adapter.max_length, "num_fewshot": num_fewshot}
     settings["autocast"] = None if autocast is None else str(autocast).removeprefix("torch.")
-    return {**_plain(kept), "lm_eval_version": __version__, "seeds": seeds, "settings": settings}
+    settings["add_bos_token"] = add_bos_token
+    doubled = adapter.tok_encode("a")[:1] == [adapter.prefix_token_id]
+    notes = _notes(found.get("configs", {}), tokenizer) if doubled else []
+    return {**_plain(kept), "lm_eval_version": __version__, "seeds": seeds, "settings": settings, "notes": notes}
 
 
 def harness_tables(result: dict[str, Any] | None) -> list[str]:
@@ -145,6 +152,17 @@ def harness_tables(result: dict[str, Any] | None) -> list[str]:
     from lm_eval.utils import make_table
 
     return [make_table(result, column) for column in ("results", "groups") if result.get(column)]
+
+
+def _notes(configs: Mapping[str, Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What to know about the figures of a tokenizer that puts the harness' own first token before a text."""
+    tasks = [name for name, task in configs.items() if task.get("output_type") == "loglikelihood_rolling"]
+    if not tasks:
+        return []
+    return [
+        f"{', '.join(tasks)}: lm-evaluation-harness puts a beginning-of-text token before each text, and so does this "
+        f"tokenizer ({tokenizer.bos_token}): two stand there; harness.add_bos_token=false leaves one"
+    ]
 
 
 def _matches(name: str, manager: TaskManager) -> list[str]:

@@ -2,7 +2,8 @@
 
 The text as it is, tokenised once (so one BOS at its very start, and only if this tokenizer adds it), cut into
 non-overlapping windows, the remainder dropped; cross-entropy of each token given those before it in its window, from
-fp32 logits; the exponential of the mean. The figure depends on window, tokenizer and text, so results carry them.
+fp32 logits; the exponential of the mean. A family that needs it gets its BOS at the start of each window
+(:mod:`usllm.data.windows`). The figure depends on window, window start, tokenizer and text, so results carry them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from usllm.data.windows import AUTO, EACH, NONE, cut_windows, resolved_rule, start_token
 from usllm.system.errors import RunError, UserError
 from usllm.system.finite import first_nonfinite_output, first_nonfinite_tensor
 from usllm.system.ranks import dealt, ranks, sum_over_ranks_
@@ -45,7 +47,8 @@ class PerplexityResult:
         seconds: wall-clock time.
         name: of the test set.
         tokenizer: class and size of the vocabulary, or where the tokenizer came from.
-        bos: whether this tokenizer puts a beginning-of-text token before the text.
+        bos: where a beginning-of-text token stands, in words.
+        window_start: ``none``, or ``each`` where every window begins with that token.
     """
 
     perplexity: float
@@ -56,6 +59,7 @@ class PerplexityResult:
     name: str = "text"
     tokenizer: str = "unknown"
     bos: str = "unknown"
+    window_start: str = NONE
 
 
 def perplexity(
@@ -69,6 +73,7 @@ def perplexity(
     autocast: torch.dtype | None = None,
     name: str = "text",
     device: torch.device | None = None,
+    first: int | None = None,
 ) -> PerplexityResult:
     """Perplexity of a causal language model on one token stream.
 
@@ -85,6 +90,7 @@ def perplexity(
         autocast: dtype of ``torch.autocast``; None leaves the caller's setting.
         name: of the test set.
         device: where it computes; None: where its first parameter is, which offloaded shards do not tell.
+        first: token at the start of each window, which then holds ``window - 1`` tokens of the text; None: text alone.
 
     Raises:
         UserError: the text does not fill one window.
@@ -95,11 +101,10 @@ def perplexity(
             f"evaluation.max_windows={max_windows} at least 1"
         )
     check_long_enough(token_ids, window, name)
-    windows = token_ids.numel() // window
-    if max_windows is not None:
-        windows = min(windows, max_windows)
+    cut, _ = cut_windows(token_ids.cpu().numpy(), window, first)
+    windows = len(cut) if max_windows is None else min(len(cut), max_windows)
     device = device or next(model.parameters()).device
-    batches = token_ids[: windows * window].view(windows, window).split(batch_size)
+    batches = torch.from_numpy(cut[:windows]).split(batch_size)
     losses = torch.zeros(len(batches), dtype=torch.float64, device=device)
     started = time.perf_counter()
     with _evaluating(model), torch.no_grad(), _autocast(device, autocast):
@@ -119,6 +124,7 @@ def perplexity(
         tokens=token_ids.numel(),
         seconds=time.perf_counter() - started,
         name=name,
+        window_start=NONE if first is None else EACH,
     )
 
 
@@ -133,6 +139,7 @@ def evaluate(
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
     device: torch.device | None = None,
+    window_start: str = AUTO,
 ) -> list[PerplexityResult]:
     """Perplexity on every test set with every window, in the order given.
 
@@ -146,6 +153,7 @@ def evaluate(
         autocast: dtype of ``torch.autocast``; None leaves the caller's setting.
         progress: told after every forward pass.
         device: as for :func:`perplexity`.
+        window_start: ``none``, ``each``, or ``auto``: what the model's family needs (:mod:`usllm.data.windows`).
 
     Raises:
         UserError: a window is longer than the model's context or than a test set; before anything is computed.
@@ -157,12 +165,23 @@ def evaluate(
         check_context_length(model.config, window, "evaluation.windows")
         for name, token_ids in test_sets.items():
             check_long_enough(token_ids, window, name)
-    tokenizer_described, bos = tokenizer_name(tokenizer), bos_rule(tokenizer)
+    rule = resolved_rule(window_start, model.config.model_type, tokenizer, "evaluation.window_start")
+    first = start_token(rule, tokenizer)
+    tokenizer_described, bos = tokenizer_name(tokenizer), bos_rule(tokenizer, rule)
     results = []
     for name, ids in test_sets.items():
         for window in windows:
             result = perplexity(
-                model, ids, window, max_windows, batch_size, progress, autocast=autocast, name=name, device=device
+                model,
+                ids,
+                window,
+                max_windows,
+                batch_size,
+                progress,
+                autocast=autocast,
+                name=name,
+                device=device,
+                first=first,
             )
             if math.isnan(result.perplexity):
                 raise RunError(_not_finite(model, ids[:window], result, autocast, device))
@@ -228,8 +247,14 @@ def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"{tokenizer.name_or_path or type(tokenizer).__name__} ({len(tokenizer)} tokens)"
 
 
-def bos_rule(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Whether this tokenizer puts a beginning-of-text token before a text, in words."""
+def bos_rule(tokenizer: PreTrainedTokenizerBase, window_start: str) -> str:
+    """Where a beginning-of-text token stands in what is measured, in words.
+
+    Args:
+        window_start: ``none`` or ``each``.
+    """
+    if window_start == EACH:
+        return f"one {tokenizer.bos_token} at the start of each window"
     ids = tokenizer("a").input_ids
     if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id:
         return f"one {tokenizer.bos_token} at the start of the text"

@@ -29,6 +29,7 @@ from usllm.experiments.inputs import check_sequences, importance_of, model_of, s
 from usllm.experiments.results import kept_result, new_picture, save_picture, write_result
 from usllm.runs.inputs import token_streams
 from usllm.runs.measure import measure
+from usllm.runs.report import measured_tokens
 from usllm.system.errors import UserError
 from usllm.system.machine import machine
 from usllm.system.text import perplexity_text
@@ -118,7 +119,7 @@ def _complete(
         title = f"threshold {row['threshold']:g}, {stage}"
         found = measure(model, tokenizer, streams, config.evaluation, title)
         row["perplexity"][stage] = {f"{line['test_set']}/{line['window']}": line["perplexity"] for line in found}
-        row["tokens"] = {f"{line['test_set']}/{line['window']}": line["windows"] * line["window"] for line in found}
+        row["tokens"] = {f"{line['test_set']}/{line['window']}": measured_tokens(line) for line in found}
         save()
 
     # All dense points first: once a plan is set, the layers compute with it.

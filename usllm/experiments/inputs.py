@@ -55,9 +55,10 @@ def text_of(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, TextDataModul
     Raises:
         UserError: The model or the text is missing, or the context is longer than the model's.
     """
-    check_context_length(load_config(config.model), config.data.context_length)
+    model = load_config(config.model)
+    check_context_length(model, config.data.context_length)
     tokenizer = load_tokenizer(config.model)
-    return tokenizer, build_data(config.data, tokenizer, config.seed)
+    return tokenizer, build_data(config.data, tokenizer, config.seed, model)
 
 
 def model_of(config: TrainConfig) -> PreTrainedModel:

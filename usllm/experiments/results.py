@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from usllm.config import TrainConfig
 from usllm.system.errors import UserError
 from usllm.system.files import read_json, replacing, write_json, write_text
+from usllm.training.differences import agree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,4 +99,4 @@ def _differences(theirs: Any, ours: Any, key: str = "") -> list[str]:
         names = sorted(theirs.keys() | ours.keys())
         found = (_differences(theirs.get(n), ours.get(n), f"{key}.{n}" if key else n) for n in names)
         return [line for lines in found for line in lines]
-    return [] if theirs == ours else [f"{key}: {theirs} there, {ours} here"]
+    return [] if agree(key, theirs, ours) else [f"{key}: {theirs} there, {ours} here"]

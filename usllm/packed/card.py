@@ -56,10 +56,10 @@ Sketch: `{{ sketch }}`.
 {% if rows %}
 {{ measured_as }}
 
-| test set | window | tokens |{% for stage in stages %} {{ names[stage] }} |{% endfor +%}
-|---|---|---|{% for stage in stages %}---|{% endfor +%}
+| test set | window | window start | tokens |{% for stage in stages %} {{ names[stage] }} |{% endfor +%}
+|---|---|---|---|{% for stage in stages %}---|{% endfor +%}
 {% for row in rows %}
-| {{ row.test_set }} | {{ row.window }} | {{ (row.windows * row.window)|thousands }} |
+| {{ row.test_set }} | {{ row.window }} | {{ row.window_start|default("none") }} | {{ row|measured|thousands }} |
 {%- for stage in stages %} {{ "%.2f"|format(row[stage]) if row[stage] is defined else "not measured" }} |{% endfor +%}
 {% endfor %}
 {% else %}
@@ -118,6 +118,7 @@ def model_card(facts: CardFacts, inspection: Inspection) -> str:
     # Markdown: nothing is escaped. A tag alone on its line leaves no line behind.
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["thousands"] = lambda number: f"{number:,}"
+    environment.filters["measured"] = _measured_tokens
     return environment.from_string(_TEMPLATE).render(
         card_data=data.to_yaml(),
         totals=inspection.totals(),
@@ -126,6 +127,11 @@ def model_card(facts: CardFacts, inspection: Inspection) -> str:
         names=_STAGES,
         **{name: getattr(facts, name) for name in facts.__dataclass_fields__},
     )
+
+
+def _measured_tokens(row: Mapping[str, Any]) -> int:
+    """Tokens of the text in a row's windows, of which one may be a beginning-of-text token."""
+    return int(row["windows"] * (row["window"] - (row.get("window_start") == "each")))
 
 
 def _by_storage(inspection: Inspection) -> dict[str, int]:

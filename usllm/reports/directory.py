@@ -99,7 +99,7 @@ def _baseline(stages: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for stage, measured in stages.items():
         for row in measured if isinstance(measured, list) else []:
-            key = tuple(row.get(part) for part in ("test_set", "window", "windows", "tokens"))
+            key = tuple(row.get(part) for part in ("test_set", "window", "windows", "tokens", "window_start"))
             merged = rows.setdefault(key, {k: v for k, v in row.items() if k not in ("perplexity", "seconds")})
             merged[stage] = row.get("perplexity")
     return list(rows.values())

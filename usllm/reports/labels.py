@@ -37,8 +37,10 @@ def text_names(texts: Sequence[TestText], short: bool = False) -> dict[TestText,
     names: dict[TestText, str] = {}
     for text in texts:
         same = [other for other in texts if other.name == text.name]
-        alike = [other for other in same if other.window == text.window]
-        names[text] = text.name if short and len(alike) == len(same) else str(text)
+        alike = [other for other in same if (other.window, other.window_start) == (text.window, text.window_start)]
+        names[text] = str(text)
+        if short and len({other.window for other in same}) == 1:
+            names[text] = str(text).replace(f", window {text.window}", "")
         if len(alike) > 1:
             names[text] += f", {text.windows} windows"
         if len({other.windows for other in alike}) < len(alike):

@@ -1,7 +1,6 @@
 """One finetuning run as a record that figures and tables are made of, and the reader of a directory tree of runs.
 
-What a run has written when it is read may be all, some or half of it: a missing or damaged part leaves a gap in the
-record and a note, never an error.
+What a run has written may be all, some or half of it: a missing part leaves a gap and a note, never an error.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ class TestText:
         window: Tokens per window.
         windows: Windows measured.
         tokens: Tokens of the whole test set.
+        window_start: See :mod:`usllm.data.windows`.
     """
 
     __test__ = False  # not a test class, whatever pytest makes of its name
@@ -36,9 +36,11 @@ class TestText:
     window: int
     windows: int
     tokens: int
+    window_start: str = "none"
 
     def __str__(self) -> str:
-        return f"{self.name}, window {self.window}"
+        start = "" if self.window_start == "none" else f", window start {self.window_start}"
+        return f"{self.name}, window {self.window}{start}"
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ def record(
     tokens = report.get("tokens") or (steps * per_step if steps and (per_step := tokens_per_step(config)) else None)
     health = _mapping(report.get("health"))
     found = [f"{w.get('message')} (step {w.get('step')})" for w in _mappings(health.get("warnings"))]
+    found += [str(line) for line in report.get("warnings") or []]
     return Run(
         name=name,
         place=place,
@@ -215,8 +218,8 @@ def perplexities(rows: Iterable[Mapping[str, Any]]) -> dict[TestText, Perplexiti
     """Perplexities by test text, from the rows of a report."""
     found = {}
     for row in rows:
-        numbers = (_whole(row.get(key)) or 0 for key in ("window", "windows", "tokens"))
-        text = TestText(str(row.get("test_set")), *numbers)
+        window, windows, tokens = (_whole(row.get(key)) or 0 for key in ("window", "windows", "tokens"))
+        text = TestText(str(row.get("test_set")), window, windows, tokens, str(row.get("window_start", "none")))
         found[text] = Perplexities(**{stage: _number(with_todays_names(row).get(stage)) for stage in HEADINGS})
     return found
 

@@ -146,6 +146,7 @@ def _evaluated(path: str, texts: Sequence[TestText]) -> dict[TestText, float]:
             for row in rows or []
             for text in texts
             if (row["test_set"], row["window"], row["windows"]) == (text.name, text.window, text.windows)
+            and row.get("window_start", "none") == text.window_start
         }
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"reference.evaluation={path}: is not an evaluation.json of usllm-eval") from error
@@ -153,7 +154,7 @@ def _evaluated(path: str, texts: Sequence[TestText]) -> dict[TestText, float]:
         known = ", ".join(f"{text} ({text.windows} windows)" for text in texts)
         raise UserError(
             f"reference.evaluation={path}: was not measured as the runs were, on {known}; measure it with the same "
-            "evaluation.test_sets, evaluation.windows and evaluation.max_windows"
+            "evaluation.test_sets, evaluation.windows, evaluation.max_windows and evaluation.window_start"
         )
     return found
 

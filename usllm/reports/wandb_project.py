@@ -55,7 +55,7 @@ def _run(run: Any) -> Run:
     report = {
         # Without bits the run was dense, or logged by a version that did not send them: the configuration tells.
         "finished": status == FINISHED and bits is not None,
-        "perplexity": _perplexity(summary),
+        "perplexity": _perplexity(summary, config),
         "bits_per_weight": bits,
         "bytes": {"sketched": summary.get("sketch/model_bytes")},
         "seconds": {"training": summary.get("_runtime")},
@@ -73,15 +73,18 @@ def _run(run: Any) -> Run:
     )
 
 
-def _perplexity(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _perplexity(summary: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of a report, from numbers named ``perplexity/<test set>/<window>/<stage>``."""
+    evaluation = config.get("evaluation")
+    window_start = evaluation.get("window_start", "none") if isinstance(evaluation, Mapping) else "none"
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for key, value in summary.items():
         kind, _, rest = key.partition("/")
         parts = rest.rsplit("/", 2)
         if kind == "perplexity" and len(parts) == 3 and parts[1].isdigit():
             name, window, stage = parts
-            rows.setdefault((name, window), {"test_set": name, "window": int(window)})[stage] = value
+            row = {"test_set": name, "window": int(window), "window_start": window_start}
+            rows.setdefault((name, window), row)[stage] = value
     return list(rows.values())
 
 

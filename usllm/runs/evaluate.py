@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,33 +11,33 @@ from rich.console import Console
 from torch import nn
 
 from usllm.compress import compressed_layers, compression_report
-from usllm.config import DataConfig, EvalConfig, EvaluationConfig, section_of
+from usllm.config import DataConfig, EvalConfig, evaluation_of_run, section_of
+from usllm.data.windows import resolved_rule
 from usllm.eval.harness import find_tasks, harness_tables, run_harness
 from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.models import ModelSpec
 from usllm.models.loading import check_context_length, load_config, load_dense, load_packed, load_tokenizer
 from usllm.packed.inspection import inspect_folder
-from usllm.runs.inputs import build_data, token_streams
+from usllm.runs.inputs import build_data, shared_documents, sharing, token_streams
 from usllm.runs.measure import measure
-from usllm.runs.report import perplexity_table, print_facts
-from usllm.runs.saved_run import find_checkpoint, load_sketched_
+from usllm.runs.report import perplexity_table, print_facts, print_warnings
+from usllm.runs.saved_run import find_checkpoint, load_sketched_, stored_config
 from usllm.system.errors import UserError
 from usllm.system.files import write_json
 from usllm.system.finite import refuse_nonfinite
 from usllm.system.machine import choose_autocast, machine, machine_line
 from usllm.training import load_checkpoint
-from usllm.training.checkpoint_section import CHECKPOINT_KEY
 
 RESULT_FILE = "evaluation.json"
 
 
-def evaluate(config: EvalConfig, command: str, own_evaluation: bool = True) -> dict[str, Any]:
+def evaluate(config: EvalConfig, command: str, given: Sequence[str] = ()) -> dict[str, Any]:
     """Measure, print a table and write ``evaluation.json``.
 
     Args:
         config: checked configuration.
         command: what the user typed, for the result.
-        own_evaluation: whether ``config.evaluation`` was asked for; if not, a checkpoint is measured as its run was.
+        given: overrides that the user typed: a checkpoint is measured as its run was, but for what they name.
 
     Returns:
         The content of ``evaluation.json``.
@@ -52,21 +53,20 @@ def evaluate(config: EvalConfig, command: str, own_evaluation: bool = True) -> d
     if saved is None:
         spec, evaluation, run = config.model, config.evaluation, None
     else:
-        if CHECKPOINT_KEY not in saved:
-            raise UserError(f"ckpt={checkpoint}: was not written by usllm-train")
-        run = saved[CHECKPOINT_KEY]["config"]
+        assert checkpoint is not None
+        run = stored_config(saved, checkpoint)
         spec = section_of(ModelSpec, run["model"], "model")
-        evaluation = (
-            config.evaluation if own_evaluation else section_of(EvaluationConfig, run["evaluation"], "evaluation")
-        )
+        evaluation = evaluation_of_run(run, config.evaluation, given)
     model_config = load_config(spec)
     for window in evaluation.windows:
         check_context_length(model_config, window, "evaluation.windows")
     tokenizer = load_tokenizer(spec)
+    rule = resolved_rule(evaluation.window_start, model_config.model_type, tokenizer, "evaluation.window_start")
     data = None
     if run is not None and evaluation.validation_split:
-        data = build_data(section_of(DataConfig, run["data"], "data"), tokenizer, run["seed"])
+        data = build_data(section_of(DataConfig, run["data"], "data"), tokenizer, run["seed"], model_config)
     streams = token_streams(evaluation, tokenizer, data)
+    shared = [] if data is None else shared_documents(evaluation, data)
 
     packed = load_packed(spec) if saved is None else None
     model = packed or load_dense(spec)
@@ -86,6 +86,7 @@ def evaluate(config: EvalConfig, command: str, own_evaluation: bool = True) -> d
             batch_size=tasks.batch_size,
             num_fewshot=tasks.num_fewshot,
             seed=config.seed,
+            add_bos_token=tasks.add_bos_token,
             autocast=choose_autocast(evaluation.precision, model.device),
             manager=manager,
         )
@@ -98,8 +99,9 @@ def evaluate(config: EvalConfig, command: str, own_evaluation: bool = True) -> d
         "command": command,
         "model": str(checkpoint or spec.file or spec.name),
         "perplexity": rows,
+        **sharing(shared),
         "harness": harness,
-        "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer)},
+        "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer, rule)},
         "compression": compression,
         "machine": machine(),
     }
@@ -127,6 +129,8 @@ def print_result(result: dict[str, Any], path: Path) -> None:
         bits = f"{compression['bits_per_weight']:.4f}, over the whole model {compression['model_bits_per_weight']:.4f}"
         facts.insert(1, ("bits per weight", bits))
     print_facts(facts, console)
+    notes = (result["harness"] or {}).get("notes", [])
+    print_warnings([*result["warnings"], *notes], console)
 
 
 def choose_device(name: str) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from rich.console import Console
 
 from usllm.compress import allocate_, swap_linears_
 from usllm.compress.coverage import coverage
-from usllm.config import DataConfig, EvaluationConfig, compressor_of, section_of
+from usllm.config import DataConfig, EvaluationConfig, compressor_of, evaluation_of_run, section_of
 from usllm.config.packed import ExportConfig, size_in_bytes
+from usllm.data.windows import resolved_rule
 from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.models import ModelSpec
 from usllm.models.loading import load_config, load_dense, load_generation_config, load_tokenizer
@@ -24,11 +25,11 @@ from usllm.packed.export import ModelFiles, RestStorage, export
 from usllm.packed.inspection import Inspection
 from usllm.packed.loading import load
 from usllm.packed.source import PackingSource, from_checkpoint, from_model
-from usllm.runs.inputs import build_data, program, token_streams
+from usllm.runs.inputs import build_data, program, shared_documents, sharing, token_streams
 from usllm.runs.measure import measure, merge_stages
-from usllm.runs.report import human_bytes, print_coverage, print_facts
-from usllm.runs.saved_run import find_checkpoint
-from usllm.system.errors import RunError, UserError
+from usllm.runs.report import human_bytes, print_coverage, print_facts, print_warnings
+from usllm.runs.saved_run import find_checkpoint, stored_config
+from usllm.system.errors import RunError
 from usllm.system.files import read_json
 from usllm.system.machine import choose_autocast, machine, machine_line
 from usllm.system.run_files import CHECKPOINT_FOLDER, REPORT_FILE
@@ -46,7 +47,7 @@ class _Origin:
         spec: The dense model.
         data: The text that it was trained or calibrated on.
         seed: Of the text's split.
-        evaluation: What the run was measured on; ``None`` without a run.
+        evaluation: What the folder is measured on, where it is: that of its run, with what was typed changed.
         report: Of the finished run; empty without one.
     """
 
@@ -54,33 +55,36 @@ class _Origin:
     spec: ModelSpec
     data: DataConfig
     seed: int
-    evaluation: EvaluationConfig | None
+    evaluation: EvaluationConfig
     report: Mapping[str, Any]
 
 
-def export_model(config: ExportConfig, command: str) -> Inspection:
+def export_model(config: ExportConfig, command: str, given: Sequence[str] = ()) -> Inspection:
     """Pack, write, read back, and print what it takes.
 
     Args:
         config: Checked configuration.
         command: What the user typed, for the card.
+        given: Overrides among that: a run is measured as it was, but for what they name.
 
     Raises:
         UserError: Something in the input does not work; nothing is left under the name of ``out``.
     """
     progress = Console(stderr=True)
     progress.print("Reading the checkpoint …" if config.ckpt is not None else "Reading and calibrating the model …")
-    origin = _from_run(config.ckpt) if config.ckpt is not None else _from_dense(config)
+    origin = _from_run(config, given) if config.ckpt is not None else _from_dense(config)
     progress.print(f"Packing {len(origin.source.plans)} layers …")
     tokenizer = load_tokenizer(origin.spec)
     model_config = load_config(origin.spec)
     print_coverage(coverage(skeleton(model_config), origin.spec.patterns, origin.source.plans.keys()), progress)
+    asked = origin.evaluation.window_start
+    rule = resolved_rule(asked, model_config.model_type, tokenizer, "evaluation.window_start")
     files = ModelFiles(model_config, tokenizer, load_generation_config(origin.spec))
 
     def card(folder: Path, inspection: Inspection) -> str:
         rows = list(origin.report.get("perplexity", []))
         if config.measure:
-            rows = merge_stages(**_stages(rows), packed=_measured(config, origin, folder))
+            rows = merge_stages(**_stages(rows), packed=_measured(origin, folder))
         info = machine()
         facts = CardFacts(
             title=Path(config.out).expanduser().absolute().name,
@@ -92,7 +96,8 @@ def export_model(config: ExportConfig, command: str) -> Inspection:
             rows=rows,
             measured_as=(
                 "Non-overlapping windows, each token predicted from those before it in its window; tokenizer "
-                f"{tokenizer_name(tokenizer)}, beginning-of-text token: {bos_rule(tokenizer)}. " + _measured_on(config)
+                f"{tokenizer_name(tokenizer)}, beginning-of-text token: {bos_rule(tokenizer, rule)}. "
+                + _measured_on(config)
             ),
         )
         return model_card(facts, inspection)
@@ -110,13 +115,11 @@ def export_model(config: ExportConfig, command: str) -> Inspection:
     return inspection
 
 
-def _from_run(ckpt: str) -> _Origin:
-    checkpoint = find_checkpoint(ckpt)
+def _from_run(config: ExportConfig, given: Sequence[str]) -> _Origin:
+    checkpoint = find_checkpoint(str(config.ckpt))
     saved = load_checkpoint(checkpoint)
-    if CHECKPOINT_KEY not in saved:
-        raise UserError(f"ckpt={checkpoint}: was not written by usllm-train")
+    run = stored_config(saved, checkpoint)
     section = saved[CHECKPOINT_KEY]
-    run = section["config"]
     folder = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINT_FOLDER else checkpoint.parent
     report = read_json(folder / REPORT_FILE) or {}
     source = from_checkpoint(saved, section)
@@ -126,7 +129,10 @@ def _from_run(ckpt: str) -> _Origin:
         spec=section_of(ModelSpec, run["model"], "model"),
         data=section_of(DataConfig, run["data"], "data"),
         seed=run["seed"],
-        evaluation=section_of(EvaluationConfig, run["evaluation"], "evaluation"),
+        # A test set that is not measured need not be at hand.
+        evaluation=evaluation_of_run(run, config.evaluation, given)
+        if config.measure
+        else section_of(EvaluationConfig, run["evaluation"], "evaluation"),
         # The figures are those of the newest checkpoint, not of an earlier one beside it.
         report=report if Path(str(report.get("checkpoint"))).name == checkpoint.name else {},
     )
@@ -144,7 +150,7 @@ def _from_dense(config: ExportConfig) -> _Origin:
     from usllm.calibration.measure import measure_importance
 
     compressor = compressor_of(config.sketch, config.allocation)
-    data = build_data(config.data, load_tokenizer(config.model), config.seed)
+    data = build_data(config.data, load_tokenizer(config.model), config.seed, load_config(config.model))
     model = load_dense(config.model).eval()
     swap_linears_(model, config.model.patterns)
     autocast = choose_autocast("auto", model.device)
@@ -158,14 +164,16 @@ def _from_dense(config: ExportConfig) -> _Origin:
         progress=True,
     )
     allocate_(model, compressor, importance)
-    return _Origin(from_model(model), config.model, config.data, config.seed, None, {})
+    return _Origin(from_model(model), config.model, config.data, config.seed, config.evaluation, {})
 
 
-def _measured(config: ExportConfig, origin: _Origin, folder: Path) -> list[dict[str, Any]]:
+def _measured(origin: _Origin, folder: Path) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(origin.spec)
-    evaluation = origin.evaluation or config.evaluation
-    data = build_data(origin.data, tokenizer, origin.seed) if evaluation.validation_split else None
+    evaluation, model_config = origin.evaluation, load_config(origin.spec)
+    data = build_data(origin.data, tokenizer, origin.seed, model_config) if evaluation.validation_split else None
     streams = token_streams(evaluation, tokenizer, data)
+    if data is not None:
+        print_warnings(sharing(shared_documents(evaluation, data))["warnings"], Console(stderr=True))
     model = load(folder, dtype=torch.float32)
     return measure(model, tokenizer, streams, evaluation, "Packed model")
 

@@ -26,12 +26,15 @@ from usllm.compress import compressed_layers, compression_report
 from usllm.compress.coverage import coverage
 from usllm.config import TrainConfig, compressor_of
 from usllm.config.compression import DEFAULT_METHOD
+from usllm.config.trainer_arguments import length_problems
+from usllm.config.validation import user_error
 from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.loggers import axis_step
 from usllm.models.loading import check_context_length, load_config, load_dense, load_tokenizer
 from usllm.models.skeleton import skeleton
 from usllm.runs.directory import finished_report, noting_failure, refuse_used
-from usllm.runs.inputs import build_data, program, token_streams
+from usllm.runs.ending import early_end, timer_of
+from usllm.runs.inputs import build_data, program, shared_documents, sharing, token_streams, with_window_starts
 from usllm.runs.launched import ending_together
 from usllm.runs.measure import BaselinePerplexity, measure, merge_stages
 from usllm.runs.report import print_coverage, print_outcome, print_report
@@ -46,7 +49,10 @@ from usllm.system.machine import machine
 from usllm.system.renamed_keys import with_todays_keys
 from usllm.system.run_files import REPORT_FILE, STAGES_FOLDER, checkpoint_folder
 from usllm.training import SketchFinetuner, build_objective, latest_checkpoint
-from usllm.training.differences import run_differences
+from usllm.training.differences import agree, run_differences
+
+_FREE_KEYS = ("evaluation.batch_size", "evaluation.allow_shared")
+"""What a finished run may be asked for again with another value: it changes no figure."""
 
 
 def finetune(config: TrainConfig, plain: Mapping[str, Any], command: str, brief: bool = False) -> dict[str, Any]:
@@ -92,6 +98,7 @@ def _finetune(
     """The run itself, in a directory that is its own."""
     started = time.perf_counter()
     run_dir = Path(config.run_dir)
+    timer = timer_of(callbacks, config.trainer.get("max_time"))
     first_rank = getattr(rank_zero_only, "rank", 0) == 0
     console = Console(stderr=True, quiet=not first_rank)
     model_config = load_config(config.model)
@@ -100,17 +107,21 @@ def _finetune(
         check_context_length(model_config, window, "evaluation.windows")
     tokenizer = load_tokenizer(config.model)
     covered = coverage(skeleton(model_config), config.model.patterns)
+    config, plain = with_window_starts(config, plain, tokenizer, model_config)
     steps = config.trainer.get("max_steps")
     length = f"{steps} steps" if steps else f"{config.trainer.get('epochs')} epochs"
     console.print(f"Run {config.name}: {length}, in {run_dir}", markup=False, soft_wrap=True)
     print_coverage(covered, console)
     console.print("Reading and tokenising text …")
-    data = build_data(config.data, tokenizer, config.seed)
+    data = build_data(config.data, tokenizer, config.seed, model_config)
     streams = token_streams(config.evaluation, tokenizer, data)
+    shared = shared_documents(config.evaluation, data)
     accumulate = int(config.trainer.get("accumulate_grad_batches", 1))
     max_steps = config.trainer.get("max_steps") or data.steps_for(
         config.trainer["epochs"], accumulate, devices_in(config.trainer)
     )
+    if problems := length_problems(config.trainer, config.optimizer.warmup_steps, max_steps):
+        raise user_error(problems)
 
     seed_everything(config.seed, workers=True, verbose=False)
     checkpoint = latest_checkpoint(checkpoint_folder(run_dir)) if config.resume else None
@@ -126,9 +137,6 @@ def _finetune(
     )
     if not loggers:  # Lightning refuses this one where it has nowhere to write
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-    timer = next((callback for callback in callbacks if isinstance(callback, Timer)), None)
-    if timer is None:
-        callbacks.append(timer := Timer())
     trainer = build_trainer(config, max_steps, [baseline, *callbacks], loggers)
     stages = list(build_nodes("stages", config.stages).values())
     module = SketchFinetuner(
@@ -158,13 +166,16 @@ def _finetune(
         "finished": True,
         "name": config.name,
         "command": command,
+        **sharing(shared),
         "perplexity": merge_stages(**baseline.rows, finetuned=after),
         **sizes(model, config),
         "steps": trainer.global_step,
+        "max_steps": max_steps,
+        "ended_early": early_end(trainer, max_steps, callbacks),
         "tokens": trainer.global_step * per_step,
         "seconds": _seconds(timer, time.perf_counter() - started),
         "precision": str(trainer.precision),
-        "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer)},
+        "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer, config.evaluation.window_start)},
         "checkpoint": str(saved) if saved else "none was written",
         "report": str(run_dir / REPORT_FILE),
         "coverage": {**covered.to_dict(), "line": covered.line()},
@@ -198,7 +209,7 @@ def refuse_other_configuration(finished: Mapping[str, Any], config: TrainConfig,
         differences += [
             f"{group}.{key}: {old.get(key)} in the finished run, {new.get(key)} in this one"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and (group, key) != ("evaluation", "batch_size")
+            if not agree(f"{group}.{key}", old.get(key), new.get(key)) and f"{group}.{key}" not in _FREE_KEYS
         ]
     if differences:
         raise UserError(

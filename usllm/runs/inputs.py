@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from usllm.config import DataConfig, EvaluationConfig
+from usllm.config import DataConfig, EvaluationConfig, TrainConfig
 from usllm.data.datamodule import TextDataModule
+from usllm.data.overlap import SharedDocuments
+from usllm.data.sources import read_documents
+from usllm.data.windows import resolved_rule
 from usllm.eval.perplexity import check_long_enough, tokenise_test_sets
 
 VALIDATION_SET = "validation"
 """Name of the held-out split among the test sets."""
 
 
-def build_data(section: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> TextDataModule:
+def build_data(
+    section: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, model: PretrainedConfig
+) -> TextDataModule:
     """The data module of a run, with its text read and packed.
+
+    Args:
+        section: the group ``data``.
+        tokenizer: of the model.
+        seed: of the order of training.
+        model: configuration of the model, whose family says what stands at the start of a window.
 
     Raises:
         UserError: a source is missing, empty or too short.
@@ -35,9 +49,27 @@ def build_data(section: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: in
         num_proc=section.num_proc,
         cache_dir=section.cache_dir,
         seed=seed,
+        window_start=resolved_rule(section.window_start, model.model_type, tokenizer, "data.window_start"),
     )
     data.setup()
     return data
+
+
+def with_window_starts(
+    config: TrainConfig, plain: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, model: PretrainedConfig
+) -> tuple[TrainConfig, dict[str, Any]]:
+    """A run's configuration, typed and plain, with what the model's family needs in place of ``window_start=auto``.
+
+    Raises:
+        UserError: the rule that was asked for needs a token that the tokenizer does not have.
+    """
+    rules = {
+        group: resolved_rule(getattr(config, group).window_start, model.model_type, tokenizer, f"{group}.window_start")
+        for group in ("data", "evaluation")
+    }
+    typed = {group: dataclasses.replace(getattr(config, group), window_start=rule) for group, rule in rules.items()}
+    written = {group: {**plain[group], "window_start": rule} for group, rule in rules.items()}
+    return dataclasses.replace(config, **typed), {**plain, **written}
 
 
 def token_streams(
@@ -54,6 +86,26 @@ def token_streams(
         for window in evaluation.windows:
             check_long_enough(streams[VALIDATION_SET], window, VALIDATION_SET)
     return streams | tokenise_test_sets(evaluation.test_sets, tokenizer, evaluation.windows)
+
+
+def shared_documents(evaluation: EvaluationConfig, data: TextDataModule) -> list[SharedDocuments]:
+    """How many documents of each test set, the held-out split first, are in the text of training and calibration.
+
+    Raises:
+        UserError: a text is missing.
+    """
+    found = [data.shared_with(VALIDATION_SET, None)] if evaluation.validation_split else []
+    for name, source in evaluation.test_sets.items():
+        found.append(data.shared_with(name, read_documents(source, f"evaluation.test_sets.{name}")))
+    return found
+
+
+def sharing(found: Sequence[SharedDocuments]) -> dict[str, Any]:
+    """What a report says about shared documents: the numbers in ``shared_documents`` and lines in ``warnings``."""
+    return {
+        "shared_documents": [dataclasses.asdict(one) for one in found],
+        "warnings": [one.warning for one in found if one.warning is not None],
+    }
 
 
 def program(name: str) -> str:

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from usllm.config import EvaluationConfig
+from usllm.data.windows import NONE
 from usllm.eval.perplexity import PerplexityResult, evaluate
 from usllm.models.identity import weights_digest
 from usllm.system.files import read_json, write_json
@@ -51,8 +52,8 @@ def measure(
         device: where the model computes; ``None``: where its first parameter is.
 
     Returns:
-        One plain row per test set and window: ``test_set``, ``window``, ``windows``, ``tokens``, ``perplexity``,
-        ``seconds``.
+        One plain row per test set and window: ``test_set``, ``window``, ``windows``, ``tokens``, ``window_start``,
+        ``perplexity``, ``seconds``.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with ProgressBar(*columns, console=Console(stderr=True), transient=True, disable=not show_progress) as bar:
@@ -66,6 +67,7 @@ def measure(
             batch_size=config.batch_size,
             autocast=choose_autocast(config.precision, device or model.device),
             device=device,
+            window_start=config.window_start,
             progress=lambda name, done, total: bar.update(
                 task, description=f"{title}, {name}", completed=done, total=total
             ),
@@ -82,6 +84,7 @@ def merge_stages(**stages: Sequence[dict[str, Any]] | None) -> list[dict[str, An
     for stage, rows in stages.items():
         for row in rows or []:
             shared = {key: row[key] for key in ("test_set", "window", "windows", "tokens")}
+            shared["window_start"] = row.get("window_start", NONE)  # rows of older versions do not say it
             merged.setdefault(tuple(shared.values()), shared)[stage] = row["perplexity"]
     return list(merged.values())
 
@@ -166,7 +169,8 @@ class BaselinePerplexity(Callback):
             return {}
         stages = with_todays_names(stages)
         theirs, ours = stages.pop(_MEASURED_ON, {}), self._measured_on()
-        same = {place for place in ours if ours[place] == theirs.get(place)}
+        # Files of older versions do not say what stood at the start of a window: nothing did.
+        same = {place for place in ours if ours[place] == {"window_start": NONE, **theirs.get(place, {})}}
         if other := [place for place in ours if place not in same]:
             rank_zero_warn(
                 f"{self.path} was not measured on what evaluation asks for now ({', '.join(other)}): no perplexity "
@@ -184,6 +188,7 @@ class BaselinePerplexity(Callback):
                 "tokens": tokens_digest([stream]),
                 "windows": min(len(stream) // window, self.config.max_windows or len(stream)),
                 "precision": self.config.precision,
+                "window_start": self.config.window_start,
             }
             for name, stream in self.streams.items()
             for window in self.config.windows
@@ -196,6 +201,7 @@ class BaselinePerplexity(Callback):
             "streams": {name: tokens_digest([stream]) for name, stream in self.streams.items()},
             "order": list(self.streams),
             "windows": [self.config.windows, self.config.max_windows, self.config.batch_size],
+            "window_start": self.config.window_start,
             "arithmetic": arithmetic(model.device, choose_autocast(self.config.precision, model.device)),
         }
 
@@ -210,6 +216,7 @@ def _row(result: PerplexityResult) -> dict[str, Any]:
         "window": result.window,
         "windows": result.windows,
         "tokens": result.tokens,
+        "window_start": result.window_start,
         "perplexity": result.perplexity,
         "seconds": result.seconds,
     }

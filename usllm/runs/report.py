@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from usllm.compress.coverage import Coverage
+from usllm.data.windows import EACH, NONE
 from usllm.system.machine import machine_line
 from usllm.system.stage_names import FINETUNED, HEADINGS, with_todays_names
 from usllm.system.text import perplexity_text
@@ -18,8 +20,8 @@ def perplexity_table(rows: list[dict[str, Any]], title: str | None = None) -> Ta
     """Perplexities by test set and window.
 
     Args:
-        rows: one per test set and window: ``test_set``, ``window``, ``tokens``, and a figure for some of ``dense``,
-            the points of :mod:`usllm.system.stage_names` and ``perplexity``.
+        rows: one per test set and window: ``test_set``, ``window``, ``tokens``, ``window_start``, and a figure for some
+            of the points of :mod:`usllm.system.stage_names` and ``perplexity``.
     """
     rows = [with_todays_names(row) for row in rows]
     stages = [
@@ -29,13 +31,13 @@ def perplexity_table(rows: list[dict[str, Any]], title: str | None = None) -> Ta
     ]
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("test set")
-    table.add_column("window", justify="right")
+    table.add_column("window, start", justify="right")  # one column: the table is to fit into 80 signs
     table.add_column("tokens", justify="right")
     for _, heading in stages:
         table.add_column(heading, justify="right")
     for row in rows:
         figures = [_figure(row.get(key)) for key, _ in stages]
-        table.add_row(str(row["test_set"]), str(row["window"]), _tokens(row), *figures)
+        table.add_row(str(row["test_set"]), f"{row['window']}, {_window_start(row)}", _tokens(row), *figures)
     return table
 
 
@@ -46,6 +48,12 @@ def print_facts(facts: list[tuple[str, str]], console: Console) -> None:
         console.print(Text(name.ljust(width), style="bold") + Text(value), soft_wrap=True)
 
 
+def print_warnings(warnings: Sequence[str], console: Console) -> None:
+    """One line each about the figures above."""
+    for warning in warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+
+
 def print_report(report: dict[str, Any], console: Console | None = None) -> None:
     """Print the closing tables of a finetuning run (the content of ``report.json``)."""
     console = console or Console()
@@ -54,6 +62,7 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     print_facts([*_size_facts(report), *_run_facts(report)], console)
     for warning in (report.get("health") or {}).get("warnings", []):
         console.print(f"warning (step {warning['step']}): {warning['message']}", style="yellow", markup=False)
+    print_warnings(report.get("warnings", []), console)
     console.print("\nNext, try")
     for command in report["next"]:
         # Plain and unwrapped, so that it can be copied from the screen.
@@ -70,11 +79,15 @@ def print_coverage(covered: Coverage, console: Console) -> None:
 def print_outcome(report: dict[str, Any], console: Console | None = None) -> None:
     """Print one line about a run that has ended before (the content of its ``report.json``)."""
     rows = [with_todays_names(row) for row in report["perplexity"]]
-    figures = [f"{row['test_set']}/{row['window']} {_figure(row.get(FINETUNED))}" for row in rows]
+    figures = [
+        f"{row['test_set']}/{row['window']} {_figure(row.get(FINETUNED))} (window start: {_window_start(row)})"
+        for row in rows
+    ]
     bits = report["bits_per_weight"]
     rate = "dense" if bits is None else f"{bits['achieved']:.4f} bits per weight"
+    early = f", ended early after {report['steps']:,} steps" if report.get("ended_early") else ""
     (console or Console()).print(
-        f"Finished before: {report['report']}, {rate}, perplexity {', '.join(figures)}",
+        f"Finished before: {report['report']}, {rate}, perplexity {', '.join(figures)}{early}",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -96,8 +109,11 @@ def _size_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _run_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     seconds = report["seconds"]
+    early = report.get("ended_early")
+    steps = f"{report['steps']:,} of {report['max_steps']:,} steps" if early else f"{report['steps']:,} steps"
     return [
-        ("training", f"{report['steps']:,} steps, {report['tokens']:,} tokens, precision {report['precision']}"),
+        ("training", f"{steps}, {report['tokens']:,} tokens, precision {report['precision']}"),
+        *([("ended early", str(early))] if early else []),
         ("time", f"{human_seconds(seconds['training'])} training, {human_seconds(seconds['total'])} in all"),
         ("tokenizer", f"{report['tokenizer']['name']}, beginning-of-text token: {report['tokenizer']['bos']}"),
         ("machine", machine_line(report["machine"])),
@@ -126,9 +142,18 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _tokens(row: dict[str, Any]) -> str:
+def _window_start(row: Mapping[str, Any]) -> str:
+    return str(row.get("window_start", NONE))  # rows of older versions do not say it
+
+
+def measured_tokens(row: Mapping[str, Any]) -> int:
+    """Tokens of the text in the windows that a row was measured on."""
+    return int(row["windows"] * (row["window"] - (_window_start(row) == EACH)))
+
+
+def _tokens(row: Mapping[str, Any]) -> str:
     """Tokens measured, and of how many, where that is not all but the remainder."""
-    measured = row["windows"] * row["window"]
+    measured = measured_tokens(row)
     whole = row["tokens"] - measured < row["window"]
     return f"{measured:,}" if whole else f"{measured:,} of {row['tokens']:,}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from usllm.system.errors import UserError
 from usllm.system.run_files import checkpoint_folder
 from usllm.training import latest_checkpoint
 from usllm.training.checkpoint_section import CHECKPOINT_KEY, check_format
+from usllm.training.differences import ADDED_LATER
 
 
 def find_checkpoint(ckpt: str) -> Path:
@@ -30,6 +33,26 @@ def find_checkpoint(ckpt: str) -> Path:
                 return found
         raise UserError(f"ckpt={ckpt}: the folder holds no checkpoint; give the directory of a run, or a .ckpt file")
     raise UserError(f"ckpt={ckpt}: no such file or folder")
+
+
+def stored_config(saved: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
+    """The configuration of the run that wrote a checkpoint, with what older versions did in keys that they lacked.
+
+    Args:
+        saved: the checkpoint.
+        checkpoint: its file, for messages.
+
+    Raises:
+        UserError: the checkpoint was not written by ``usllm-train``.
+    """
+    if CHECKPOINT_KEY not in saved:
+        raise UserError(f"ckpt={checkpoint}: was not written by usllm-train")
+    config: dict[str, Any] = copy.deepcopy(dict(saved[CHECKPOINT_KEY]["config"]))
+    for key, value in ADDED_LATER.items():
+        group, _, name = key.partition(".")
+        if isinstance(config.get(group), dict):
+            config[group].setdefault(name, value)
+    return config
 
 
 def load_sketched_(model: PreTrainedModel, saved: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -60,12 +61,15 @@ def build_trainer(config: TrainConfig, max_steps: int, callbacks: list[Callback]
     Raises:
         UserError: Lightning refuses an argument.
     """
-    arguments = {key: value for key, value in config.trainer.items() if key not in ("epochs", "max_steps")}
+    arguments = {key: value for key, value in config.trainer.items() if key not in ("epochs", "max_steps", "max_time")}
     accelerator = str(arguments.get("accelerator", "auto"))
     arguments["precision"] = choose_precision(str(arguments.get("precision", "auto")), accelerator)
     # The sampler unrolls all passes into one Lightning epoch (resume is exact only away from an epoch's end), and it
     # shares the sequences out among ranks itself.
     arguments |= {"max_steps": max_steps, "max_epochs": 1, "use_distributed_sampler": False}
+    # Lightning would put one of its own in the place of a callback that was removed.
+    arguments.setdefault("enable_checkpointing", any(isinstance(callback, Checkpoint) for callback in callbacks))
+    arguments.setdefault("enable_progress_bar", any(isinstance(callback, ProgressBar) for callback in callbacks))
     arguments["strategy"] = build_strategy(arguments.get("strategy", "auto"))
     try:
         return Trainer(**arguments, callbacks=callbacks, logger=loggers or False, default_root_dir=config.run_dir)

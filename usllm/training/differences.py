@@ -28,6 +28,7 @@ _DECISIVE_KEYS = (
     "data.validation_fraction",
     "data.context_length",
     "data.max_sequences",
+    "data.window_start",
     "objective",
     "optimizer",
     "trainer.max_steps",
@@ -40,6 +41,13 @@ _DECISIVE_KEYS = (
 """Parts of the run's configuration that a resumed run must keep, besides the sketch. All others only store, show or
 measure what happens, or say on which machines: of batch size, accumulation and number of ranks only the product, the
 sequences of an optimizer step, must be kept."""
+_PLACES_OF_TEXTS = ("data.train.path", "data.validation.path")
+ADDED_LATER: Mapping[str, Any] = {
+    "data.window_start": "none",
+    "evaluation.window_start": "none",
+    "evaluation.allow_shared": [],
+}
+"""Keys that configurations of older versions lack, with what those versions did."""
 
 
 def compression_differences(saved: Mapping[str, Any], compressor: Compressor, patterns: Sequence[str]) -> list[str]:
@@ -68,21 +76,25 @@ def run_differences(
     config: Mapping[str, Any],
     saved_ranks: int | None = None,
     ranks: int | None = None,
+    texts_compared: bool = False,
 ) -> list[str]:
     """Every key besides the sketch that decides the course of a run and differs, with both values.
 
     Args:
-        saved: the configuration in the checkpoint. A key that it lacks counts as null: it was added later.
+        saved: the configuration in the checkpoint. A key that it lacks counts as null, or as ``ADDED_LATER`` says.
         config: this run's.
         saved_ranks: number of processes that made the checkpoint; ``None``: as far as its configuration says.
         ranks: the same of this run.
+        texts_compared: whether the texts themselves are compared elsewhere: then it does not matter where they lie.
     """
-    theirs, ours = dict(_leaves(saved)), dict(_leaves(config))
+    theirs, ours = {**ADDED_LATER, **dict(_leaves(saved))}, {**ADDED_LATER, **dict(_leaves(config))}
     decisive = tuple(f"{key}." for key in _DECISIVE_KEYS)
     differences = [
         f"{key}: {theirs.get(key)} in the checkpoint, {ours.get(key)} in this run"
         for key in sorted(theirs.keys() | ours.keys())
-        if f"{key}.".startswith(decisive) and theirs.get(key) != ours.get(key)
+        if f"{key}.".startswith(decisive)
+        and not (texts_compared and key in _PLACES_OF_TEXTS)
+        and not agree(key, theirs.get(key), ours.get(key))
     ]
     before, now = _step_size(theirs, saved_ranks), _step_size(ours, ranks)
     if before is not None and now is not None and before.sequences != now.sequences:
@@ -91,6 +103,18 @@ def run_differences(
             f"{before} in the checkpoint, {now} in this run; any split of {before.sequences} will do"
         )
     return differences
+
+
+def agree(key: str, theirs: Any, ours: Any) -> bool:
+    """Whether a key's values in two configurations, theirs older, are one; ``ADDED_LATER`` completes the older one.
+
+    ``window_start=auto`` asks for nothing: it is what a run has resolved it to.
+    """
+    if key in ADDED_LATER:
+        theirs = ADDED_LATER[key] if theirs is None else theirs
+        if key.endswith(".window_start") and ours == "auto":
+            return True
+    return bool(theirs == ours)
 
 
 class _StepSize(NamedTuple):

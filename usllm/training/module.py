@@ -267,7 +267,9 @@ class SketchFinetuner(LightningModule):
         saved = checked_section(checkpoint)
         differences = compression_differences(saved, self.compressor, self.patterns)
         ranks = None if self._trainer is None else self.trainer.world_size
-        differences += run_differences(saved["config"], self.run_config, saved.get("ranks"), ranks)
+        datamodule = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        by_content = type(datamodule).__qualname__ in checkpoint  # the data module compares its texts itself
+        differences += run_differences(saved["config"], self.run_config, saved.get("ranks"), ranks, by_content)
         if differences:
             raise UserError(
                 "the checkpoint was made under another configuration: "

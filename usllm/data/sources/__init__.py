@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from usllm.data.sources.kinds import with_kind
 from usllm.data.sources.spec import SourceSpec
 from usllm.system.errors import UserError
 
@@ -45,8 +46,8 @@ def read_documents(spec: SourceSpec, key: str) -> Dataset:
     """
     from datasets import Dataset, Features, Value
 
-    source = _source(spec, key)
-    documents = [document for document in _read(source.documents, spec, key) if document.strip()]
+    found = _read(lambda source, resolved: source.documents(resolved), spec, key)
+    documents = [document for document in found if document.strip()]
     if not documents:
         raise UserError(f"{key} ({_describe(spec)}) holds no text; choose another file or data set")
     return Dataset.from_dict({"text": documents}, features=Features({"text": Value("large_string")}))
@@ -58,27 +59,27 @@ def read_text(spec: SourceSpec, key: str) -> str:
     Raises:
         UserError: as :func:`read_documents`.
     """
-    source = _source(spec, key)
-    text = _read(source.whole_text, spec, key)
+    text = _read(lambda source, resolved: source.whole_text(resolved), spec, key)
     if not text.strip():
         raise UserError(f"{key} ({_describe(spec)}) holds no text; choose another file or data set")
     return text
 
 
-def _source(spec: SourceSpec, key: str) -> Source:
-    problems = spec.problems(key)
-    if problems:
-        raise UserError("; ".join(problems))
+def _source(kind: str) -> Source:
     from usllm.data.sources import hub, jsonl, parquet, pydoc, text
 
     modules: dict[str, Source] = {"pydoc": pydoc, "text": text, "jsonl": jsonl, "parquet": parquet, "hub": hub}
-    return modules[spec.kind]
+    return modules[kind]
 
 
-def _read(function: Callable[[SourceSpec], T], spec: SourceSpec, key: str) -> T:
-    """Run a source's function; name the configuration key in its errors."""
+def _read(read: Callable[[Source, SourceSpec], T], spec: SourceSpec, key: str) -> T:
+    """Read a source; name the configuration key in its errors."""
+    problems = spec.problems(key)
+    if problems:
+        raise UserError("; ".join(problems))
     try:
-        return function(spec)
+        spec = with_kind(spec, key)
+        return read(_source(spec.kind), spec)
     except UserError as error:
         raise UserError(f"{key}: {error}") from error.__cause__
 

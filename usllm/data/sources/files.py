@@ -1,13 +1,40 @@
-"""Opening local files, packed or not."""
+"""Opening local text files, packed or not: the one place where bytes become text.
+
+UTF-8 with or without a byte order mark, and the line ends of every system, give the same text. What is no such text
+(UTF-16, binary data) is refused by name.
+"""
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import IO
 
 from usllm.system.errors import UserError
+
+HEAD_BYTES = 1 << 16
+"""How much of a file is looked at to learn what it is."""
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".lzma": "lzma"}
+"""Suffixes that are unpacked on the fly."""
+_MAGIC = {
+    b"\x1f\x8b": ".gz",
+    b"BZh": ".bz2",
+    b"\xfd7zXZ\x00": ".xz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"PK\x03\x04": ".zip",
+    b"7z\xbc\xaf": ".7z",
+    b"\x04\x22\x4d\x18": ".lz4",
+}
+# The marks of UTF-32 first: that of its little-endian form begins with the one of UTF-16.
+_OTHER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 def existing(paths: tuple[str, ...]) -> list[Path]:
@@ -23,22 +50,76 @@ def existing(paths: tuple[str, ...]) -> list[Path]:
     return found
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[IO[str]]:
-    """Open a text file as UTF-8 with universal newlines; ``.xz``, ``.gz`` and ``.bz2`` are unpacked on the fly.
+def compression_of(path: Path) -> str | None:
+    """How a file is packed, by its name and its first bytes alike: a name of fsspec's, or ``None``.
 
     Raises:
-        UserError: the content is not UTF-8, or a packed file is damaged.
+        UserError: the two disagree, or it is packed in a way that is not unpacked here.
     """
+    suffix = path.suffix.lower()
+    with path.open("rb") as file:
+        start = file.read(8)
+    packed = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
+    known = ", ".join(COMPRESSIONS)
+    if packed is not None and packed not in COMPRESSIONS:
+        raise UserError(f"{path} is packed as {packed}: unpack it first ({known} are unpacked on the fly)")
+    if suffix == ".lzma":  # it has no first bytes of its own
+        return COMPRESSIONS[suffix]
+    if packed is not None and packed != suffix:
+        raise UserError(f"{path} holds data packed as {packed}: give it a name that ends in {packed}")
+    if packed is None and suffix in COMPRESSIONS and start:
+        raise UserError(f"{path} cannot be read (it is not packed as {suffix}): give it a name without {suffix}")
+    return COMPRESSIONS.get(suffix)
+
+
+def head(path: Path) -> bytes:
+    """The first ``HEAD_BYTES`` bytes of a file, unpacked.
+
+    Raises:
+        UserError: it is damaged, or as :func:`compression_of`.
+    """
+    with _unpacked(path) as file:
+        return file.read(HEAD_BYTES)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[IO[str]]:
+    """Open a text file: UTF-8, without a byte order mark, every line end read as ``\\n``; unpacked on the fly.
+
+    Raises:
+        UserError: the content is not UTF-8, holds NUL among its first bytes, or a packed file is damaged.
+    """
+    _refuse_other_encodings(path, head(path))
+    try:
+        with _unpacked(path) as file, TextIOWrapper(file, encoding="utf-8-sig") as text:
+            yield text
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text ({error}); convert it, for example with `iconv -f LATIN1 -t UTF-8`"
+        ) from error
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[IO[bytes]]:
     import lzma
     import zlib
 
     import fsspec
 
+    compression = compression_of(path)
     try:
-        with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8") as file:
+        with fsspec.open(str(path), "rb", compression=compression) as file:
             yield file
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error})") from error
     except (lzma.LZMAError, zlib.error, EOFError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
+
+
+def _refuse_other_encodings(path: Path, start: bytes) -> None:
+    for mark, name in _OTHER_MARKS.items():
+        if start.startswith(mark):
+            raise UserError(f"{path} is {name} text; convert it, for example with `iconv -f {name} -t UTF-8`")
+    if b"\x00" in start:
+        raise UserError(
+            f"{path} holds NUL characters, as binary files and UTF-16 without a byte order mark do; give UTF-8 text "
+            "(`iconv -f UTF-16LE -t UTF-8` converts)"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from usllm.data.sources.boundaries import group_rows
+from usllm.data.sources.plain import plain_text
 from usllm.data.sources.spec import SourceSpec
 from usllm.system.errors import UserError
 
@@ -34,4 +35,5 @@ def _rows(spec: SourceSpec) -> list[str]:
     if spec.text_field not in data.column_names:
         raise UserError(f"{what} has no column {spec.text_field!r} but {data.column_names}; set text_field")
     # Empty rows stay: the published WikiText figures are measured with them.
-    return [row for row in data[spec.text_field] if row is not None]
+    rows = enumerate(data[spec.text_field], start=1)
+    return [plain_text(row, f"{what}, row {number}") for number, row in rows if row is not None]

@@ -6,6 +6,7 @@ import json
 
 from usllm.data.sources.boundaries import group_rows
 from usllm.data.sources.files import existing, opened
+from usllm.data.sources.plain import plain_text
 from usllm.data.sources.spec import SourceSpec
 from usllm.system.errors import UserError
 
@@ -30,10 +31,10 @@ def _rows(spec: SourceSpec) -> list[str]:
                     continue
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError as error:
+                except (json.JSONDecodeError, RecursionError) as error:
                     raise UserError(f"{path}, line {number} is not JSON ({error})") from error
                 text = record.get(spec.text_field) if isinstance(record, dict) else None
                 if not isinstance(text, str):
                     raise UserError(f"{path}, line {number} has no text in {spec.text_field!r}; set text_field")
-                rows.append(text)
+                rows.append(plain_text(text, f"{path}, line {number}"))
     return rows

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from usllm.data.sources.boundaries import group_rows
 from usllm.data.sources.files import existing
+from usllm.data.sources.plain import plain_text
 from usllm.data.sources.spec import SourceSpec
 from usllm.system.errors import UserError
 
@@ -39,4 +40,4 @@ def _column(path: Path, text_field: str) -> list[str]:
         raise UserError(f"{path} cannot be read as parquet ({error})") from error
     if not all(row is None or isinstance(row, str) for row in rows):
         raise UserError(f"{path}: column {text_field!r} does not hold text; set text_field")
-    return [row for row in rows if row is not None]
+    return [plain_text(row, f"{path}, row {number}") for number, row in enumerate(rows, start=1) if row is not None]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-KINDS = ("pydoc", "text", "jsonl", "parquet", "hub")
+KINDS = ("pydoc", "text", "jsonl", "parquet", "hub", "auto")
 
 
 @dataclass(frozen=True)
@@ -14,9 +15,10 @@ class SourceSpec:
     """Where documents come from.
 
     Attributes:
-        kind: ``pydoc`` (Python's own documentation, always at hand), ``text``, ``jsonl``, ``parquet`` (files) or
-            ``hub`` (a Hugging Face data set).
-        path: file or files (``text``, ``jsonl``, ``parquet``); ``.xz``, ``.gz`` and ``.bz2`` are unpacked on the fly.
+        kind: ``pydoc`` (Python's own documentation, always at hand), ``text``, ``jsonl``, ``parquet`` (files),
+            ``auto`` (files whose name and first bytes agree on which of the three they are) or ``hub`` (a Hugging Face
+            data set).
+        path: file or files; ``.xz``, ``.lzma``, ``.gz`` and ``.bz2`` are unpacked on the fly (not Parquet).
         name: data set on the hub, for example ``Salesforce/wikitext``.
         config: configuration of the hub data set, for example ``wikitext-2-raw-v1``.
         split: split of the hub data set.
@@ -46,6 +48,16 @@ class SourceSpec:
             return ()
         return (self.path,) if isinstance(self.path, str) else tuple(self.path)
 
+    def shared_with(self, other: SourceSpec) -> str | None:
+        """What both sources read: a file, under whatever path, or a split of a data set; ``None`` where nothing."""
+        if self.kind == "hub" and other.kind == "hub":
+            place, theirs = (self.name, self.config, self.split), (other.name, other.config, other.split)
+            return f"{other.name}, split {other.split}" if place == theirs else None
+        if self.kind == "pydoc" and other.kind == "pydoc":
+            return "Python's documentation"
+        ours = {Path(path).expanduser().resolve() for path in self.paths}
+        return next((path for path in other.paths if Path(path).expanduser().resolve() in ours), None)
+
     def problems(self, key: str) -> list[str]:
         """Everything wrong with the values themselves (nothing is opened).
 
@@ -55,7 +67,7 @@ class SourceSpec:
         found = []
         if self.kind not in KINDS:
             found.append(f"{key}.kind={self.kind!r} is unknown; use one of {', '.join(KINDS)}")
-        if self.kind in ("text", "jsonl", "parquet") and not self.paths:
+        if self.kind in ("text", "jsonl", "parquet", "auto") and not self.paths:
             found.append(f"{key}.kind={self.kind} needs {key}.path=/path/to/file")
         if self.kind == "hub" and not self.name:
             found.append(f"{key}.kind=hub needs {key}.name=…, for example Salesforce/wikitext")

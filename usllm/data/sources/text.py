@@ -6,6 +6,7 @@ from pathlib import Path
 
 from usllm.data.sources.boundaries import split_text
 from usllm.data.sources.files import existing, opened
+from usllm.data.sources.plain import plain_text
 from usllm.data.sources.spec import SourceSpec
 
 
@@ -25,4 +26,4 @@ def whole_text(spec: SourceSpec) -> str:
 
 def _content(path: Path) -> str:
     with opened(path) as file:
-        return file.read()
+        return plain_text(file.read(), str(path))
