@@ -27,6 +27,7 @@ def build_plan(
     *,
     weight_energy: Tensor | None = None,
     bits_per_weight: float | None = None,
+    budget_bits: int | None = None,
 ) -> Plan:
     """Share the bits of one layer out over its channels.
 
@@ -37,6 +38,7 @@ def build_plan(
         name: Stable layer name.
         weight_energy: E[w²] of each input channel, [in]; used by ``waterfill``; ``None`` takes all as equal.
         bits_per_weight: Ceiling for this layer; ``None`` takes the configuration's.
+        budget_bits: The same to the bit, instead.
 
     Returns:
         A plan that keeps its ceiling, has at most 16 classes, and is read back from its own bytes as it is.
@@ -47,15 +49,17 @@ def build_plan(
             answer fails the check of the plan: a fault of the rule.
     """
     problem, rule = _problem(shape, importance, config, name, weight_energy)
+    weights = shape[0] * shape[1]
     rate = config.bits_per_weight if bits_per_weight is None else bits_per_weight
-    if not (math.isfinite(rate) and rate > 0):
-        raise ValueError(f"{name}: bits_per_weight={rate!r} must be above 0: give the ceiling in bits, such as 0.5")
-    budget, least = int(rate * shape[0] * shape[1]), _least_bits(problem, rule)
+    if budget_bits is not None and budget_bits != int(rate * weights):
+        rate = budget_bits / weights
+    budget = int(rate * weights) if budget_bits is None else budget_bits
+    least = _least_bits(problem, rule, everywhere=bool(problem.kept.all()))
     if budget < least:
         raise ValueError(
-            f"{name}: {rate:g} bits per weight is too little for a {shape[0]}x{shape[1]} layer: its tables and one"
-            f" channel take {_least_rate(least, shape):g}. Raise sketch.bits_per_weight to at least that, or leave the"
-            " layer out of model.patterns"
+            f"{name}: {rate:.4g} bits per weight is too little for a {shape[0]}x{shape[1]} layer: its tables"
+            f" and one channel take {_least_rate(least, weights):.4g}. Raise sketch.bits_per_weight to at least that, or"
+            " leave the layer out of model.patterns"
         )
     problem = replace(problem, budget_bits=budget)
     fits = problem.available(2) >= problem.channel_bits(rule.smallest(problem))
@@ -65,24 +69,23 @@ def build_plan(
     return plan
 
 
-def plan_bits(
-    shape: tuple[int, int],
-    importance: Tensor | None,
-    config: SketchConfig,
-    name: str,
-    *,
-    weight_energy: Tensor | None = None,
-) -> tuple[int, int]:
-    """Least and most bits that a plan of this layer takes, whatever its ceiling; arguments as in :func:`build_plan`.
+def bit_range(shape: tuple[int, int], config: SketchConfig) -> tuple[int, int]:
+    """Least and most bits that a layer of this shape can be given, whatever its statistics.
+
+    Args:
+        shape: ``(out, in)`` of the weight.
+        config: The sketch configuration.
 
     Returns:
-        The bits of tables and one channel with states, and those of a layer that has no use for more.
+        The bits of tables and the smallest channel, and those of a layer that has no use for more.
+
+    Raises:
+        ValueError: The shape is impossible or the allocation unknown.
     """
-    problem, rule = _problem(shape, importance, config, name, weight_energy)
-    classes = 1 if bool(problem.kept.all()) else 2
-    full = problem.channel_bits(rule.largest(problem)) * int(problem.kept.sum())
-    least = _least_bits(problem, rule)
-    return least, max(full + _table_bits(problem, classes), least)
+    problem, rule = _problem(shape, None, replace(config, min_importance=0.0), "layer", None)
+    least = _least_bits(problem, rule, everywhere=not config.min_importance)
+    full = _table_bits(problem, 1) + whole_bytes(problem.channel_bits(rule.largest(problem)) * shape[1])
+    return least, max(full, least)
 
 
 def check_plan(plan: Plan, budget_bits: int) -> None:
@@ -147,18 +150,23 @@ def _table_bits(problem: AllocationProblem, classes: int) -> int:
     return -available_bits(problem.shape, problem.config.output_scale, classes, 0)
 
 
-def _least_bits(problem: AllocationProblem, rule: AllocationRule) -> int:
-    """Bits of the smallest plan with states: the smallest class in one channel, or in all without a table of them."""
+def _least_bits(problem: AllocationProblem, rule: AllocationRule, *, everywhere: bool) -> int:
+    """Bits of the smallest plan with states: the smallest class in one channel, or in all without a table of them.
+
+    Args:
+        problem: The layer.
+        rule: Names the smallest class.
+        everywhere: Whether all channels may hold states.
+    """
     smallest = problem.channel_bits(rule.smallest(problem))
     least = _table_bits(problem, 2) + whole_bytes(smallest)
-    if bool(problem.kept.all()):
+    if everywhere:
         least = min(least, _table_bits(problem, 1) + whole_bytes(smallest * problem.shape[1]))
     return least
 
 
-def _least_rate(bits: int, shape: tuple[int, int]) -> float:
+def _least_rate(bits: int, weights: int) -> float:
     """A rate of four digits whose budget holds ``bits``, and hardly more."""
-    weights = shape[0] * shape[1]
     step = 10.0 ** (math.floor(math.log10(bits / weights)) - 3)
     steps = math.ceil(bits / weights / step)
     while int(float(f"{steps * step:.4g}") * weights) < bits:

@@ -1,7 +1,6 @@
 """Allocation rules by name. A new one is a file beside these and a line in this table."""
 
 from usllm.sketch.allocation import proportional, uniform, waterfill
-from usllm.sketch.allocation.layers import layer_bits
 from usllm.sketch.allocation.problem import AllocationProblem, AllocationTable
 from usllm.sketch.allocation.rule import AllocationRule
 
@@ -11,4 +10,4 @@ ALLOCATIONS: dict[str, AllocationRule] = {
     "waterfill": waterfill,
 }
 
-__all__ = ["ALLOCATIONS", "AllocationProblem", "AllocationRule", "AllocationTable", "layer_bits"]
+__all__ = ["ALLOCATIONS", "AllocationProblem", "AllocationRule", "AllocationTable"]

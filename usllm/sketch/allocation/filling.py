@@ -18,6 +18,8 @@ from usllm.sketch.allocation.problem import AllocationProblem, AllocationTable
 from usllm.sketch.classes import EMPTY, MAX_CLASSES, ChannelClass
 from usllm.sketch.config import STATE_BITS
 
+_SMALL_LAYER = 1 << 16  # weights
+
 
 class _Answer(NamedTuple):
     """Classes by rising cost, all in use; the class of each channel, int64 [in]; the bits left over."""
@@ -66,7 +68,7 @@ def table(
         levels: Classes by rising cost.
         level: int64 [in], index into ``levels`` per channel; with a table of the classes in use within the budget.
         order: Channels that may be raised, first served first.
-        spare: Most rows and widest states of a channel that is given a class of its own.
+        spare: Rows and width of a channel without states that is given a class of its own.
     """
     answer = _refilled(problem, levels, level, order)
     before = None
@@ -89,13 +91,12 @@ def _refilled(problem: AllocationProblem, levels: Sequence[ChannelClass], level:
 
 
 def _answer(problem: AllocationProblem, levels: Sequence[ChannelClass], level: Tensor) -> _Answer:
-    """The classes in use and what they leave over."""
-    costs = [problem.channel_bits(choice) for choice in levels]
-    used = sorted(torch.unique(level).tolist(), key=lambda i: costs[i])
-    place = torch.zeros(len(levels), dtype=torch.int64)
-    place[used] = torch.arange(len(used))
-    spent = int(torch.tensor(costs)[level].sum())
-    return _Answer(tuple(levels[i] for i in used), place[level], problem.available(len(used)) - spent)
+    """The classes in use, each once, and what they leave over."""
+    used = {levels[i] for i in torch.unique(level).tolist()}
+    classes = tuple(sorted(used, key=lambda choice: (problem.channel_bits(choice), choice)))
+    place = torch.tensor([classes.index(choice) if choice in used else 0 for choice in levels])
+    level = place[level]
+    return _Answer(classes, level, problem.left_over(AllocationTable(classes, level)))
 
 
 def _with_own_class(
@@ -118,18 +119,27 @@ def _with_own_class(
 
 def _cut(problem: AllocationProblem, now: ChannelClass, spare: ChannelClass, most: int) -> ChannelClass:
     """The class of at most ``most`` bits for a channel of class ``now``: of its own shape where that fits closely."""
-    if now == EMPTY:  # fewer rows before narrower states
-        shapes = [(rows, bits) for bits in reversed(STATE_BITS) if bits <= spare.bits for rows in range(spare.rows, 0, -1)]
-    else:  # at equal bits fewer rows lose nothing
-        shapes = [(rows, now.bits) for rows in range(now.rows, 0, -1)]
     best = now
-    for rows, bits in shapes:
+    for rows, bits in _shapes(problem, now, spare):
         found = problem.widest(ChannelClass(rows, 0, bits), most)
         if problem.channel_bits(found) > problem.channel_bits(best):
             best = found
         if most - problem.channel_bits(best) <= problem.negligible_bits:
             break
     return best
+
+
+def _shapes(problem: AllocationProblem, now: ChannelClass, spare: ChannelClass) -> list[tuple[int, int]]:
+    """Rows and widths that a channel of class ``now`` may be given, the rule's own first.
+
+    In a small layer that is all. In a large one, steps of more than a percent of the budget come from groups far smaller
+    than the layer: there one channel may take fewer rows, then narrower states; not signs, which may exceed a weight.
+    """
+    own = spare if now == EMPTY else now
+    if problem.shape[0] * problem.shape[1] <= _SMALL_LAYER:
+        return [(own.rows, own.bits)]
+    widths = [bits for bits in reversed(STATE_BITS) if min(own.bits, 2) <= bits <= own.bits]
+    return [(rows, bits) for bits in (widths if now == EMPTY else [own.bits]) for rows in range(own.rows, 0, -1)]
 
 
 def _with_more_states(problem: AllocationProblem, answer: _Answer) -> Iterator[_Answer]:
