@@ -113,5 +113,5 @@ def test_unusable_importance_is_refused_with_the_layers_name(importance: Tensor,
 
 
 def test_a_rate_too_small_for_the_tables_says_what_they_take() -> None:
-    with pytest.raises(ValueError, match=r"tiny\.q.*0\.5 bits per weight.*alone take"):
+    with pytest.raises(ValueError, match=r"tiny\.q.*0\.5 bits per weight is too little.*take 9\."):
         build_plan((4, 4), None, SketchConfig(), "tiny.q")

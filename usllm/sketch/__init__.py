@@ -1,9 +1,8 @@
 """The data sketch: hash, operators, allocation, quantiser, bit count. Pure functions that need torch alone."""
 
-from usllm.sketch.allocation import layer_rates
 from usllm.sketch.codec import States, channel_scales, project, query
 from usllm.sketch.config import SketchConfig
 from usllm.sketch.plan import Plan
-from usllm.sketch.planning import build_plan
+from usllm.sketch.planning import bit_range, build_plan
 
-__all__ = ["Plan", "SketchConfig", "States", "build_plan", "channel_scales", "layer_rates", "project", "query"]
+__all__ = ["Plan", "SketchConfig", "States", "bit_range", "build_plan", "channel_scales", "project", "query"]

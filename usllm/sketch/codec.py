@@ -12,14 +12,13 @@ States are a dictionary of tensors, named and shaped by :meth:`Plan.state_tensor
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from usllm.sketch.layout import Span
 from usllm.sketch.plan import ClassBlock, Plan
-from usllm.sketch.quantize import ChannelSums, best_scale, channel_statistics, channel_sums, quantize
+from usllm.sketch.quantize import channel_sums, quantize, scale_codes
 from usllm.sketch.rotation import chunks, rotate, unrotate_
 from usllm.sketch.scale import CHANNEL_MANTISSA, OUTPUT_MANTISSA, base_exponent, decode_scale, encode_scale
 
@@ -45,9 +44,7 @@ def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, *, winners
     states = plan.state_tensors(weight.device)
     if not plan.blocks:
         return states
-    measured = [channel_sums(_of(values, block)) for block in plan.blocks]
-    sums = ChannelSums(*(torch.cat(column) for column in zip(*measured, strict=True)))
-    scales = store_scales(states, plan, sums).split([len(block.channels) for block in plan.blocks])
+    scales = store_scales(states, plan, values).split([len(block.channels) for block in plan.blocks])
     for block, scale in zip(plan.blocks, scales, strict=True):
         codes = quantize(_of(values, block), scale[:, None], block.choice.bits, plan.config.rounding)
         _of(states["codes"], block).copy_(codes)
@@ -167,28 +164,24 @@ def _states(flat: Tensor, block: ClassBlock, first: int, groups: int, rows: int,
     return _of(flat, block)[:, first : first + groups * rows * states].unflatten(1, (groups, rows, states))
 
 
-def store_scales(states: States, plan: Plan, sums: ChannelSums) -> Tensor:
+def store_scales(states: States, plan: Plan, values: Tensor) -> Tensor:
     """Choose every channel's scale and store it.
 
     Args:
         states: Their ``scales`` and ``scale_base`` are written.
         plan: A plan with states.
-        sums: Of the states before quantisation, by channel in storage order.
+        values: Of the states before quantisation, fp32 [states].
 
     Returns:
         The scales as they will be decoded, fp32 [channels with states].
     """
-    device = sums.largest.device
-    count = plan.per_channel([block.states_per_channel for block in plan.blocks]).to(device)
-    largest, mean, rms = channel_statistics(sums, count)
-    states["scale_base"] = base_exponent(largest.amax(), CHANNEL_MANTISSA)
-    first = 0
-    for bits, run in groupby(plan.blocks, key=lambda block: block.choice.bits):
-        these = slice(first, first + sum(len(block.channels) for block in run))
-        best = best_scale(largest[these], mean[these], rms[these], bits, plan.config.rounding)
-        # A scale that clips nothing must not round down to one that does.
-        states["scales"][these] = encode_scale(best, states["scale_base"], CHANNEL_MANTISSA, up=bits >= 8)
-        first = these.stop
+    sums = [channel_sums(_of(values, block)) for block in plan.blocks]
+    base = base_exponent(torch.stack([of_block.largest.amax() for of_block in sums]).amax(), CHANNEL_MANTISSA)
+    codes = [
+        scale_codes(_of(values, block), of_block, base, block.choice.bits, plan.config.rounding)
+        for block, of_block in zip(plan.blocks, sums, strict=True)
+    ]
+    states["scale_base"], states["scales"] = base, torch.cat(codes)
     return decode_scale(states["scales"], states["scale_base"], CHANNEL_MANTISSA)
 
 
@@ -210,8 +203,12 @@ def output_sums(weight: Tensor, decoded: Tensor, moment: Tensor | None) -> tuple
 
 
 def store_output_scales(states: States, product: Tensor, square: Tensor) -> None:
-    """Write ``output_scales`` and ``output_scale_base`` from :func:`output_sums`; 1 where there is nothing to scale."""
-    scale = torch.where(square > 0, product / square, 1.0).float().clamp_min(2.0**-20)
+    """Write ``output_scales`` and ``output_scale_base`` from :func:`output_sums`.
+
+    The scale is 1 where there is nothing to scale, or where the sums are beyond what their terms hold.
+    """
+    usable = (square > 0) & product.isfinite() & square.isfinite()
+    scale = torch.where(usable, product / square, 1.0).float().clamp(2.0**-20, 2.0**20)
     states["output_scale_base"] = base_exponent(scale.amax(), OUTPUT_MANTISSA)
     states["output_scales"] = encode_scale(scale, states["output_scale_base"], OUTPUT_MANTISSA)
 

@@ -13,13 +13,13 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from usllm.sketch import Plan, SketchConfig
 from usllm.sketch.bits import CLASS_BITS, HEADER_BITS, bit_breakdown, code_bits, whole_bytes
 from usllm.sketch.bitstream import pack, unpack
 from usllm.sketch.classes import EMPTY, MAX_CLASSES, ChannelClass
 from usllm.sketch.codec import States
-from usllm.sketch.config import STATE_BITS
+from usllm.sketch.config import STATE_BITS, SketchConfig
 from usllm.sketch.layout import spans, states_per_channel
+from usllm.sketch.plan import Plan
 from usllm.sketch.quantize import largest_code
 from usllm.sketch.scale import CHANNEL_MANTISSA, OUTPUT_MANTISSA, decode_scale
 from usllm.system.errors import PackedFormatError

@@ -13,8 +13,7 @@ from torch import Tensor
 from usllm.sketch.codec import States, channel_scales, store_output_scales
 from usllm.sketch.operators.absmaxmin import AbsMaxMin
 from usllm.sketch.plan import Plan
-from usllm.sketch.quantize import DROPPED_BITS, LEAST_EXPONENT
-from usllm.sketch.scale import CHANNEL_MANTISSA, OUTPUT_MANTISSA, decode_scale
+from usllm.sketch.scale import OUTPUT_MANTISSA, decode_scale
 from usllm_kernels.cpu.layout import layout
 from usllm_kernels.cpu.parallel import side_by_side
 from usllm_kernels.cpu.project import MEAN, MINIMUM, SUM, project_span
@@ -41,31 +40,22 @@ def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, winners: T
     channels = plan.num_scales
     largest, scales = torch.empty(2, channels).numpy()
     total, squares = torch.empty(2, channels, dtype=torch.int64).numpy()
-    channel_sums(
-        values.numpy(),
-        0x7FFFFFFE if keys else 0x7FFFFFFF,
-        tables.channel_block,
-        LEAST_EXPONENT,
-        DROPPED_BITS,
-        largest.view("int32"),
-        total,
-        squares,
-    )
+    mask, nearest = 0x7FFFFFFE if keys else 0x7FFFFFFF, plan.config.rounding == "nearest"
+    channel_sums(values.numpy(), mask, tables.channel_block, largest.view("int32"), total, squares)
     choose_scales(
+        values.numpy(),
+        mask,
         largest,
         total,
         squares,
         tables.channel_block,
         best_scales(plan.config.rounding, _CPU).numpy(),
         scale_ratios(_CPU).numpy(),
-        LEAST_EXPONENT,
-        DROPPED_BITS,
-        CHANNEL_MANTISSA,
+        nearest,
         states["scale_base"].numpy(),
         states["scales"].numpy(),
         scales,
     )
-    nearest = plan.config.rounding == "nearest"
     quantize_states(values.numpy(), keys, tables.channel_block, scales, nearest, states["codes"].numpy())
     if plan.config.output_scale:
         flat, pitch = _flat(weight)

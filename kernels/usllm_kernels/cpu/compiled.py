@@ -16,7 +16,7 @@ from typing import Any
 from numba import config as _config
 from numba import njit
 
-from usllm.sketch import scale
+from usllm.sketch import quantize, scale
 from usllm.system.cache import cache_root
 
 numba_settings: Any = _config  # its names are made at run time
@@ -47,7 +47,7 @@ def code_folder(sources: Path, asked: str = "") -> Path | None:
         The folder, or ``None`` where none can be made: each process then compiles for itself.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for file in [*sorted(sources.glob("*.py")), Path(scale.__file__)]:  # whose constants are compiled in
+    for file in [*sorted(sources.glob("*.py")), Path(scale.__file__), Path(quantize.__file__)]:  # whose constants are compiled in
         digest.update(file.name.encode() + file.read_bytes())
     places = [Path(asked)] if asked else [sources / "__pycache__", cache_root() / "compiled"]
     for place in places:

@@ -6,11 +6,29 @@ from typing import Any
 
 import numpy as np
 
+from usllm.sketch.quantize import (
+    DROPPED_BITS,
+    LARGEST_MAGNITUDE,
+    LEAST_EXPONENT,
+    LONG_CHANNEL,
+    STEPS_BELOW_FITTING,
+    STEPS_FROM_GUESS,
+    STEPS_OF_LONG_CHANNEL,
+    UNCLIPPED_BITS,
+)
+from usllm.sketch.scale import CHANNEL_MANTISSA
 from usllm_kernels.cpu.compiled import compiled
 from usllm_kernels.cpu.lanes import LANES, add, load, multiply, store
 from usllm_kernels.cpu.tiles import as_floats
 
 _MANTISSA, _HIDDEN = np.int32(0x7FFFFF), np.int32(0x800000)
+_LARGEST = np.float32(LARGEST_MAGNITUDE).view(np.int32)
+_LEAST = np.int32(LEAST_EXPONENT)  # that a channel's unit is derived from
+_DROPPED = np.int32(DROPPED_BITS)  # mantissa bits below the unit of the largest magnitude
+_TOP_MANTISSA = np.int32(CHANNEL_MANTISSA)
+_TOP_SHIFT = np.int32(23 - CHANNEL_MANTISSA)  # of a scale's top within float32
+_UP, _HALF = (np.int32(1) << _TOP_SHIFT) - np.int32(1), np.int32(1) << (_TOP_SHIFT - np.int32(1))
+_LARGEST_SHIFT = np.int32(24)
 
 
 @compiled
@@ -18,8 +36,6 @@ def channel_sums(
     values: Any,  # int32 [states], magnitudes as float32 bit patterns under the mask
     mask: int,
     channel_block: Any,  # int64 [blocks, 4]: channels, first state, states per channel, bits
-    least: int,  # smallest exponent that a channel's unit is derived from
-    drop: int,  # mantissa bits below the unit of the largest magnitude
     largest: Any,  # int32 [channels], written: bit patterns
     total: Any,  # int64 [channels], written
     squares: Any,  # int64 [channels], written
@@ -33,10 +49,11 @@ def channel_sums(
             most = np.int32(0)
             for k in range(count):
                 most = max(most, part[k] & np.int32(mask))
-            exponent = np.int32(max(most >> np.int32(23), least)) + np.int32(drop)
+            most = min(most, _LARGEST)
+            exponent = max(most >> np.int32(23), _LEAST) + _DROPPED
             one, two = np.int64(0), np.int64(0)
             for k in range(count):
-                bits = part[k] & np.int32(mask)
+                bits = min(part[k] & np.int32(mask), _LARGEST)
                 shift = min(exponent - (bits >> np.int32(23)), np.int32(31))
                 magnitude = np.int64(((bits & _MANTISSA) | _HIDDEN) >> shift)
                 one += magnitude
@@ -48,56 +65,110 @@ def channel_sums(
 
 @compiled
 def choose_scales(
+    values: Any,  # as for channel_sums
+    mask: int,
     largest: Any,  # float32 [channels]
     total: Any,  # int64 [channels]
     squares: Any,  # int64 [channels]
     channel_block: Any,  # int64 [blocks, 4]: channels, first state, states per channel, bits
     best: Any,  # float32 [17, 2]: factors of the mean by width (usllm.sketch.quantize), 0 where nothing is clipped
     ratios: Any,  # float32 [3]: rms / mean of normal magnitudes, what exponential ones have more, slope beyond
-    least: int,
-    drop: int,
-    mantissa: int,
+    nearest: bool,
     base: Any,  # uint8 [1], written
     stored: Any,  # uint8 [channels], written
     scales: Any,  # float32 [channels], written: as they will be decoded
 ) -> None:
     """What :func:`usllm.sketch.codec.store_scales` gives."""
     channels = largest.shape[0]
-    bits, shift = largest.view(np.int32), np.int32(23 - mantissa)
+    bits = largest.view(np.int32)
     most = np.int32(0)
     for number in range(channels):
         most = max(most, bits[number])
-    up, half = (np.int32(1) << shift) - np.int32(1), np.int32(1) << (shift - np.int32(1))
-    lowest = max(((most + up) >> shift >> np.int32(mantissa)) - np.int32((256 >> mantissa) - 1), np.int32(0))
+    lowest = max(((most + _UP) >> np.int32(23)) - np.int32((256 >> CHANNEL_MANTISSA) - 1), np.int32(0))
     lowest = min(lowest, np.int32(254))
     base[0] = lowest
+    first_top = lowest << _TOP_MANTISSA
+    longest = 0
+    for block in range(channel_block.shape[0]):
+        longest = max(longest, channel_block[block, 2])
+    whole = np.empty(longest, np.float32)
     unit_bits = np.empty(1, np.int64)
     unit = unit_bits.view(np.float64)
     chosen = np.empty(1, np.float32)
     chosen_bits, decoded = chosen.view(np.int32), scales.view(np.int32)
     number = 0
     for block in range(channel_block.shape[0]):
-        count, width = channel_block[block, 2], channel_block[block, 3]
+        place, count, width = channel_block[block, 1], channel_block[block, 2], channel_block[block, 3]
         limit = np.float32(max((1 << (width - 1)) - 1, 1))
         normal, more = best[width, 0], best[width, 1]
         for _ in range(channel_block[block, 0]):
-            unit_bits[0] = np.int64(max(bits[number] >> np.int32(23), least) - 150 + drop + 1023) << 52
+            unit_bits[0] = np.int64(max(bits[number] >> np.int32(23), _LEAST) - 150 + _DROPPED + 1023) << 52
             mean = np.float32(np.float64(total[number]) / np.float64(count) * unit[0])
             rms = np.float32(np.sqrt(np.float64(squares[number]) / np.float64(count)) * unit[0])
+            chosen[0] = largest[number] / limit
+            fitting = min(max(((chosen_bits[0] + _UP) >> _TOP_SHIFT) - first_top, np.int32(0)), np.int32(255))
             if width == 1:
                 chosen[0] = mean
-            else:
-                chosen[0] = largest[number] / limit
-                if normal > np.float32(0.0):
-                    ratio = rms / max(mean, np.float32(1e-38))
-                    tail = max((ratio - ratios[0]) / ratios[1], np.float32(0.0))
-                    tail = tail + ratios[2] * max(tail - np.float32(1.0), np.float32(0.0))
-                    chosen[0] = min(chosen[0], mean * (normal + more * tail))
-            top = (chosen_bits[0] + (up if width >= 8 else half)) >> shift
-            code = min(max(top - (lowest << np.int32(mantissa)), np.int32(0)), np.int32(255))
+            elif normal > np.float32(0.0):
+                ratio = rms / max(mean, np.float32(1e-38))
+                tail = max((ratio - ratios[0]) / ratios[1], np.float32(0.0))
+                tail = tail + ratios[2] * max(tail - np.float32(1.0), np.float32(0.0))
+                chosen[0] = min(chosen[0], mean * (normal + more * tail))
+            top = (chosen_bits[0] + (_UP if width >= 8 else _HALF)) >> _TOP_SHIFT
+            code = min(max(top - first_top, np.int32(0)), np.int32(255))
+            if width > 1:
+                exponent = max(bits[number] >> np.int32(23), _LEAST)
+                _whole_magnitudes(values[place : place + count], mask, exponent, whole)
+                floor = fitting if width >= UNCLIPPED_BITS else np.int32(0)
+                code = _least_error(whole[:count], exponent, code, fitting, floor, first_top, limit, nearest)
             stored[number] = code
-            decoded[number] = (code + (lowest << np.int32(mantissa))) << shift
+            decoded[number] = (code + first_top) << _TOP_SHIFT
+            place += count
             number += 1
+
+
+@compiled
+def _whole_magnitudes(part: Any, mask: int, exponent: int, whole: Any) -> None:
+    """Magnitudes in units of their channel, whole numbers below 2^20, as float32."""
+    for k in range(part.shape[0]):
+        bits = min(part[k] & np.int32(mask), _LARGEST)
+        shift = min(exponent + _DROPPED - (bits >> np.int32(23)), np.int32(31))
+        whole[k] = np.float32(((bits & _MANTISSA) | _HIDDEN) >> shift)
+
+
+@compiled
+def _least_error(
+    whole: Any, exponent: int, guess: int, fitting: int, floor: int, first_top: int, limit: Any, nearest: bool
+) -> int:
+    """The byte of least squared error of those that are tried (:func:`usllm.sketch.quantize.scale_codes`)."""
+    half = np.float32(0.5 if nearest else 0.0)
+    chosen, least = guess, _squared_error(whole, exponent, guess + first_top, limit, half)
+    for step in STEPS_BELOW_FITTING:
+        candidate = np.int32(min(max(fitting - step, floor), 255))
+        error = _squared_error(whole, exponent, candidate + first_top, limit, half)
+        if error < least:
+            chosen, least = candidate, error
+    for number in range(STEPS_OF_LONG_CHANNEL if whole.shape[0] >= LONG_CHANNEL else len(STEPS_FROM_GUESS)):
+        candidate = np.int32(min(max(guess + STEPS_FROM_GUESS[number], floor), 255))
+        error = _squared_error(whole, exponent, candidate + first_top, limit, half)
+        if error < least:
+            chosen, least = candidate, error
+    return chosen
+
+
+@compiled
+def _squared_error(whole: Any, exponent: int, top: int, limit: Any, half: Any) -> int:
+    """What a scale leaves of a channel, in its units squared; every step but the quotient is exact."""
+    shift = (top >> _TOP_MANTISSA) - exponent + np.int32(23 - DROPPED_BITS - CHANNEL_MANTISSA)
+    mantissa = np.int32(1 << CHANNEL_MANTISSA) + (top & np.int32((1 << CHANNEL_MANTISSA) - 1))
+    scale = np.float32(np.int32(mantissa) << min(max(shift, np.int32(0)), _LARGEST_SHIFT))
+    per_scale = np.float32(1.0) / scale
+    total = np.int64(0)
+    for k in range(whole.shape[0]):
+        code = min(np.floor(whole[k] * per_scale + half), limit)
+        rest = np.int64(np.int32(whole[k] - code * scale))
+        total += rest * rest
+    return total
 
 
 @compiled

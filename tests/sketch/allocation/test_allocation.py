@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from usllm.sketch import SketchConfig, build_plan, layer_rates, project, query
+from usllm.sketch import SketchConfig, build_plan, project, query
 
 
 def states_of(plan: object) -> torch.Tensor:
@@ -65,13 +65,3 @@ def test_waterfill_widens_states_with_importance() -> None:
     bits = torch.tensor([plan.classes[i].states * plan.classes[i].bits for i in plan.channel_class.tolist()])
     assert bool((bits.diff() >= 0).all())
     assert int(bits[0]) == 0 < int(bits[-1])
-
-
-def test_layer_rates_keep_the_models_total() -> None:
-    sizes = {"a": 1000, "b": 3000, "c": 500}
-    importance = {"a": 1.0, "b": 0.2, "c": 50.0}
-    equal = layer_rates(sizes, importance, SketchConfig(bits_per_weight=0.5))
-    assert set(equal.values()) == {0.5}
-    rates = layer_rates(sizes, importance, SketchConfig(bits_per_weight=0.5, layer_budget="importance"))
-    assert sum(rates[name] * sizes[name] for name in sizes) == pytest.approx(0.5 * 4500, rel=1e-6)
-    assert rates["c"] > rates["a"] > rates["b"]

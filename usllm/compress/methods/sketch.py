@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from usllm.compress.base import Compressor, Encoded, Fact, LayerPlan, Spec, Statistics
-from usllm.sketch import Plan, SketchConfig, build_plan
-from usllm.sketch.bits import CLASS_BITS, HEADER_BITS, available_bits
+from usllm.sketch import Plan, SketchConfig, bit_range, build_plan
+from usllm.sketch.bits import CLASS_BITS, HEADER_BITS
 from usllm.sketch.hash import HASH_VERSION
 from usllm.sketch.layer_bytes import pack_layer, read_plan
 from usllm.sketch.quantize import largest_code
@@ -153,24 +153,15 @@ class SketchCompressor(Compressor):
         return cls(SketchConfig(**given, **{key: stored[key] for key in FORMAT_KEYS}))
 
     def least_bits(self, shape: tuple[int, int]) -> int:
-        return -available_bits(shape, self.options.output_scale, 2, 0)
+        return bit_range(shape, self.options)[0]
 
     def most_bits(self, shape: tuple[int, int]) -> int:
-        states = 8 if self.options.allocation == "waterfill" else self.options.rows * self.options.state_bits
-        return (states + 1) * shape[0] * shape[1] + self.least_bits(shape)
+        return bit_range(shape, self.options)[1]
 
     def plan(self, shape: tuple[int, int], name: str, statistics: Statistics, bits: int) -> SketchPlan:
-        weights, asked = shape[0] * shape[1], self.options.bits_per_weight
-        rate = asked if int(asked * weights) == bits else bits / weights
+        energy, of_weights = statistics.energy, statistics.weight_energy
         return computing(
-            build_plan(
-                shape,
-                statistics.energy,
-                self.options,
-                name,
-                weight_energy=statistics.weight_energy,
-                bits_per_weight=rate,
-            )
+            build_plan(shape, energy, self.options, name, weight_energy=of_weights, budget_bits=bits)
         )
 
     def restore(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], name: str) -> SketchPlan:

@@ -1,15 +1,13 @@
-"""Rules over channels by name: how the bits of a layer are shared out over its input channels.
+"""Allocation rules by name. A new one is a file beside these and a line in this table."""
 
-A new one is a file beside these with a function ``allocate``.
-"""
-
-from collections.abc import Callable
-
-from usllm.sketch.allocation.layers import layer_rates
+from usllm.sketch.allocation import proportional, uniform, waterfill
 from usllm.sketch.allocation.problem import AllocationProblem, AllocationTable
-from usllm.sketch.classes import ChannelClass
-from usllm.system.discovery import attributes
+from usllm.sketch.allocation.rule import AllocationRule
 
-ALLOCATIONS: dict[str, Callable[[AllocationProblem], AllocationTable]] = attributes(__name__, __path__, "allocate")
+ALLOCATIONS: dict[str, AllocationRule] = {
+    "uniform": uniform,
+    "proportional": proportional,
+    "waterfill": waterfill,
+}
 
-__all__ = ["ALLOCATIONS", "AllocationProblem", "AllocationTable", "ChannelClass", "layer_rates"]
+__all__ = ["ALLOCATIONS", "AllocationProblem", "AllocationRule", "AllocationTable"]

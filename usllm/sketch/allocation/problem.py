@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
 from usllm.sketch.bits import CLASS_BITS, available_bits, code_bits
-from usllm.sketch.classes import ChannelClass
+from usllm.sketch.classes import EMPTY, MAX_CLASSES, ChannelClass
 from usllm.sketch.layout import Span, spans, states_per_channel
 from usllm.sketch.scale import SCALE_BITS
 
@@ -19,6 +17,7 @@ if TYPE_CHECKING:
     from usllm.sketch.config import SketchConfig
 
 _TABLE_SHARE = 0.125  # of the budget: a table that costs more takes fewer classes
+_NEGLIGIBLE = 0.005  # of the budget: not worth a class of its own
 
 
 class AllocationTable(NamedTuple):
@@ -36,9 +35,9 @@ class AllocationProblem:
         name: Layer name, for messages.
         shape: ``(out, in)``.
         config: The sketch configuration.
-        importance: E[a²] per input channel, float64 [in], non-negative, channels under the threshold set to 0.
+        importance: E[a²] per input channel, float64 [in], non-negative.
         weight_energy: E[w²] per input channel, float64 [in].
-        kept: Channels that may hold states, bool [in].
+        kept: Channels that may hold states, bool [in]; at least one.
         budget_bits: Ceiling on all bits of the layer.
     """
 
@@ -59,14 +58,28 @@ class AllocationProblem:
         """K can be at most this many."""
         return self.spans[0].size
 
+    @property
+    def negligible_bits(self) -> int:
+        """So few bits left over are not worth a class of their own."""
+        return int(_NEGLIGIBLE * self.budget_bits)
+
     def channel_bits(self, choice: ChannelClass) -> int:
         """Bits that one channel of this class stores: states and scale."""
         states = states_per_channel(self.spans, choice.rows, choice.states)
         return states * choice.bits + SCALE_BITS if states else 0
 
+    def widest(self, choice: ChannelClass, bits: int) -> ChannelClass:
+        """``choice`` with as many states as a channel of at most ``bits`` bits holds, EMPTY where none fits."""
+        low, high = 0, self.largest_group
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.channel_bits(choice._replace(states=middle)) <= bits
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return choice._replace(states=low) if low else EMPTY
+
     def max_classes(self) -> int:
         """Most classes whose table stays a small share of the budget (at least two, where two fit at all)."""
-        for count in (16, 8, 4):
+        for count in (MAX_CLASSES, 8, 4):
             if count * CLASS_BITS + self.shape[1] * code_bits(count) <= _TABLE_SHARE * self.budget_bits:
                 return count
         return 2
@@ -75,41 +88,8 @@ class AllocationProblem:
         """Bits left for states and scales beside a table of ``classes`` classes; may be negative."""
         return available_bits(self.shape, self.config.output_scale, classes, self.budget_bits)
 
-
-def fill(problem: AllocationProblem, levels: list[ChannelClass], level: Tensor, order: list[int], left: int) -> int:
-    """Raise channels to the next level, one step a turn in the given order, while the bits last.
-
-    Args:
-        problem: The layer.
-        levels: Classes by rising cost.
-        level: int64 [in], index into ``levels`` per channel; changed in place.
-        order: Channels, first served first.
-        left: Bits left.
-
-    Returns:
-        Bits left over.
-    """
-    costs = [problem.channel_bits(choice) for choice in levels]
-    steps = [above - below for below, above in pairwise(costs)]
-    now = level.tolist()
-    while steps and left >= min(steps):
-        moved = False
-        for channel in order:
-            if now[channel] < len(steps) and steps[now[channel]] <= left:
-                left -= steps[now[channel]]
-                now[channel] += 1
-                moved = True
-        if not moved:
-            break
-    level.copy_(torch.tensor(now, dtype=level.dtype))
-    return left
-
-
-def table(problem: AllocationProblem, levels: list[ChannelClass], level: Tensor, order: list[int]) -> AllocationTable:
-    """Drop unused levels, spend the bits that a smaller table frees on the levels that stay, and number these."""
-    used, inverse = torch.unique(level, return_inverse=True)
-    kept = [levels[i] for i in used.tolist()]
-    spent = sum(problem.channel_bits(kept[i]) for i in inverse.tolist())
-    fill(problem, kept, inverse, order, problem.available(len(kept)) - spent)
-    used, inverse = torch.unique(inverse, return_inverse=True)
-    return AllocationTable(tuple(kept[i] for i in used.tolist()), inverse.to(torch.uint8))
+    def left_over(self, answer: AllocationTable) -> int:
+        """Bits of the budget that an answer does not use; negative where it breaks the ceiling."""
+        channels = answer.channel_class.bincount(minlength=len(answer.classes)).tolist()
+        spent = sum(self.channel_bits(choice) * n for choice, n in zip(answer.classes, channels, strict=True))
+        return self.available(len(answer.classes)) - spent

@@ -1,38 +1,40 @@
-"""Uniform allocation: every channel gets the same number of states, up to one (the paper's ablation)."""
+"""Uniform allocation: every channel gets the same number of states, up to one (the paper's ablation).
+
+What is left over then, less than one state more in one channel, may make one channel differ: :func:`filling.table`.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from usllm.sketch.allocation.problem import AllocationProblem, AllocationTable, fill, table
-from usllm.sketch.classes import ChannelClass
+from usllm.sketch.allocation.filling import table
+from usllm.sketch.allocation.problem import AllocationProblem, AllocationTable
+from usllm.sketch.classes import EMPTY, ChannelClass
+
+
+def smallest(problem: AllocationProblem) -> ChannelClass:
+    """One state per row and group."""
+    return ChannelClass(problem.config.rows, 1, problem.config.state_bits)
+
+
+def largest(problem: AllocationProblem) -> ChannelClass:
+    """A state for every weight."""
+    return smallest(problem)._replace(states=problem.largest_group)
 
 
 def allocate(problem: AllocationProblem) -> AllocationTable:
     """K or K + 1 states per row and group; the channels with one more are spread evenly over the layer."""
-    config = problem.config
     channels = problem.kept.nonzero().flatten()
-    everyone = len(channels) == problem.shape[1]
-    available = problem.available(2 if everyone else 3)
-
-    def choice(states: int) -> ChannelClass:
-        return ChannelClass(config.rows if states else 0, states, config.state_bits if states else 0)
-
-    share = available / max(len(channels), 1)
-    low, high = 0, problem.largest_group
-    while low < high:  # the most states that all channels can have
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if problem.channel_bits(choice(middle)) <= share else (low, middle - 1)
-    levels = [choice(0), choice(low), choice(low + 1)] if low else [choice(0), choice(1)]
-    if low == problem.largest_group:
-        levels = levels[:2]
+    some_empty = len(channels) < problem.shape[1]
+    one = smallest(problem)
+    low = problem.widest(one, problem.available(3 if some_empty else 2) // len(channels))  # all kept channels have it
+    levels = [low, one._replace(states=min(low.states + 1, problem.largest_group))]
+    if some_empty and low != EMPTY:
+        levels.insert(0, EMPTY)
     level = torch.zeros(problem.shape[1], dtype=torch.int64)
-    if low:
-        level[channels] = 1
-    left = available - len(channels) * problem.channel_bits(choice(low))
-    step = problem.channel_bits(levels[-1]) - problem.channel_bits(choice(low))
-    if step:
-        extra = min(left // step, len(channels))
-        spread = torch.arange(extra) * len(channels) // max(extra, 1)
-        fill(problem, levels, level, channels[spread].tolist(), left)
-    return table(problem, levels, level, channels.tolist())
+    level[channels] = len(levels) - 2
+    base, above = (problem.channel_bits(choice) for choice in levels[-2:])
+    if above > base:
+        extra = min((problem.available(len(levels)) - len(channels) * base) // (above - base), len(channels))
+        level[channels[torch.arange(extra) * len(channels) // max(extra, 1)]] += 1
+    return table(problem, levels, level, channels.tolist(), one)

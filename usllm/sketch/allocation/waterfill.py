@@ -11,10 +11,19 @@ import torch
 from torch import Tensor
 
 from usllm.sketch.allocation.distortion import Option, convex_options
-from usllm.sketch.allocation.problem import AllocationProblem, AllocationTable, fill, table
-from usllm.sketch.classes import EMPTY, ChannelClass
+from usllm.sketch.allocation.filling import fill, table
+from usllm.sketch.allocation.problem import AllocationProblem, AllocationTable
+from usllm.sketch.classes import ChannelClass
 
-_NEGLIGIBLE = 0.01
+
+def smallest(problem: AllocationProblem) -> ChannelClass:
+    """One state of one bit per group."""
+    return ChannelClass(1, 1, 1)
+
+
+def largest(problem: AllocationProblem) -> ChannelClass:
+    """The choice of least distortion."""
+    return convex_options(problem)[-1].choice
 
 
 def allocate(problem: AllocationProblem) -> AllocationTable:
@@ -22,56 +31,41 @@ def allocate(problem: AllocationProblem) -> AllocationTable:
     energy = problem.importance * problem.weight_energy * problem.kept
     if not energy.any():
         energy = problem.kept.to(torch.float64)
-    levels, level, left = _fit(problem, energy, reserved=0)
-    if left > _NEGLIGIBLE * problem.budget_bits:  # steps are coarse where channels are long: one class is cut to fit
-        levels, level, left = _fit(problem, energy, reserved=1)
-        _spend_rest(problem, levels, level, energy, left)
-    return table(
-        problem, levels, level, [j for j in energy.argsort(descending=True, stable=True).tolist() if energy[j] > 0]
-    )
+    found = _allocate(problem, energy, own=0)
+    if problem.left_over(found) > problem.negligible_bits:  # steps are coarse where channels are long
+        found = min(found, _allocate(problem, energy, own=1), key=problem.left_over)
+    return found
 
 
-def _fit(problem: AllocationProblem, energy: Tensor, reserved: int) -> tuple[list[ChannelClass], Tensor, int]:
-    """Classes by rising bits, the class of each channel, and the bits left, with room for ``reserved`` more classes."""
+def _allocate(problem: AllocationProblem, energy: Tensor, own: int) -> AllocationTable:
+    """The answer with room in its table for ``own`` classes more."""
+    options = _fitting_options(problem, energy, own)
+    available = problem.available(len(options))
+    level = _solve(options, energy, available)
+    levels = [option.choice for option in options]
+    gain = torch.cat([_slopes(options), torch.zeros(1, dtype=torch.float64)])[level] * energy
+    by_gain = torch.argsort(gain, descending=True, stable=True).tolist()
+    left = available - sum(options[i].bits for i in level.tolist())
+    fill(problem, levels, level, [j for j in by_gain if energy[j] > 0], left)
+    by_energy = torch.argsort(energy, descending=True, stable=True).tolist()
+    return table(problem, levels, level, [j for j in by_energy if energy[j] > 0], smallest(problem))
+
+
+def _fitting_options(problem: AllocationProblem, energy: Tensor, own: int) -> list[Option]:
+    """The options to choose among, "store nothing" first: as many as there is room for in the table."""
     options = convex_options(problem)
-    most = max(problem.max_classes() - reserved, 2)
+    most = max(problem.max_classes() - own, 2)
     while True:
         count = min(most, len(options))
-        available = problem.available(count + reserved)
-        level = _solve(options, energy, available)
+        level = _solve(options, energy, problem.available(count))
         used = torch.unique(level).tolist()
         if len(used) <= count:
             break
         members = torch.bincount(level, minlength=len(options))
         del options[min(used[1:], key=lambda i: int(members[i]))]  # the class that fewest channels use
     # Filling may use the next option up, but no more classes than there is room for.
-    options = options[: used[-1] + 2] if used[-1] + 2 <= count else [options[i] for i in used]
-    available = problem.available(len(options) + reserved)
-    level = _solve(options, energy, available)
-    levels = [option.choice for option in options]
-    left = available - sum(options[i].bits for i in level.tolist())
-    gain = torch.cat([_slopes(options), torch.zeros(1, dtype=torch.float64)])[level] * energy
-    order = torch.argsort(gain, descending=True, stable=True)
-    left = fill(problem, levels, level, [j for j in order.tolist() if energy[j] > 0], left)
-    return levels, level, left
-
-
-def _spend_rest(
-    problem: AllocationProblem, levels: list[ChannelClass], level: Tensor, energy: Tensor, left: int
-) -> None:
-    """Give the most important channel without states as many one-bit states as still fit; in place."""
-    if EMPTY not in levels:
-        return
-    empty = levels.index(EMPTY)
-    waiting = torch.where(level == empty, energy, -1.0)
-    channel = int(waiting.argmax())
-    states = problem.largest_group
-    while states and problem.channel_bits(ChannelClass(1, states, 1)) > left:
-        states -= 1
-    if states and float(waiting[channel]) > 0:
-        level[level > empty] += 1
-        level[channel] = empty + 1  # levels rise in bits
-        levels.insert(empty + 1, ChannelClass(1, states, 1))
+    up = min(used[-1] + 2, len(options))
+    return options[:up] if up <= count else [options[i] for i in used]
 
 
 def _slopes(options: list[Option]) -> Tensor:
