@@ -101,7 +101,9 @@ def check_plan(plan: Plan, budget_bits: int) -> None:
 
     def fail(problem: str) -> ValueError:
         rule = plan.config.allocation
-        return ValueError(f"{plan.name}: allocation {rule!r} made a plan that {problem}: a fault of this rule, report it")
+        return ValueError(
+            f"{plan.name}: allocation {rule!r} made a plan that {problem}: a fault of this rule, report it"
+        )
 
     if not 1 <= len(plan.classes) <= MAX_CLASSES:
         raise fail(f"has {len(plan.classes)} classes of channels, 1 to {MAX_CLASSES} fit")

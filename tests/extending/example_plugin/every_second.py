@@ -1,22 +1,19 @@
 """A rule over channels: every second input channel gets states, all of them alike."""
 
+import sys
+
 import torch
 
 from usllm.sketch.allocation import ALLOCATIONS, AllocationProblem, AllocationTable
-from usllm.sketch.classes import EMPTY, ChannelClass
+from usllm.sketch.allocation.uniform import largest, smallest  # noqa: F401 (a rule has three functions)
+from usllm.sketch.classes import EMPTY
 
 
 def allocate(problem: AllocationProblem) -> AllocationTable:
     """The most states that every second channel can have."""
-    chosen = torch.arange(problem.shape[1]) % 2 == 0
-    share = problem.available(2) // int(chosen.sum())
-    states = problem.largest_group
-    config = problem.config
-    while states and problem.channel_bits(ChannelClass(config.rows, states, config.state_bits)) > share:
-        states -= 1
-    if not states:
-        return AllocationTable((EMPTY,), torch.zeros(problem.shape[1], dtype=torch.uint8))
-    return AllocationTable((EMPTY, ChannelClass(config.rows, states, config.state_bits)), chosen.to(torch.uint8))
+    chosen = (torch.arange(problem.shape[1]) % 2 == 0).to(torch.uint8)
+    choice = problem.widest(smallest(problem), problem.available(2) // int(chosen.sum()))
+    return AllocationTable((EMPTY, choice), chosen)
 
 
-ALLOCATIONS["every_second"] = allocate
+ALLOCATIONS["every_second"] = sys.modules[__name__]

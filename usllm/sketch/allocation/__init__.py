@@ -1,13 +1,12 @@
-"""Allocation rules by name. A new one is a file beside these and a line in this table."""
+"""Rules over channels by name: how the bits of a layer are shared out over its input channels.
 
-from usllm.sketch.allocation import proportional, uniform, waterfill
+A new one is a file beside these with the functions of :class:`usllm.sketch.allocation.rule.AllocationRule`.
+"""
+
 from usllm.sketch.allocation.problem import AllocationProblem, AllocationTable
 from usllm.sketch.allocation.rule import AllocationRule
+from usllm.system.discovery import modules_with
 
-ALLOCATIONS: dict[str, AllocationRule] = {
-    "uniform": uniform,
-    "proportional": proportional,
-    "waterfill": waterfill,
-}
+ALLOCATIONS: dict[str, AllocationRule] = modules_with(__name__, __path__, "allocate")
 
 __all__ = ["ALLOCATIONS", "AllocationProblem", "AllocationRule", "AllocationTable"]
