@@ -30,7 +30,7 @@ class TextSamples(Inspection):
         every_n_validations: as for :class:`Inspection`.
     """
 
-    def __init__(self, prompts: Sequence[str], max_new_tokens: int = 48, every_n_validations: int = 1) -> None:
+    def __init__(self, prompts: Sequence[str], max_new_tokens: int = 32, every_n_validations: int = 1) -> None:
         super().__init__(every_n_validations)
         if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
             raise UserError(

@@ -80,7 +80,7 @@ class TextDataModule(LightningDataModule):
         max_sequences: int | None = None,
         batch_size: int = 4,
         num_workers: int = 0,
-        num_proc: int = 1,
+        num_proc: int = 2,
         cache_dir: str | Path = "~/.cache/usllm",
         seed: int = 0,
         window_start: str = NONE,

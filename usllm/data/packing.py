@@ -29,7 +29,7 @@ def pack(
     *,
     key: str,
     cache_dir: Path,
-    num_proc: int = 1,
+    num_proc: int = 2,
     window_start: str = NONE,
 ) -> Dataset:
     """Tokenise documents, put the end-of-text token after each, and cut the stream into sequences.

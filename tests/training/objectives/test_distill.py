@@ -35,7 +35,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 @pytest.mark.parametrize("rows", [5, 1000])
 def test_divergence_equals_its_definition(temperature: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "CHUNK_ELEMENTS", rows * 264)
-    objective = Distill(temperature=temperature)
+    objective = Distill(temperature=temperature, hidden_weight=0.0)
     student = student_and(objective)
     assert objective.teacher is not None
     loss, parts = objective.loss(student, {"input_ids": IDS})
@@ -52,7 +52,7 @@ def test_loss_is_the_weighted_sum_of_its_parts() -> None:
 
 
 def test_cross_entropy_part_is_the_loss_on_the_text() -> None:
-    objective = Distill(kl_weight=0.0, cross_entropy_weight=1.0)
+    objective = Distill(kl_weight=0.0, hidden_weight=0.0, cross_entropy_weight=1.0)
     student = student_and(objective)
     loss, _ = objective.loss(student, {"input_ids": IDS})
     torch.testing.assert_close(loss, next_token_loss(student(input_ids=IDS).logits, IDS))
@@ -143,4 +143,4 @@ def test_bad_arguments_are_all_named_at_once() -> None:
 
 def test_all_weights_zero_is_refused() -> None:
     with pytest.raises(UserError, match="nothing would be trained"):
-        Distill(kl_weight=0)
+        Distill(kl_weight=0, hidden_weight=0)

@@ -40,7 +40,7 @@ class Distill(Objective):
         self,
         temperature: float = 1.0,
         kl_weight: float = 1.0,
-        hidden_weight: float = 0.0,
+        hidden_weight: float = 1.0,
         cross_entropy_weight: float = 0.0,
     ) -> None:
         weights = {
