@@ -16,7 +16,7 @@ from usllm.compress import METHODS
 SETTINGS = {
     "sketch": ["sketch=absmaxmin", "sketch.bits_per_weight=1"],
     "rounding": ["sketch=rounding", "sketch.bits=2"],
-    "littlebit": ["sketch=littlebit", "sketch.bits_per_weight=2"],  # scales are most of layers as small as these
+    "littlebit": ["sketch=littlebit", "sketch.bits_per_weight=1.5"],  # scales are most of layers as small as these
 }
 IN_THE_FAST_SUITE = "sketch"
 CASES = [pytest.param(name, marks=[] if name == IN_THE_FAST_SUITE else pytest.mark.slow) for name in sorted(METHODS)]
