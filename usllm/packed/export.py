@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from usllm.packed.blocks import fits, pack_blocks
+from usllm.packed.checksums import Checksums, of_keys, of_tensors
 from usllm.packed.config import BlockEntry, PackedConfig, PackedLayerEntry
 from usllm.packed.description import ModelFiles, write_description
-from usllm.packed.folder import INDEX_FILE
+from usllm.packed.folder import CONFIG_FILE, INDEX_FILE, open_folder
 from usllm.packed.inspection import Inspection, inspect_folder
+from usllm.packed.loading import check_against_model
+from usllm.packed.meaning import meaning_of
 from usllm.packed.new_folder import new_folder
 from usllm.packed.quantizer import can_be_blocks, swap_packed_
 from usllm.packed.source import PackingSource
@@ -92,6 +95,7 @@ def export(
         try:
             write_description(files, type(skeleton).__name__, stored, REST_DTYPES[rest.dtype], folder)
             _write_tensors(source, skeleton, stored, rest, folder, max_shard_size)
+            check_against_model(open_folder(folder))  # also: the written configuration means what it meant in memory
         except (OSError, SafetensorError) as error:
             raise UserError(f"out={out} cannot be written ({error}): free space, or choose another folder") from error
         inspection = inspect_folder(folder)
@@ -160,6 +164,8 @@ def _write_tensors(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
+    keys = of_keys(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    meaning = meaning_of(skeleton)
     for file, names in split.filename_to_tensors.items():
         tensors = {name: _stored(name, source, stored, rest) for name in names}
         for name, tensor in tensors.items():
@@ -168,7 +174,8 @@ def _write_tensors(
                 raise UserError(
                     f"{name}: is {list(tensor.shape)} in the checkpoint, {wanted} in the model's configuration"
                 )
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        checksums = Checksums(of_tensors(tensors.items(), stored), keys, meaning)
+        save_file(tensors, folder / file, metadata={"format": "pt"} | checksums.to_metadata())
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
