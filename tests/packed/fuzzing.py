@@ -33,7 +33,7 @@ def ran_out_of_memory(error: BaseException | None) -> bool:
 class Cases:
     """Reads damaged folders; whatever is neither the healthy folder's logits nor :class:`PackedFormatError` is raised.
 
-    Of forgeries, any logits are taken.
+    Of forgeries any logits are taken, and of format version 1, whose folders have no checksums but the layers' own.
 
     Args:
         source: A valid packed folder.
@@ -45,7 +45,7 @@ class Cases:
 
         self.files, self.scratch = Files.read(source), scratch
         packed = PackedConfig.from_dict(json.loads(self.files.config)["quantization_config"])
-        self.sketch = packed.config
+        self.sketch, self.has_checksums = packed.config, packed.format_version > 1
         self.logits = self._logits(source)
         places = tensor_places(self.files.weights)
         self.layers = {
@@ -84,7 +84,7 @@ class Cases:
         def attempt() -> None:
             inspect_folder(folder)
             check_against_model(open_folder(folder))
-            if kind in DAMAGE:
+            if kind in DAMAGE and self.has_checksums:
                 self._compare(folder)
 
         return self._outcome(f"{kind}, inspected", attempt)
@@ -93,7 +93,7 @@ class Cases:
         """Load a damaged folder and compute with it."""
         kind, files = mutated(self.files, number)
         folder = files.write(self.scratch)
-        attempt = self._compare if kind in DAMAGE else self._logits
+        attempt = self._compare if kind in DAMAGE and self.has_checksums else self._logits
         return self._outcome(f"{kind}, loaded", lambda: attempt(folder))
 
     def _logits(self, folder: Path) -> Any:

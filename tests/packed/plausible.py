@@ -57,7 +57,8 @@ def _format(files: Files, draw: random.Random) -> Files:
     """Another value of a key that gives the sketches' bytes their meaning."""
     content = json.loads(files.config)
     key = draw.choice(sorted(_FORMATS))
-    section = content["quantization_config"]["format"]
+    section = content["quantization_config"]
+    section = section.get("format") or section["sketch"]  # format version 1
     section[key] = draw.choice([value for value in _FORMATS[key] if value != section[key]])
     return replace(files, config=json.dumps(content).encode())
 

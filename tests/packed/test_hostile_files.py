@@ -17,7 +17,7 @@ import pytest
 import torch
 from folder_files import Files, tensor_places, with_header
 from fuzzing import Cases
-from mutations import MUTATIONS, edited_json, mutated
+from mutations import DAMAGE, MUTATIONS, edited_json, mutated
 from safetensors.torch import load_file
 from tiny_packed import pack, rewrite, seal, sketched_model
 from transformers import AutoModel, AutoModelForCausalLM
@@ -66,7 +66,8 @@ def test_damaged_layers_are_refused_or_decode_to_finite_weights(cases: Cases) ->
 
 def test_damaged_folders_are_inspected_or_refused(cases: Cases) -> None:
     outcomes = {cases.inspect(number) for number in range(20 * len(MUTATIONS))}
-    assert {f"{kind}, inspected: refused" for kind in MUTATIONS} <= outcomes
+    assert {f"{kind}, inspected: refused" for kind in DAMAGE} <= outcomes
+    assert {f"{kind}, forged, inspected: accepted" for kind in ("layer", "format", "rest bits")} <= outcomes
 
 
 def test_damaged_folders_are_loaded_or_refused(cases: Cases) -> None:
@@ -75,11 +76,33 @@ def test_damaged_folders_are_loaded_or_refused(cases: Cases) -> None:
     assert any(outcome.endswith("refused") for outcome in outcomes)
 
 
+@pytest.mark.parametrize("kind", sorted(DAMAGE))
+def test_damaged_folder_is_refused_or_computes_the_same(kind: str, cases: Cases) -> None:
+    """Whatever was altered; :class:`Cases` raises where logits differ without a word."""
+    first = sorted(MUTATIONS).index(kind)
+    outcomes = {cases.load(number) for number in range(first, 6 * len(MUTATIONS), len(MUTATIONS))}
+    assert outcomes <= {f"{kind}, loaded: refused", f"{kind}, loaded: accepted"}
+
+
+def test_silent_change_would_be_told(cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("usllm.packed.weight_files.check_tensors", lambda *arguments: None)
+    first = sorted(MUTATIONS).index("layers swapped")
+    with pytest.raises(AssertionError, match="other numbers than the healthy folder's"):
+        cases.load(first)
+
+
+def test_damaged_folders_of_version_1_are_loaded_or_refused(tmp_path: Path) -> None:
+    cases = Cases(Path(__file__).parents[1] / "fixtures" / "version_1" / "packed", tmp_path)
+    outcomes = {cases.load(number) for number in range(4 * len(MUTATIONS))}
+    assert any(outcome.endswith("accepted") for outcome in outcomes)
+    assert any(outcome.endswith("refused") for outcome in outcomes)
+
+
 def test_python_and_numpy_allocate_no_more_than_the_files_are_worth(cases: Cases) -> None:
     cases.inspect(0)
     tracemalloc.start()
     try:
-        for number in range(5000, 5000 + 8 * len(MUTATIONS)):
+        for number in range(5000, 5000 + 3 * len(MUTATIONS)):
             tracemalloc.reset_peak()
             before = tracemalloc.get_traced_memory()[0]
             cases.inspect(number)
@@ -120,8 +143,8 @@ def test_damaged_generation_settings_are_read_or_refused(folder: Path, text: str
 @pytest.mark.timeout(3000)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="bounds memory by RLIMIT_AS and /proc")
 def test_twenty_thousand_mutations(valid: Path, tmp_path: Path) -> None:
-    """In a process of its own: a crash, a hang, or an allocation beyond the bound would end it or be told."""
-    counts = {"layers": 16_000, "folders": 4_800, "loads": 600}
+    """In a process of its own: a crash, a hang, an allocation beyond the bound or a silent change would be told."""
+    counts = {"layers": 16_000, "folders": 2_600, "loads": 5_200}
     arguments = [sys.executable, fuzzing.__file__, str(valid), str(tmp_path), *map(str, counts.values()), "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment)

@@ -129,14 +129,15 @@ class PackedConfig:
             raise PackedFormatError(f"quantization_config.options={shorten(options)}: must be an object")
         method = method_named(content.get("method"), plugin)
         section = "sketch" if version == 1 else "format"
-        if not isinstance(content.get("format"), Mapping):
-            raise PackedFormatError(f"quantization_config.format={shorten(content.get('format'))}: must be an object")
+        constants = content.get("format")
+        if not isinstance(constants, Mapping):
+            raise PackedFormatError(f"quantization_config.format={shorten(constants)}: must be an object")
         try:
             check_version("method_version", content.get("method_version"), method.version)
         except ValueError as error:
             raise PackedFormatError(f"quantization_config.{error}") from error
         try:
-            config = method.config(content["format"])
+            config = method.config(constants)
         except ValueError as error:
             raise PackedFormatError(f"quantization_config.{section}.{error}") from error
         layers = _layers(content, method.byte_bounds)

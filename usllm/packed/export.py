@@ -14,7 +14,7 @@ from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from usllm.packed.blocks import fits, pack_blocks
 from usllm.packed.checksums import Checksums, of_keys, of_tensors
@@ -111,7 +111,7 @@ def export(
 
 def packed_skeleton(
     source: PackingSource, config: PretrainedConfig, rest: RestStorage
-) -> tuple[nn.Module, PackedConfig]:
+) -> tuple[PreTrainedModel, PackedConfig]:
     """The packed model without memory (on the meta device), and its packed configuration.
 
     Raises:
@@ -149,7 +149,7 @@ def _blocks(model: Any, layers: Mapping[str, Any], rest: RestStorage) -> dict[st
 
 def _write_tensors(
     source: PackingSource,
-    skeleton: nn.Module,
+    skeleton: PreTrainedModel,
     stored: PackedConfig,
     rest: RestStorage,
     folder: Path,

@@ -96,23 +96,23 @@ def difference(stored: Mapping[str, Any], model: PreTrainedModel) -> str | None:
         raise PackedFormatError("config.json: what it meant to its writer is not stored; download the files again")
     try:
         what = next(_differences(stored, found), None)
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # facts of impossible types
+    except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:  # facts of impossible types
         raise PackedFormatError(f"config.json: what it meant to its writer cannot be read ({error})") from error
     if what is None:
         return None
-    versions = f"written by transformers {writer[:40]!a}, read by {transformers.__version__}".replace("'", "")
+    versions = f"written by transformers {_shown(writer)}, read by {transformers.__version__}"
     return f"{what}: {versions}; {_way_out(writer)}"
 
 
 def _differences(stored: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
     for kind in differing_tables(stored["rotary"], found["rotary"], _TOLERANCE):
-        yield "rotary table differs" if kind == ANY else f"rotary table of layer type {kind[:80]!a} differs"
+        yield "rotary table differs" if kind == ANY else f"rotary table of layer type {_shown(kind)} differs"
     for part in ("modules", "activations", "config"):
         for name in sorted(set(stored[part]) & set(found[part])):
             ours, theirs = stored[part][name], found[part][name]
             if not _same(ours, theirs, 1.0 if part == "activations" else 0.0):
-                shown = "" if part == "activations" else f" ({str(ours)[:80]!a} is read as {str(theirs)[:80]!a})"
-                yield f"{name} differs{shown}"
+                shown = "" if part == "activations" else f" ({_shown(ours)} is read as {_shown(theirs)})"
+                yield f"{_shown(name)} differs{shown}"
 
 
 def _way_out(writer: str) -> str:
@@ -123,8 +123,13 @@ def _way_out(writer: str) -> str:
     except ValueError:
         older = False
     if older:
-        return f"install transformers {writer[:40]}, or export the model again with this version"
+        return f"install transformers {_shown(writer)}, or export the model again with this version"
     return "upgrade transformers"
+
+
+def _shown(value: Any) -> str:
+    """A value of any origin as printable ASCII of at most 80 characters."""
+    return ascii(str(value)[:80])[1:-1][:80]
 
 
 def _is_activation(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from usllm.packed.blocks import check_blocks
 from usllm.packed.config import QUANT_METHOD, BlockEntry, PackedConfig
 from usllm.packed.folder import refuse_files
 from usllm.packed.linear import PackedLinear, packed_layers
+from usllm.packed.rotary import older_rope
 from usllm.packed.saving import checksums_of
 from usllm.packed.weight_files import check_files, files_of, names_in
 from usllm.system.errors import PackedFormatError
@@ -95,7 +96,7 @@ class SketchQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_packed(model)
         if hasattr(model, "_weight_conversions"):  # names in the files are the model's own: saving changes none
-            model._weight_conversions = []
+            model._weight_conversions = []  # type: ignore[assignment]
         for cast in ("half", "float"):  # transformers forbids them for quantised models; bytes they leave alone
             setattr(model, cast, MethodType(getattr(nn.Module, cast), model))
         return model
@@ -112,6 +113,9 @@ class SketchQuantizer(HfQuantizer):
             return None, {}  # what is saved are the adapter's tensors
         packed = self.quantization_config.upgrade_()
         model.config.quantization_config = self.quantization_config
+        for key, value in older_rope(model.config.to_dict()).items():  # as an export writes it, for transformers 4
+            if getattr(model.config, key, None) is None:
+                setattr(model.config, key, value)
         return None, checksums_of(model, packed).to_metadata()
 
     @property

@@ -58,11 +58,12 @@ def differing_tables(
 ) -> Iterator[str]:
     """Layer types whose tables differ by more than a relative ``tolerance``, or that only one side has."""
     for kind in sorted({*stored, *found}):
-        pairs = [(stored.get(kind, stored.get(ANY)), found.get(kind, found.get(ANY)))]
+        ours, theirs = (tables.get(kind, tables.get(ANY)) for tables in (stored, found))
+        pairs = [(ours, theirs)]
         if kind == ANY and None in pairs[0]:  # the other side names the layer types: those without a table of their own
             general, special = (stored, found) if ANY in stored else (found, stored)
             pairs = [(general[ANY], special[other]) for other in special if other not in general]
-        if not (stored and found) or any(None in pair or not _same_table(*pair, tolerance) for pair in pairs):
+        if not (stored and found) or not all(_same_table(*pair, tolerance) for pair in pairs):
             yield kind
 
 
@@ -98,7 +99,8 @@ def older_rope(content: Mapping[str, Any]) -> dict[str, Any]:
     parameters = content.get("rope_parameters")
     if not isinstance(parameters, Mapping):
         return {}
-    full, local = parameters, None
+    full: Any = parameters
+    local: Any = None
     if "rope_theta" not in parameters:  # one for each layer type
         full, local = parameters.get("full_attention"), parameters.get("sliding_attention")
     if not isinstance(full, Mapping) or "rope_theta" not in full:
@@ -156,8 +158,8 @@ def _rounded(tensor: Tensor) -> list[float]:
     return [float(f"{value:.{_DIGITS}g}") for value in tensor.flatten().tolist()]
 
 
-def _same_table(ours: Mapping[str, Any], theirs: Mapping[str, Any], tolerance: float) -> bool:
-    if set(ours) != set(theirs):
+def _same_table(ours: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None, tolerance: float) -> bool:
+    if ours is None or theirs is None or set(ours) != set(theirs):
         return False
     for key, value in ours.items():
         one, other = (torch.tensor(item, dtype=torch.float64, device="cpu") for item in (value, theirs[key]))

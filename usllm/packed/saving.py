@@ -12,9 +12,10 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from usllm.packed.checksums import Checksums, of_keys, of_tensors
+from usllm.packed.checksums import SECTION, Checksums, of_keys, of_tensors
 from usllm.packed.config import PackedConfig
 from usllm.packed.meaning import meaning_of
 
@@ -29,8 +30,12 @@ def checksums_of(model: PreTrainedModel, packed: PackedConfig) -> Checksums:
         model: A packed model; layers that are offloaded are loaded one at a time.
         packed: Its packed configuration, as it will be written.
     """
-    keys = of_keys(_written_config(model, packed))
-    return Checksums(of_tensors(_tensors(model), packed), keys, meaning_of(model))
+    written = _written_config(model, packed)
+    keys = of_keys(written)
+    plain = type(model.config).from_dict({key: value for key, value in written.items() if key != SECTION})
+    with torch.device("meta"):  # what the next load will make of it: the model itself may be older than its settings
+        next_model = type(model)(plain)
+    return Checksums(of_tensors(_tensors(model), packed), keys, meaning_of(next_model))
 
 
 def _written_config(model: PreTrainedModel, packed: PackedConfig) -> dict[str, Any]:

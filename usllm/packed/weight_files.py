@@ -38,15 +38,13 @@ def files_of(model: PreTrainedModel, told: Sequence[str] | None) -> list[Path]:
     """
     if told:
         return [Path(file) for file in told]
-    folder = Path(model.config.name_or_path)
+    place = str(model.config.name_or_path)
+    folder = Path(place)
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
 
         revision = getattr(model.config, "_commit_hash", None)
-        cached = [
-            try_to_load_from_cache(model.config.name_or_path, file, revision=revision)
-            for file in (WEIGHTS_FILE, INDEX_FILE)
-        ]
+        cached = [try_to_load_from_cache(place, file, revision=revision) for file in (WEIGHTS_FILE, INDEX_FILE)]
         found = next((file for file in cached if isinstance(file, str)), None)
         if found is None:
             return []
