@@ -1,7 +1,8 @@
-"""A second reader of packed layers, written from usllm/packed/FORMAT.md with NumPy and the standard library alone."""
+"""A second reader of packed models, written from usllm/packed/FORMAT.md with NumPy and the standard library alone."""
 
 from __future__ import annotations
 
+import json
 import zlib
 from typing import Any
 
@@ -95,3 +96,41 @@ def decode(data: bytes, shape: tuple[int, int], sketch: dict[str, Any], name: st
             weight[start : start + n, c] = joined.astype(np.float32) * unit
             start += n
     return weight if row_scale is None else weight * row_scale[:, None]
+
+
+WITHOUT_EFFECT = {
+    *("transformers_version", "_name_or_path", "use_cache", "attn_implementation", "_attn_implementation"),
+    *("experts_implementation", "bos_token_id", "eos_token_id", "pad_token_id"),
+}
+
+
+def wrong_checksums(weights: bytes, config: bytes) -> list[str]:
+    """Names of tensors and keys whose checksums are not those that the weight file's header gives."""
+    length = int.from_bytes(weights[:8], "little")
+    header, model = json.loads(weights[8 : 8 + length]), json.loads(config)
+    stored = json.loads(header.pop("__metadata__")["usllm"])
+    section = model.pop("quantization_config")
+    found = {}
+    for name, tensor in header.items():
+        module, _, kind = name.rpartition(".")
+        what: list[Any] = []
+        if kind == "packed":
+            what = [section["method"], section["format"], module, section["layers"][module][:2]]
+        elif module in section["blocks"]:
+            rows, columns, bits = section["blocks"][module]
+            what = ["blocks", bits, [rows, columns]]
+        text = json.dumps([name, tensor["dtype"], tensor["shape"], what], sort_keys=True)
+        first, end = (8 + length + offset for offset in tensor["data_offsets"])
+        found[name] = zlib.crc32(weights[first:end], zlib.crc32(text.encode()))
+    wrong = [name for name in found if found[name] != stored["tensors"].get(name)]
+    keys = model | {f"quantization_config.format.{key}": value for key, value in section.pop("format").items()}
+    ignored = {"options", "plugin"}
+    keys |= {f"quantization_config.{key}": value for key, value in section.items() if key not in ignored}
+    sums = {key: zlib.crc32(json.dumps(effective(keys[key]), sort_keys=True).encode()) for key in effective(keys)}
+    return wrong + sorted(key for key in {*sums, *stored["keys"]} if sums.get(key) != stored["keys"].get(key))
+
+
+def effective(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: effective(item) for key, item in value.items() if key not in WITHOUT_EFFECT}
+    return value

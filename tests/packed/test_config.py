@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ CONFIG = PackedConfig(
 )
 LAYER = ("layers", "model.layers.0.mlp.up_proj")
 BLOCK = ("blocks", "model.embed_tokens")
+CONSTANTS = ("operator", "query", "hash", "group_size", "output_scale", "seed")
 MISSING = object()
 
 
@@ -44,15 +48,72 @@ def refused(content: Any, named: str) -> None:
 
 @given(configs())
 @settings(max_examples=30)
-def test_what_is_written_is_read_back_through_json(sketch: SketchConfig) -> None:
-    config = PackedConfig(sketch, CONFIG.layers, CONFIG.blocks)
-    assert PackedConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_is_written_is_read_back_through_json(version: int, sketch: SketchConfig) -> None:
+    config = PackedConfig(sketch, CONFIG.layers, CONFIG.blocks, format_version=version)
+    read = PackedConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert (read.to_dict(), read.format, read.layers) == (config.to_dict(), config.format, config.layers)
+    assert read.config == dataclasses.replace(SketchConfig(), **{key: getattr(sketch, key) for key in CONSTANTS})
 
 
-@pytest.mark.parametrize("key", ["format_version", "hash_version"])
-@pytest.mark.parametrize("value", [0, 2, 10**30, -1, 1.0, "1", None, True, [1], MISSING])
-def test_unknown_version_is_refused_by_name(key: str, value: Any) -> None:
-    refused(changed((key,), value), rf"^quantization_config\.{key}=.*this version of usllm reads 1; upgrade usllm")
+def test_version_1_becomes_version_2_with_the_same_content() -> None:
+    old = PackedConfig.from_dict(dataclasses.replace(CONFIG, format_version=1).to_dict())
+    assert set(old.to_dict()) == {"quant_method", "format_version", "hash_version", "sketch", "layers", "blocks"}
+    assert old.upgraded() == PackedConfig.from_dict(CONFIG.to_dict())
+
+
+WRONG_VERSIONS = [0, 3, 10**30, -1, 1.0, "1", None, True, [1], MISSING]
+
+
+@pytest.mark.parametrize("path", [("format_version",), ("method_version",), ("format", "hash_version")])
+@pytest.mark.parametrize("value", WRONG_VERSIONS)
+def test_unknown_version_is_refused_by_name(path: tuple[str, ...], value: Any) -> None:
+    key = r"\.".join(path)
+    problem = r"=.*this version of usllm reads 1( to 2)?; upgrade usllm|: is missing"
+    refused(changed(path, value), rf"^quantization_config\.{key}({problem})")
+
+
+@pytest.mark.parametrize("value", [0, 2, 10**30, "1", None, MISSING])
+def test_unknown_hash_version_of_version_1(value: Any) -> None:
+    content = dataclasses.replace(CONFIG, format_version=1).to_dict()
+    content["hash_version"] = value
+    refused(content, r"^quantization_config\.hash_version=.*this version of usllm reads 1; upgrade usllm")
+
+
+def test_method_and_plug_in_that_are_not_here_are_named_and_nothing_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trap_of_a_stranger.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    content = changed(("method",), "lattice")
+    refused(content, r"^quantization_config\.method='lattice': is not among sketch; upgrade usllm")
+    content["plugin"] = "trap_of_a_stranger"
+    refused(content, r"method='lattice': .*it comes with the plug-in trap_of_a_stranger: .* import it first")
+    assert "trap_of_a_stranger" not in sys.modules
+    PackedConfig.from_dict({**CONFIG.to_dict(), "plugin": "trap_of_a_stranger"})  # a method that is here needs none
+    assert "trap_of_a_stranger" not in sys.modules
+
+
+@pytest.mark.parametrize("value", ["", "a b", "../up", "a/b", 3, ["a"], "x" * 300])
+def test_plug_in_that_is_no_name(value: Any) -> None:
+    refused(changed(("plugin",), value), r"^quantization_config\.plugin=.*is no name of a package")
+
+
+@pytest.mark.parametrize("path", [("speed",), ("format", "speed"), ("hash_version",)])
+def test_unknown_key_of_the_format_is_refused_by_name(path: tuple[str, ...]) -> None:
+    refused(changed(path, 1), rf"^quantization_config.*{path[-1]}.*unknown.*upgrade usllm")
+
+
+@pytest.mark.parametrize("options", [{"novelty": {"a": [1]}}, {"bits_per_weight": "any", "rows": 99}, {}])
+def test_options_are_kept_and_change_nothing(options: dict[str, Any]) -> None:
+    read = PackedConfig.from_dict(changed(("options",), options))
+    assert read.to_dict()["options"] == options
+    assert (read.config, read.format) == (SketchConfig(), CONFIG.format)
+
+
+@pytest.mark.parametrize("value", [None, [], "x", 3, MISSING])
+def test_options_that_are_no_object(value: Any) -> None:
+    refused(changed(("options",), value), r"^quantization_config\.options=.*: must be an object")
 
 
 @pytest.mark.parametrize("content", [{}, [], None, 3, "usllm", {"quant_method": "gptq"}, {"quant_method": ["usllm"]}])
@@ -66,7 +127,6 @@ def test_another_method_is_refused(content: Any) -> None:
         ("hash", "sha256"),
         ("operator", "sum"),
         ("query", "median"),
-        ("rounding", "up"),
         ("seed", -1),
         ("seed", 2**32),
         ("seed", 0.5),
@@ -74,33 +134,36 @@ def test_another_method_is_refused(content: Any) -> None:
         ("seed", "0"),
         ("group_size", 0),
         ("group_size", 10**12),
-        ("rows", 16),
-        ("bits_per_weight", float("nan")),
-        ("bits_per_weight", float("inf")),
-        ("bits_per_weight", 10**400),
-        ("bits_per_weight", "0.5"),
-        ("bits_per_weight", True),
         ("output_scale", 1),
         ("output_scale", "yes"),
         ("operator", None),
         ("operator", ["absmaxmin"]),
         ("operator", "x" * 10**6),
         ("hash", {"balanced": 1}),
-        ("min_importance", -1.0),
     ],
 )
-def test_impossible_constant_is_refused_by_name(key: str, value: Any) -> None:
-    refused(changed(("sketch", key), value), rf"^quantization_config\.sketch\.{key}=")
+@pytest.mark.parametrize("version", [1, 2])
+def test_impossible_constant_is_refused_by_name(version: int, key: str, value: Any) -> None:
+    content = dataclasses.replace(CONFIG, format_version=version).to_dict()
+    section = {1: "sketch", 2: "format"}[version]
+    content[section][key] = value
+    refused(content, rf"^quantization_config\.{section}\.{key}=")
 
 
-@pytest.mark.parametrize("value", [None, [], "absmaxmin", {}, MISSING])
-def test_sketch_that_is_no_object(value: Any) -> None:
-    refused(changed(("sketch",), value), r"^quantization_config\.sketch: keys are missing or unknown")
+@pytest.mark.parametrize("value", [None, [], "absmaxmin", MISSING])
+def test_format_that_is_no_object(value: Any) -> None:
+    refused(changed(("format",), value), r"^quantization_config\.format=.*: must be an object")
 
 
-def test_missing_and_unknown_keys_are_named() -> None:
-    refused(changed(("sketch", "seed"), MISSING), "seed")
-    refused(changed(("sketch", "speed"), 1), "speed")
+@pytest.mark.parametrize("value", [None, [], "absmaxmin", {}])
+def test_sketch_of_version_1_that_is_no_object(value: Any) -> None:
+    content = dataclasses.replace(CONFIG, format_version=1).to_dict() | {"sketch": value}
+    refused(content, r"^quantization_config\.sketch: keys are missing or unknown")
+
+
+@pytest.mark.parametrize("key", ["seed", "operator", "output_scale"])
+def test_missing_key_is_named(key: str) -> None:
+    refused(changed(("format", key), MISSING), rf"^quantization_config\.format\.{key}: is missing$")
 
 
 @pytest.mark.parametrize("path", [LAYER, BLOCK])
@@ -144,7 +207,7 @@ def test_blocks_of_another_width(bits: int) -> None:
 
 
 def test_layer_that_is_sketched_and_in_blocks() -> None:
-    refused(changed(("blocks", LAYER[1]), [160, 64, 8]), "is among the sketched layers too")
+    refused(changed(("blocks", LAYER[1]), [160, 64, 8]), "is among the compressed layers too")
 
 
 @pytest.mark.parametrize("key", ["layers", "blocks"])
@@ -154,7 +217,7 @@ def test_tables_that_are_no_objects(key: str, value: Any) -> None:
 
 
 def test_model_without_sketched_layers() -> None:
-    refused(changed(("layers",), {}), "names no sketched layer")
+    refused(changed(("layers",), {}), "names no compressed layer")
 
 
 @pytest.mark.parametrize(

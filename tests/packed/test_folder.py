@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_packed import pack, sketched_model
+from safetensors.torch import load_file
+from tiny_packed import pack, rewrite, seal, sketched_model
 from transformers import AutoModelForCausalLM
 
 import usllm
@@ -55,12 +55,6 @@ def edit_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     change(content)
     file.write_text(json.dumps(content), encoding="utf-8")
-
-
-def rewrite(file: Path, **changes: torch.Tensor | None) -> None:
-    tensors = load_file(file) | {name: tensor for name, tensor in changes.items() if tensor is not None}
-    kept = {name: tensor for name, tensor in tensors.items() if changes.get(name, tensor) is not None}
-    save_file(kept, file, metadata={"format": "pt"})
 
 
 def refused(folder: Path, named: str) -> None:
@@ -186,7 +180,7 @@ def test_weight_file_of_another_length(folder: Path, change: int) -> None:
 
 
 def test_tensor_names_that_a_terminal_would_obey(folder: Path) -> None:
-    rewrite(folder / WEIGHTS, **{"\x1b[2J": torch.zeros(1)})
+    rewrite(folder, **{"\x1b[2J": torch.zeros(1)})
     refused(folder, r"^model\.safetensors: '\\x1b\[2J' is no name of a tensor$")
 
 
@@ -211,14 +205,15 @@ def test_tensor_names_that_a_terminal_would_obey(folder: Path) -> None:
 def test_missing_and_misshaped_tensors_are_named(
     folder: Path, changes: dict[str, torch.Tensor | None], named: str
 ) -> None:
-    rewrite(folder / WEIGHTS, **changes)
+    rewrite(folder, **changes)
+    seal(folder)
     refused(folder, named)
 
 
 def test_damaged_layer_is_named(folder: Path) -> None:
     packed = load_file(folder / WEIGHTS)[f"{LAYER}.packed"]
     packed[40] ^= 1
-    rewrite(folder / WEIGHTS, **{f"{LAYER}.packed": packed})
+    rewrite(folder, **{f"{LAYER}.packed": packed})
     refused(folder, rf"^{LAYER}: its checksum is wrong")
 
 
@@ -227,12 +222,14 @@ def test_block_scale_that_is_not_finite_is_named(folder: Path, scale: bytes) -> 
     for name in ("model.embed_tokens", "model.layers.1.self_attn.o_proj"):
         weight = load_file(folder / WEIGHTS)[f"{name}.weight"]
         weight[-1, :2] = torch.tensor(list(scale), dtype=torch.uint8)
-        rewrite(folder / WEIGHTS, **{f"{name}.weight": weight})
+        rewrite(folder, **{f"{name}.weight": weight})
+    seal(folder)
     refused(folder, r"^model\.embed_tokens(\.weight)?: 1 of 528 block scales are not finite")
 
 
 def test_type_that_no_packed_model_uses(folder: Path) -> None:
-    rewrite(folder / WEIGHTS, **{"model.norm.weight": torch.zeros(64, dtype=torch.complex64)})
+    rewrite(folder, **{"model.norm.weight": torch.zeros(64, dtype=torch.complex64)})
+    seal(folder)
     with pytest.raises(PackedFormatError, match=r"model\.norm\.weight: has the type C64|model\.safetensors: cannot be"):
         inspect_folder(folder)
 

@@ -12,14 +12,16 @@ import numpy_reader
 import pytest
 import torch
 from hypothesis import given, settings
-from numpy_reader import decode
+from numpy_reader import decode, wrong_checksums
 from strategies import layers
 from tiny_packed import pack, sketched_model
 
 import usllm
 import usllm.packed
 from usllm.packed.config import FORMAT_VERSION
+from usllm.packed.export import RestStorage
 from usllm.packed.linear import packed_layers
+from usllm.packed.methods import SKETCH
 from usllm.sketch import Plan, SketchConfig, project, query
 from usllm.sketch.classes import ChannelClass
 from usllm.sketch.hash import HASH_VERSION, HASHES
@@ -39,13 +41,13 @@ def decode_from(folder: Path, name: str) -> np.ndarray:
     begin, end = json.loads(data[8 : 8 + length])[f"{name}.packed"]["data_offsets"]
     rows, columns, size = section["layers"][name]
     assert end - begin == size
-    return decode(data[8 + length + begin : 8 + length + end], (rows, columns), section["sketch"], name)
+    return decode(data[8 + length + begin : 8 + length + end], (rows, columns), section["format"], name)
 
 
 def decoded_by_reader(weight: torch.Tensor, plan: Plan) -> tuple[np.ndarray, torch.Tensor]:
     states = project(weight, plan)
     data = pack_layer(plan, states).numpy().tobytes()
-    return decode(data, plan.shape, dataclasses.asdict(plan.config), plan.name), query(states, plan)
+    return decode(data, plan.shape, SKETCH.format(plan.config), plan.name), query(states, plan)
 
 
 @given(layers())
@@ -90,10 +92,25 @@ def test_reader_is_short_and_imports_nothing_of_usllm() -> None:
         for node in ast.walk(ast.parse(source))
         if isinstance(node, (ast.Import, ast.ImportFrom))
     }
-    assert imported == {"__future__", "zlib", "typing", "numpy"}
-    assert len(source.splitlines()) < 100
+    assert imported == {"__future__", "json", "zlib", "typing", "numpy"}
+    assert len(source.splitlines()) < 150
 
 
 def test_page_names_the_versions_that_are_written() -> None:
     page = (Path(usllm.packed.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
-    assert page.startswith(f"# The packed model, format version {FORMAT_VERSION}, hash version {HASH_VERSION}\n")
+    assert page.startswith(f"# The packed model, format version {FORMAT_VERSION}\n")
+    assert f"\n# Method `sketch`, version {SKETCH.version}, hash version {HASH_VERSION}\n" in page
+    assert all(f"`{key}`" in page for key in SKETCH.format(SketchConfig()))
+
+
+@pytest.mark.parametrize("shards", [4_000_000_000, 20_000])
+def test_reader_computes_the_checksums_of_an_exported_model(shards: int, tmp_path: Path) -> None:
+    folder = pack(sketched_model(), tmp_path / "packed", RestStorage(embeddings=8), max_shard_size=shards)
+    files = sorted(folder.glob("*.safetensors"))
+    assert (len(files) > 1) == (shards == 20_000)
+    for file in files:
+        assert wrong_checksums(file.read_bytes(), (folder / "config.json").read_bytes()) == []
+    damaged = files[0].read_bytes()[:-1] + b"\x55"
+    assert len(wrong_checksums(damaged, (folder / "config.json").read_bytes())) == 1
+    altered = (folder / "config.json").read_bytes().replace(b'"seed": 0', b'"seed": 1')
+    assert "quantization_config.format.seed" in wrong_checksums(files[0].read_bytes(), altered)

@@ -12,12 +12,14 @@ import sys
 import tracemalloc
 from pathlib import Path
 
-import mutations
+import fuzzing
 import pytest
 import torch
-from mutations import MUTATIONS, Cases, Files, edited_json, mutated, tensor_places, with_header
-from safetensors.torch import load_file, save_file
-from tiny_packed import pack, sketched_model
+from folder_files import Files, tensor_places, with_header
+from fuzzing import Cases
+from mutations import DAMAGE, MUTATIONS, edited_json, mutated
+from safetensors.torch import load_file
+from tiny_packed import pack, rewrite, seal, sketched_model
 from transformers import AutoModel, AutoModelForCausalLM
 
 import usllm
@@ -64,7 +66,8 @@ def test_damaged_layers_are_refused_or_decode_to_finite_weights(cases: Cases) ->
 
 def test_damaged_folders_are_inspected_or_refused(cases: Cases) -> None:
     outcomes = {cases.inspect(number) for number in range(20 * len(MUTATIONS))}
-    assert {f"{kind}, inspected: refused" for kind in MUTATIONS} <= outcomes
+    assert {f"{kind}, inspected: refused" for kind in DAMAGE} <= outcomes
+    assert {f"{kind}, forged, inspected: accepted" for kind in ("layer", "format", "rest bits")} <= outcomes
 
 
 def test_damaged_folders_are_loaded_or_refused(cases: Cases) -> None:
@@ -73,11 +76,33 @@ def test_damaged_folders_are_loaded_or_refused(cases: Cases) -> None:
     assert any(outcome.endswith("refused") for outcome in outcomes)
 
 
+@pytest.mark.parametrize("kind", sorted(DAMAGE))
+def test_damaged_folder_is_refused_or_computes_the_same(kind: str, cases: Cases) -> None:
+    """Whatever was altered; :class:`Cases` raises where logits differ without a word."""
+    first = sorted(MUTATIONS).index(kind)
+    outcomes = {cases.load(number) for number in range(first, 6 * len(MUTATIONS), len(MUTATIONS))}
+    assert outcomes <= {f"{kind}, loaded: refused", f"{kind}, loaded: accepted"}
+
+
+def test_silent_change_would_be_told(cases: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("usllm.packed.weight_files.check_tensors", lambda *arguments: None)
+    first = sorted(MUTATIONS).index("layers swapped")
+    with pytest.raises(AssertionError, match="other numbers than the healthy folder's"):
+        cases.load(first)
+
+
+def test_damaged_folders_of_version_1_are_loaded_or_refused(tmp_path: Path) -> None:
+    cases = Cases(Path(__file__).parents[1] / "fixtures" / "version_1" / "packed", tmp_path)
+    outcomes = {cases.load(number) for number in range(4 * len(MUTATIONS))}
+    assert any(outcome.endswith("accepted") for outcome in outcomes)
+    assert any(outcome.endswith("refused") for outcome in outcomes)
+
+
 def test_python_and_numpy_allocate_no_more_than_the_files_are_worth(cases: Cases) -> None:
     cases.inspect(0)
     tracemalloc.start()
     try:
-        for number in range(5000, 5000 + 8 * len(MUTATIONS)):
+        for number in range(5000, 5000 + 3 * len(MUTATIONS)):
             tracemalloc.reset_peak()
             before = tracemalloc.get_traced_memory()[0]
             cases.inspect(number)
@@ -118,9 +143,9 @@ def test_damaged_generation_settings_are_read_or_refused(folder: Path, text: str
 @pytest.mark.timeout(3000)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="bounds memory by RLIMIT_AS and /proc")
 def test_twenty_thousand_mutations(valid: Path, tmp_path: Path) -> None:
-    """In a process of its own: a crash, a hang, or an allocation beyond the bound would end it or be told."""
-    counts = {"layers": 16_000, "folders": 4_800, "loads": 600}
-    arguments = [sys.executable, mutations.__file__, str(valid), str(tmp_path), *map(str, counts.values()), "0"]
+    """In a process of its own: a crash, a hang, an allocation beyond the bound or a silent change would be told."""
+    counts = {"layers": 16_000, "folders": 2_600, "loads": 5_200}
+    arguments = [sys.executable, fuzzing.__file__, str(valid), str(tmp_path), *map(str, counts.values()), "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -137,14 +162,14 @@ def test_twenty_thousand_mutations(valid: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="bounds memory by RLIMIT_AS and /proc")
 def test_allocation_beyond_the_bound_would_be_told(valid: Path, tmp_path: Path) -> None:
     script = (
-        "import sys, torch, mutations, usllm.packed.inspection as inspection\n"
+        "import sys, torch, fuzzing, usllm.packed.inspection as inspection\n"
         "def greedy(*arguments):\n"
         "    torch.zeros(1 << 28)\n"
         "real, calls = inspection.inspect_folder, []\n"
         "inspection.inspect_folder = lambda path: greedy() if calls else calls.append(real(path))\n"
-        "mutations.main(sys.argv[1], sys.argv[2], 0, 2, 0, 0)\n"
+        "fuzzing.main(sys.argv[1], sys.argv[2], 0, 2, 0, 0)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(mutations.__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(fuzzing.__file__).parent), "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-c", script, str(valid), str(tmp_path)]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=250)
     failures = json.loads(done.stdout.splitlines()[-1])["failures"]
@@ -196,25 +221,19 @@ def test_tensors_that_a_model_would_compute_for_itself(folder: Path, monkeypatch
 # transformers alone, without the checks of usllm.load: no model with random layers
 
 
-def rewrite(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
-    file = folder / "model.safetensors"
-    tensors = {key: value for key, value in load_file(file).items() if key != name}
-    save_file(tensors if tensor is None else tensors | {name: tensor}, file, metadata={"format": "pt"})
-
-
 PACKED = [f"{LAYER}.packed", "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.self_attn.o_proj.weight"]
 
 
 @pytest.mark.parametrize("name", PACKED)
 def test_from_pretrained_names_a_packed_tensor_that_is_missing(folder: Path, name: str) -> None:
-    rewrite(folder, name, None)
+    rewrite(folder, **{name: None})
     with pytest.raises(PackedFormatError, match=rf"^{name}: is missing from the weight files"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", PACKED)
 def test_from_pretrained_refuses_a_packed_tensor_of_another_shape(folder: Path, name: str) -> None:
-    rewrite(folder, name, load_file(folder / "model.safetensors")[name][:-1].clone())
+    rewrite(folder, **{name: load_file(folder / "model.safetensors")[name][:-1].clone()})
     with pytest.raises((PackedFormatError, RuntimeError)):
         AutoModelForCausalLM.from_pretrained(folder)
 
@@ -223,7 +242,7 @@ def test_from_pretrained_refuses_a_packed_tensor_of_another_shape(folder: Path, 
 def test_from_pretrained_names_a_damaged_layer(folder: Path, byte: int) -> None:
     packed = load_file(folder / "model.safetensors")[f"{LAYER}.packed"]
     packed[byte] ^= 4
-    rewrite(folder, f"{LAYER}.packed", packed)
+    rewrite(folder, **{f"{LAYER}.packed": packed})
     with pytest.raises(PackedFormatError, match=rf"^{LAYER}: its checksum is wrong"):
         AutoModelForCausalLM.from_pretrained(folder)
 
@@ -232,7 +251,8 @@ def test_from_pretrained_names_a_damaged_layer(folder: Path, byte: int) -> None:
 def test_from_pretrained_names_block_scales_that_are_not_finite(folder: Path, name: str) -> None:
     weight = load_file(folder / "model.safetensors")[name]
     weight[0, 1] = 0x7C
-    rewrite(folder, name, weight)
+    rewrite(folder, **{name: weight})
+    seal(folder)
     with pytest.raises(PackedFormatError, match=rf"^{name.removesuffix('.weight')}: 1 of .* scales are not finite"):
         AutoModelForCausalLM.from_pretrained(folder)
 

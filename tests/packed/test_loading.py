@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_packed import logits, pack, sketched_model
+from tiny_packed import logits, pack, rewrite, seal, sketched_model
 
 import usllm
 from usllm.packed.export import RestStorage
@@ -20,14 +19,6 @@ from usllm.system.errors import PackedFormatError, UserError
 def folder(tmp_path: Path) -> Path:
     """A packed model at full precision outside its sketch."""
     return pack(sketched_model(), tmp_path / "packed", RestStorage("float32"))
-
-
-def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
-    """Change, add or remove tensors of the one weight file."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file) | {name: tensor for name, tensor in changes.items() if tensor is not None}
-    kept = {name: tensor for name, tensor in tensors.items() if changes.get(name, tensor) is not None}
-    save_file(kept, file, metadata={"format": "pt"})
 
 
 def test_load_gives_the_model_that_was_packed(folder: Path) -> None:
@@ -78,6 +69,7 @@ def test_tensor_that_is_missing_unexpected_or_misshaped_is_named(
     folder: Path, changes: dict[str, torch.Tensor | None], named: str
 ) -> None:
     rewrite(folder, **changes)
+    seal(folder)
     with pytest.raises(PackedFormatError, match=named):
         usllm.load(folder)
 
@@ -99,6 +91,7 @@ def test_configuration_that_does_not_fit_the_tensors_is_refused(
     config = json.loads((folder / "config.json").read_text())
     config[key] = value
     (folder / "config.json").write_text(json.dumps(config))
+    seal(folder)
     with pytest.raises(PackedFormatError, match=named):
         usllm.load(folder)
 

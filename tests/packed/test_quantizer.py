@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_packed import IDS, logits, pack, sketched_model
+from safetensors.torch import load_file
+from tiny_packed import IDS, logits, pack, rewrite, sketched_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from usllm.models import ModelSpec
@@ -138,12 +138,9 @@ def test_compressing_while_loading_is_refused(tmp_path: Path) -> None:
 def test_damaged_layer_raises_from_pretrained_and_is_named(damage: str, tmp_path: Path) -> None:
     folder = pack(sketched_model(), tmp_path / "packed")
     name = "model.layers.1.mlp.up_proj.packed"
-    tensors = load_file(folder / "model.safetensors")
-    if damage == "flipped":
-        tensors[name][200] ^= 4
-    else:
-        del tensors[name]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    packed = load_file(folder / "model.safetensors")[name]
+    packed[200] ^= 4
+    rewrite(folder, **{name: packed if damage == "flipped" else None})
     with pytest.raises(PackedFormatError, match=r"^(model\.)?layers\.1\.mlp\.up_proj"):
         AutoModelForCausalLM.from_pretrained(folder)
 

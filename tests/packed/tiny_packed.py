@@ -6,6 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from folder_files import Files
+from mutations import forged
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,6 +40,21 @@ def pack(model: PreTrainedModel, out: Path, rest: RestStorage | None = None, **o
     tokenizer = load_tokenizer(ModelSpec(kind="random", name="llama"))
     export(from_model(model), ModelFiles(model.config, tokenizer), out, rest=rest, **options)
     return out
+
+
+def rewrite(folder: Path, **changes: Tensor | None) -> None:
+    """Change, add or remove tensors of the one weight file; what its header says of checksums stays."""
+    file = folder / "model.safetensors"
+    with safe_open(file, framework="pt") as content:
+        metadata = content.metadata()
+    tensors = load_file(file) | {name: tensor for name, tensor in changes.items() if tensor is not None}
+    kept = {name: tensor for name, tensor in tensors.items() if changes.get(name, tensor) is not None}
+    save_file(kept, file, metadata=metadata)
+
+
+def seal(folder: Path) -> Path:
+    """Make the checksums of a changed folder fit, as a forger would: so that what is checked besides them is seen."""
+    return forged(Files.read(folder)).write(folder)
 
 
 def random_config(architecture: str = "llama") -> Any:

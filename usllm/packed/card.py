@@ -34,8 +34,9 @@ model = AutoModelForCausalLM.from_pretrained("{{ title }}")
 tokenizer = AutoTokenizer.from_pretrained("{{ title }}")
 ```
 
-`usllm.load("{{ title }}")` does the same and refuses a damaged folder. From the command line:
-`usllm-generate model={{ title }} prompt="…"`, `usllm-inspect model={{ title }}`.
+`usllm.load("{{ title }}")` does the same and checks more. Both refuse a folder in which a tensor or a setting is not
+the one that was written: checksums find accidents and mix-ups, not a forger who makes them right too. From the command
+line: `usllm-generate model={{ title }} prompt="…"`, `usllm-inspect model={{ title }}`.
 
 ## Size
 

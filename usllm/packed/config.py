@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from usllm.sketch import SketchConfig
-from usllm.sketch.hash import HASH_VERSION
-from usllm.sketch.layer_bytes import CLASS_BYTES, HEADER_BYTES, MAX_DIMENSION
+from usllm.packed.methods import SKETCH, check_version, method_named, method_of, shorten
+from usllm.sketch.layer_bytes import MAX_DIMENSION
 from usllm.system.errors import PackedFormatError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of what is written. Version 1 is read too: it knows the sketch only and has no checksums beside the layers' own."""
 QUANT_METHOD = "usllm"
 MAX_NAME = 255
 """Characters of a tensor's, module's or weight file's name."""
-_MAX_BITS_PER_WEIGHT = 64  # sketch and tables of the smallest layers stay far below
+_KEYS = {
+    *("quant_method", "format_version", "method", "method_version", "format", "options", "layers", "blocks", "plugin"),
+}
 # A layer of a few bytes could ask for any amount of decoded memory; no sketch keeps less than this.
 _MAX_WEIGHTS_PER_BYTE = 1024
 _FREE_WEIGHTS = 1 << 20  # small layers may be empty
@@ -26,7 +27,7 @@ _NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 
 @dataclass(frozen=True)
 class PackedLayerEntry:
-    """A sketched layer: ``(out, in)`` of its weight, and the bytes it is stored in."""
+    """A compressed layer: ``(out, in)`` of its weight, and the bytes it is stored in."""
 
     shape: tuple[int, int]
     bytes: int
@@ -45,25 +46,56 @@ class PackedConfig:
     """What a packed model's configuration says about its tensors.
 
     Attributes:
-        sketch: The sketch configuration: format constants, and what the plans were made from.
-        layers: Sketched layers by module name, which is part of their hash key.
+        config: The method's configuration, such as :class:`usllm.sketch.SketchConfig`. Of a folder that was read, its
+            format constants only: what else it holds are defaults.
+        layers: Compressed layers by module name, which is part of a sketch's hash keys.
         blocks: Embeddings and linear layers stored in blocks, by module name.
-        format_version, hash_version: Of the writer; others than this library's are refused.
+        options: How the bytes came about, as the writer recorded it; keys that this version does not know are kept.
+            ``None`` takes those of ``config``.
+        plugin: Dotted name of the package that brings the method; ``None`` for usllm's own.
+        format_version: Of the folder.
     """
 
-    sketch: SketchConfig
+    config: Any
     layers: dict[str, PackedLayerEntry]
     blocks: dict[str, BlockEntry] = field(default_factory=dict)
+    options: Mapping[str, Any] | None = None
+    plugin: str | None = None
     format_version: int = FORMAT_VERSION
-    hash_version: int = HASH_VERSION
+
+    def __post_init__(self) -> None:
+        method = method_of(self.config)
+        if self.options is None:
+            object.__setattr__(self, "options", method.options(self.config))
+        if self.plugin is None:
+            object.__setattr__(self, "plugin", method.plugin)
+
+    @property
+    def method(self) -> str:
+        """Name of the compression method."""
+        return method_of(self.config).name
+
+    @property
+    def format(self) -> dict[str, Any]:
+        """What gives the bytes of the layers their meaning, JSON types."""
+        return method_of(self.config).format(self.config)
+
+    def upgraded(self) -> PackedConfig:
+        """The same tensors in the version that is written."""
+        return replace(self, format_version=FORMAT_VERSION)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
-        return {
-            "quant_method": QUANT_METHOD,
-            "format_version": self.format_version,
-            "hash_version": self.hash_version,
-            "sketch": dataclasses.asdict(self.sketch),
+        """JSON types only, in the layout of ``format_version``."""
+        content: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": self.format_version}
+        options = dict(self.options or {})
+        if self.format_version == 1:
+            content |= SKETCH.to_version_1(self.format, options)
+        else:
+            version = method_of(self.config).version
+            content |= {"method": self.method, "method_version": version, "format": self.format, "options": options}
+            if self.plugin is not None:
+                content["plugin"] = self.plugin
+        return content | {
             "layers": {name: [*entry.shape, entry.bytes] for name, entry in self.layers.items()},
             "blocks": {name: [*entry.shape, entry.bits] for name, entry in self.blocks.items()},
         }
@@ -73,66 +105,85 @@ class PackedConfig:
         """Inverse of :meth:`to_dict`, for content of any origin.
 
         Raises:
-            PackedFormatError: A version is unknown, a key is missing, or a value is impossible; named.
+            PackedFormatError: A version or method is unknown, a key is missing or unknown, or a value is impossible;
+                named.
         """
         if not isinstance(content, Mapping) or content.get("quant_method") != QUANT_METHOD:
-            raise PackedFormatError(f"quantization_config: is not that of a packed usllm model: {_short(content)}")
-        for key, known in (("format_version", FORMAT_VERSION), ("hash_version", HASH_VERSION)):
-            if not _is_count(content.get(key)) or content[key] != known:
-                raise PackedFormatError(
-                    f"quantization_config.{key}={_short(content.get(key))}: this version of usllm reads {known}; "
-                    "upgrade usllm to read the model"
-                )
-        layers = {
-            name: PackedLayerEntry((rows, columns), size)
-            for name, (rows, columns, size) in _entries(content, "layers").items()
-        }
-        if not layers:
-            raise PackedFormatError("quantization_config.layers: names no sketched layer")
-        for name, layer in layers.items():
-            weights = layer.shape[0] * layer.shape[1]
-            sparse = weights > max(_MAX_WEIGHTS_PER_BYTE * layer.bytes, _FREE_WEIGHTS)
-            if sparse or not HEADER_BYTES + CLASS_BYTES <= layer.bytes <= _MAX_BITS_PER_WEIGHT * weights // 8 + 64:
-                raise PackedFormatError(
-                    f"quantization_config.layers.{name}: {layer.bytes} bytes for {layer.shape} are impossible"
-                )
-        blocks = {
-            name: BlockEntry((rows, columns), bits)
-            for name, (rows, columns, bits) in _entries(content, "blocks").items()
-        }
-        for name, entry in blocks.items():
-            if entry.bits not in (4, 8):
-                raise PackedFormatError(f"quantization_config.blocks.{name}: {entry.bits} bits are not 4 or 8")
-            if name in layers:
-                raise PackedFormatError(f"quantization_config.blocks.{name}: is among the sketched layers too")
-        return cls(_sketch(content.get("sketch")), layers, blocks)
+            raise PackedFormatError(f"quantization_config: is not that of a packed usllm model: {shorten(content)}")
+        version = content.get("format_version")
+        if type(version) is not int or version not in range(1, FORMAT_VERSION + 1):
+            raise PackedFormatError(
+                f"quantization_config.format_version={shorten(version)}: this version of usllm reads 1 to "
+                f"{FORMAT_VERSION}; upgrade usllm to read the model"
+            )
+        if version == 1:
+            content = {key: content.get(key) for key in ("layers", "blocks")} | SKETCH.from_version_1(content)
+        elif odd := sorted(set(content) - _KEYS, key=str):
+            raise PackedFormatError(
+                f"quantization_config.{shorten(odd[0])}: is unknown; upgrade usllm to read the model"
+            )
+        plugin, options = content.get("plugin"), content.get("options")
+        if plugin is not None and not is_name(plugin):
+            raise PackedFormatError(f"quantization_config.plugin={shorten(plugin)}: is no name of a package")
+        if not isinstance(options, Mapping):
+            raise PackedFormatError(f"quantization_config.options={shorten(options)}: must be an object")
+        method = method_named(content.get("method"), plugin)
+        section = "sketch" if version == 1 else "format"
+        constants = content.get("format")
+        if not isinstance(constants, Mapping):
+            raise PackedFormatError(f"quantization_config.format={shorten(constants)}: must be an object")
+        try:
+            check_version("method_version", content.get("method_version"), method.version)
+        except ValueError as error:
+            raise PackedFormatError(f"quantization_config.{error}") from error
+        try:
+            config = method.config(constants)
+        except ValueError as error:
+            raise PackedFormatError(f"quantization_config.{section}.{error}") from error
+        layers = _layers(content, method.byte_bounds)
+        return cls(config, layers, _blocks(content, layers), dict(options), plugin, version)
 
 
-def _sketch(given: Any) -> SketchConfig:
-    fields = {f.name: f for f in dataclasses.fields(SketchConfig)}
-    if not isinstance(given, Mapping) or set(given) != set(fields):
-        odd = sorted(set(given) ^ set(fields)) if isinstance(given, Mapping) else _short(given)
-        raise PackedFormatError(f"quantization_config.sketch: keys are missing or unknown: {_short(odd)}")
-    for name, f in fields.items():
-        default = f.default
-        fits = _is_number(given[name]) if isinstance(default, float) else type(given[name]) is type(default)
-        if not fits or isinstance(given[name], bool) is not isinstance(default, bool):
-            raise PackedFormatError(f"quantization_config.sketch.{name}={_short(given[name])}: has the wrong type")
-    try:
-        return SketchConfig(**given)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise PackedFormatError(f"quantization_config.{str(error).splitlines()[0][:200]}") from error
+def _layers(
+    content: Mapping[str, Any], byte_bounds: Callable[[tuple[int, int]], tuple[int, int]]
+) -> dict[str, PackedLayerEntry]:
+    layers = {
+        name: PackedLayerEntry((rows, columns), size)
+        for name, (rows, columns, size) in _entries(content, "layers").items()
+    }
+    if not layers:
+        raise PackedFormatError("quantization_config.layers: names no compressed layer")
+    for name, layer in layers.items():
+        sparse = layer.shape[0] * layer.shape[1] > max(_MAX_WEIGHTS_PER_BYTE * layer.bytes, _FREE_WEIGHTS)
+        least, most = byte_bounds(layer.shape)
+        if sparse or not least <= layer.bytes <= most:
+            raise PackedFormatError(
+                f"quantization_config.layers.{name}: {layer.bytes} bytes for {layer.shape} are impossible"
+            )
+    return layers
+
+
+def _blocks(content: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, BlockEntry]:
+    blocks = {
+        name: BlockEntry((rows, columns), bits) for name, (rows, columns, bits) in _entries(content, "blocks").items()
+    }
+    for name, entry in blocks.items():
+        if entry.bits not in (4, 8):
+            raise PackedFormatError(f"quantization_config.blocks.{name}: {entry.bits} bits are not 4 or 8")
+        if name in layers:
+            raise PackedFormatError(f"quantization_config.blocks.{name}: is among the compressed layers too")
+    return blocks
 
 
 def _entries(content: Mapping[str, Any], key: str) -> dict[str, tuple[int, int, int]]:
     given = content.get(key)
     if not isinstance(given, Mapping):
-        raise PackedFormatError(f"quantization_config.{key}={_short(given)}: must be an object")
+        raise PackedFormatError(f"quantization_config.{key}={shorten(given)}: must be an object")
     found: dict[str, tuple[int, int, int]] = {}
     for name, values in given.items():
         fits = isinstance(values, (list, tuple)) and len(values) == 3 and all(map(_is_count, values))
         if not fits or not is_name(name) or max(values[:2]) > MAX_DIMENSION:
-            raise PackedFormatError(f"quantization_config.{key}.{_short(name)}={_short(values)}: is impossible")
+            raise PackedFormatError(f"quantization_config.{key}.{shorten(name)}={shorten(values)}: is impossible")
         found[name] = (values[0], values[1], values[2])
     return found
 
@@ -144,15 +195,3 @@ def is_name(name: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 53)
-
-
-def _short(value: Any) -> str:
-    try:
-        text = ascii(value)
-    except (RecursionError, ValueError):  # nested too deep, or a number too long to print
-        text = type(value).__name__
-    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from usllm.packed.config import PackedConfig
 from usllm.packed.folder import CONFIG_FILE
+from usllm.packed.rotary import older_rope
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,10 @@ def write_description(
 
 
 def _add_older_rope(path: Path) -> None:
-    """transformers 5 writes ``rope_parameters`` alone, which 4.57 passes over for its default of 10,000."""
+    """transformers 5 writes ``rope_parameters`` alone, which 4.57 passes over for its defaults."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    parameters = content.get("rope_parameters")
-    if not isinstance(parameters, dict) or "rope_theta" not in parameters:
-        return
-    content.setdefault("rope_theta", parameters["rope_theta"])
-    if parameters.get("rope_type", "default") != "default":
-        content.setdefault("rope_scaling", parameters)
-    _write_json(path, content)
+    if older := older_rope(content):
+        _write_json(path, older | content)
 
 
 def _rename_tokenizer(path: Path) -> None:

@@ -14,13 +14,16 @@ from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from usllm.packed.blocks import fits, pack_blocks
+from usllm.packed.checksums import Checksums, of_keys, of_tensors
 from usllm.packed.config import BlockEntry, PackedConfig, PackedLayerEntry
 from usllm.packed.description import ModelFiles, write_description
-from usllm.packed.folder import INDEX_FILE
+from usllm.packed.folder import CONFIG_FILE, INDEX_FILE, open_folder
 from usllm.packed.inspection import Inspection, inspect_folder
+from usllm.packed.loading import check_against_model
+from usllm.packed.meaning import meaning_of
 from usllm.packed.new_folder import new_folder
 from usllm.packed.quantizer import can_be_blocks, swap_packed_
 from usllm.packed.source import PackingSource
@@ -91,6 +94,7 @@ def export(
         try:
             write_description(files, type(skeleton).__name__, stored, REST_DTYPES[rest.dtype], folder)
             _write_tensors(source, skeleton, stored, rest, folder, max_shard_size)
+            check_against_model(open_folder(folder))  # also: the written configuration means what it meant in memory
         except (OSError, SafetensorError) as error:
             raise UserError(f"out={out} cannot be written ({error}): free space, or choose another folder") from error
         inspection = inspect_folder(folder)
@@ -106,7 +110,7 @@ def export(
 
 def packed_skeleton(
     source: PackingSource, config: PretrainedConfig, rest: RestStorage
-) -> tuple[nn.Module, PackedConfig]:
+) -> tuple[PreTrainedModel, PackedConfig]:
     """The packed model without memory (on the meta device), and its packed configuration.
 
     Raises:
@@ -144,7 +148,7 @@ def _blocks(model: Any, layers: Mapping[str, Any], rest: RestStorage) -> dict[st
 
 def _write_tensors(
     source: PackingSource,
-    skeleton: nn.Module,
+    skeleton: PreTrainedModel,
     stored: PackedConfig,
     rest: RestStorage,
     folder: Path,
@@ -159,6 +163,8 @@ def _write_tensors(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
+    keys = of_keys(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    meaning = meaning_of(skeleton)
     for file, names in split.filename_to_tensors.items():
         tensors = {name: _stored(name, source, stored, rest) for name in names}
         for name, tensor in tensors.items():
@@ -167,7 +173,8 @@ def _write_tensors(
                 raise UserError(
                     f"{name}: is {list(tensor.shape)} in the checkpoint, {wanted} in the model's configuration"
                 )
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        checksums = Checksums(of_tensors(tensors.items(), stored), keys, meaning)
+        save_file(tensors, folder / file, metadata={"format": "pt"} | checksums.to_metadata())
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

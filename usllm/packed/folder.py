@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from usllm.packed.checksums import Checksums, check_keys, check_tensors
 from usllm.packed.config import QUANT_METHOD, PackedConfig, is_name
 from usllm.system.errors import PackedFormatError
 
@@ -48,6 +49,7 @@ class PackedFolder:
         packed: Its ``quantization_config``.
         tensors: Every tensor by name.
         header_bytes: Bytes of each weight file before its first tensor.
+        checksums: What the header of each weight file says; empty in format version 1.
     """
 
     path: Path
@@ -55,6 +57,16 @@ class PackedFolder:
     packed: PackedConfig
     tensors: dict[str, StoredTensor]
     header_bytes: dict[str, int]
+    checksums: dict[str, Checksums] = field(default_factory=dict)
+
+    def check_tensors(self) -> None:
+        """Check every tensor against its checksum; in format version 1 there are none beside the layers' own.
+
+        Raises:
+            PackedFormatError: One is missing or wrong; the tensor is named.
+        """
+        for file, stored in self.checksums.items():
+            check_tensors(self.path / file, stored, self.packed)
 
     @contextmanager
     def reading(self) -> Iterator[TensorReader]:
@@ -96,28 +108,35 @@ def is_packed(path: Path) -> bool:
 
 
 def open_folder(path: str | Path) -> PackedFolder:
-    """Read and check configuration and headers: every sketched or block-quantised tensor is there with its shape.
+    """Read and check configuration and headers: every compressed or block-quantised tensor is there with its shape,
+    and the configuration is the one that the tensors were stored with.
 
     Raises:
         PackedFormatError: Something is missing, damaged or impossible; the message begins with its name.
     """
     path = Path(path)
     limit = _description_limit(path)
-    model_config = _json(path / CONFIG_FILE, limit)
+    model_config = read_json(path / CONFIG_FILE)
     packed = PackedConfig.from_dict(model_config.get("quantization_config") or {})
     _check_keys(model_config)
     refuse_files(path)
     tensors: dict[str, StoredTensor] = {}
-    header_bytes = {}
-    for file, names in _files(path, limit).items():
-        header_bytes[file], found = _header(path / file, limit)
+    header_bytes, checksums = {}, {}
+    for file, names in weight_files(path).items():
+        header_bytes[file], found, metadata = _header(path / file, limit)
+        if packed.format_version > 1:
+            checksums[file] = Checksums.from_metadata(metadata, file)
         if names is not None and names != set(found):
             raise PackedFormatError(
                 f"{INDEX_FILE}: does not list the tensors of {file}, such as {min(names ^ set(found))}"
             )
         tensors |= found
-    folder = PackedFolder(path, model_config, packed, tensors, header_bytes)
+    folder = PackedFolder(path, model_config, packed, tensors, header_bytes, checksums)
     _check_tensors(folder)
+    for file, stored in checksums.items():
+        check_keys(model_config, stored)
+        if stored.meaning != next(iter(checksums.values())).meaning:
+            raise PackedFormatError(f"{file}: was stored with another model than {next(iter(checksums))}")
     return folder
 
 
@@ -173,13 +192,17 @@ def _check_tensors(folder: PackedFolder) -> None:
             raise PackedFormatError(f"{name}: is {stored.dtype} {list(stored.shape)}, expected U8 {list(shape)}")
 
 
-def _files(path: Path, limit: int) -> dict[str, set[str] | None]:
-    """Weight files, each with the tensors that an index says are in it."""
+def weight_files(path: Path) -> dict[str, set[str] | None]:
+    """Weight files, each with the tensors that an index says are in it, ``None`` without an index.
+
+    Raises:
+        PackedFormatError: There are none, or the index leads elsewhere.
+    """
     if (path / WEIGHTS_FILE).is_file():
         return {WEIGHTS_FILE: None}
     if not (path / INDEX_FILE).is_file():
         raise PackedFormatError(f"{WEIGHTS_FILE}: is missing from {path}, and so is {INDEX_FILE}")
-    weight_map = _json(path / INDEX_FILE, limit).get("weight_map")
+    weight_map = read_json(path / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise PackedFormatError(f"{INDEX_FILE}: has no weight_map")
     files: dict[str, set[str] | None] = {}
@@ -197,7 +220,7 @@ def _files(path: Path, limit: int) -> dict[str, set[str] | None]:
     return files
 
 
-def _header(path: Path, limit: int) -> tuple[int, dict[str, StoredTensor]]:
+def _header(path: Path, limit: int) -> tuple[int, dict[str, StoredTensor], dict[str, str] | None]:
     try:
         if not path.is_file():
             raise PackedFormatError(f"{path.name}: is missing from {path.parent}")
@@ -206,6 +229,7 @@ def _header(path: Path, limit: int) -> tuple[int, dict[str, StoredTensor]]:
         if length > limit:
             raise PackedFormatError(f"{path.name}: its header of {length} bytes is too long for its tensors")
         with safe_open(path, framework="pt") as content:
+            metadata = content.metadata()
             slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118 (not a dict)
             found = {
                 name: StoredTensor(path.name, part.get_dtype(), tuple(part.get_shape()))
@@ -218,10 +242,16 @@ def _header(path: Path, limit: int) -> tuple[int, dict[str, StoredTensor]]:
     for name in found:
         if not is_name(name):
             raise PackedFormatError(f"{path.name}: {name[:80]!a} is no name of a tensor")
-    return 8 + length, found
+    return 8 + length, found, metadata
 
 
-def _json(path: Path, limit: int) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a folder, bounded in size by the folder's weights and in depth.
+
+    Raises:
+        PackedFormatError: It is missing, damaged or too large; the file is named.
+    """
+    limit = _description_limit(path.parent)
     try:
         if not path.is_file():
             raise PackedFormatError(f"{path.name}: is missing from {path.parent}")

@@ -127,10 +127,11 @@ def inspect_folder(path: str | Path) -> Inspection:
         PackedFormatError: A tensor or file is missing, damaged or impossible; named.
     """
     folder = open_folder(path)
+    folder.check_tensors()
     layers = []
     with folder.reading() as tensors:
         for name, entry in sorted(folder.packed.layers.items(), key=lambda item: in_model_order(item[0])):
-            plan = read_plan(tensors[f"{name}.packed"], entry.shape, folder.packed.sketch, name)
+            plan = read_plan(tensors[f"{name}.packed"], entry.shape, folder.packed.config, name)
             counts = plan.channel_class.bincount(minlength=len(plan.classes)).tolist()
             sections = {part: bits // 8 for part, bits in bit_breakdown(plan).items()}
             layers.append(
@@ -153,7 +154,7 @@ def inspect_folder(path: str | Path) -> Inspection:
     sizes = {str(file.relative_to(folder.path)): file.stat().st_size for file in sorted(_all_files(folder.path))}
     return Inspection(
         path=folder.path,
-        operator=folder.packed.sketch.operator,
+        operator=folder.packed.config.operator,
         layers=tuple(layers),
         rest=tuple(_rest(folder)),
         header_bytes=sum(folder.header_bytes.values()),

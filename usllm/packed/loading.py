@@ -79,12 +79,14 @@ def load(
 
 
 def check_against_model(folder: PackedFolder) -> None:
-    """Refuse a folder whose tensors are not those of the model that its configuration describes.
+    """Refuse a folder whose tensors are not those of the model that its configuration describes, or whose
+    configuration means something else to the installed transformers than to its writer's.
 
     The model is built without memory; the number of its layers is bounded by the number of stored tensors first.
 
     Raises:
-        PackedFormatError: A tensor is missing, unexpected or misshaped, or the configuration is impossible.
+        PackedFormatError: A tensor is missing, unexpected or misshaped, the configuration is impossible, or is
+            understood otherwise than when it was written.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -119,6 +121,27 @@ def check_against_model(folder: PackedFolder) -> None:
             raise PackedFormatError(f"{name}: has the type {stored.dtype}, the model's is {tensor.dtype}")
     if unexpected := sorted(set(folder.tensors) - set(expected)):
         raise PackedFormatError(f"{unexpected[0]}: is in the weight files, but not in the model")
+    check_meaning(folder, skeleton)
+
+
+def check_meaning(folder: PackedFolder, model: PreTrainedModel) -> None:
+    """Refuse a folder whose configuration the installed transformers understands otherwise than its writer's did.
+
+    Args:
+        folder: The folder.
+        model: Made from its configuration, on any device.
+
+    Raises:
+        PackedFormatError: What differs, and between which versions.
+    """
+    from usllm.packed.meaning import difference
+    from usllm.packed.rotary import refuse_unread_rope
+
+    if not folder.checksums:
+        refuse_unread_rope(model.config)
+    for stored in folder.checksums.values():
+        if what := difference(stored.meaning, model):
+            raise PackedFormatError(f"{CONFIG_FILE}: {what}")
 
 
 def _first_name(tensors: dict[str, torch.Tensor], tensor: torch.Tensor) -> str:

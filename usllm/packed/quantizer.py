@@ -12,7 +12,6 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -23,6 +22,9 @@ from usllm.packed.blocks import check_blocks
 from usllm.packed.config import QUANT_METHOD, BlockEntry, PackedConfig
 from usllm.packed.folder import refuse_files
 from usllm.packed.linear import PackedLinear, packed_layers
+from usllm.packed.rotary import older_rope
+from usllm.packed.saving import checksums_of
+from usllm.packed.weight_files import check_files, files_of, names_in
 from usllm.system.errors import PackedFormatError
 
 if TYPE_CHECKING:  # this module is loaded while transformers still is
@@ -47,6 +49,12 @@ class SketchQuantizationConfig(QuantizationConfigMixin):
         """The typed form."""
         return PackedConfig.from_dict(self.__dict__)
 
+    def upgrade_(self) -> PackedConfig:
+        """Turn into the version of the format that is written, in place; the typed form."""
+        packed = self.packed.upgraded()
+        self.__dict__ = packed.to_dict()
+        return packed
+
 
 @register_quantizer(QUANT_METHOD)
 class SketchQuantizer(HfQuantizer):
@@ -61,14 +69,13 @@ class SketchQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if model.config.name_or_path:
             refuse_files(Path(model.config.name_or_path))
-        swap_packed_(model, self.quantization_config.packed)
-        if files := kwargs.get("checkpoint_files"):  # from transformers 5 on
-            stored: set[str] = set()
-            for file in files:
-                with safe_open(file, framework="pt") as content:
-                    stored |= set(content.keys())
-            found = _without_prefix(model, stored)
+        packed = self.quantization_config.packed
+        swap_packed_(model, packed)
+        files = files_of(model, kwargs.get("checkpoint_files"))
+        if files:
+            found = _without_prefix(model, names_in(files))
             self._refuse_missing(model, lambda name: name not in found)
+        check_files(files, packed, model)
 
     def update_missing_keys(self, model: PreTrainedModel, missing_keys: list[str], prefix: str) -> list[str]:
         """transformers 4 asks here; later versions do not, but tell the files before."""
@@ -88,13 +95,28 @@ class SketchQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_packed(model)
+        if hasattr(model, "_weight_conversions"):  # names in the files are the model's own: saving changes none
+            model._weight_conversions = []  # type: ignore[assignment]
         for cast in ("half", "float"):  # transformers forbids them for quantised models; bytes they leave alone
             setattr(model, cast, MethodType(getattr(nn.Module, cast), model))
         return model
 
     def is_serializable(self, safe_serialization: bool | None = None, **kwargs: Any) -> bool:
-        """Packed tensors are saved as they are."""
-        return True
+        """Packed tensors are saved as they are, in safetensors, whose headers hold their checksums."""
+        return safe_serialization is not False
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel, *args: Any, **kwargs: Any
+    ) -> tuple[None, dict[str, str]]:
+        """Metadata of the weight files that are about to be written: checksums, in the newest version of the format."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # what is saved are the adapter's tensors
+        packed = self.quantization_config.upgrade_()
+        model.config.quantization_config = self.quantization_config
+        for key, value in older_rope(model.config.to_dict()).items():  # as an export writes it, for transformers 4
+            if getattr(model.config, key, None) is None:
+                setattr(model.config, key, value)
+        return None, checksums_of(model, packed).to_metadata()
 
     @property
     def is_trainable(self) -> bool:
@@ -116,7 +138,7 @@ def swap_packed_(model: PreTrainedModel, config: PackedConfig) -> None:
     for name, entry in config.layers.items():
         path, linear = _find(model, name, entry.shape, (nn.Linear,))
         with linear.weight.device:
-            layer = PackedLinear(entry, config.sketch, name, linear.bias is not None, dtype)
+            layer = PackedLinear(entry, config.config, name, linear.bias is not None, dtype)
         model.set_submodule(path, layer)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and bool(model.config.get_text_config().tie_word_embeddings)
