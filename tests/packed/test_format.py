@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from numpy_reader import decode, wrong_checksums
 from strategies import layers
 from tiny_packed import pack, sketched_model
+from usllm.packed.methods import SKETCH
 
 import usllm
 import usllm.packed
 from usllm.packed.config import FORMAT_VERSION
 from usllm.packed.export import RestStorage
 from usllm.packed.linear import packed_layers
-from usllm.packed.methods import SKETCH
 from usllm.sketch import Plan, SketchConfig, project, query
 from usllm.sketch.classes import ChannelClass
 from usllm.sketch.hash import HASH_VERSION, HASHES

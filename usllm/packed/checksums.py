@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from usllm.packed.config import PackedConfig, is_name
-from usllm.packed.methods import shorten
+from usllm.packed.plain import shorten
 from usllm.system.errors import PackedFormatError
 
 METADATA = "usllm"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from usllm.packed.methods import SKETCH, check_version, method_named, method_of, shorten
+from usllm.compress import METHODS, Compressor
+from usllm.compress import method as method_called
+from usllm.packed.plain import check_version, shorten
+from usllm.packed.version_1 import from_version_1, to_version_1
 from usllm.sketch.layer_bytes import MAX_DIMENSION
 from usllm.system.errors import PackedFormatError
 
@@ -46,17 +49,17 @@ class PackedConfig:
     """What a packed model's configuration says about its tensors.
 
     Attributes:
-        config: The method's configuration, such as :class:`usllm.sketch.SketchConfig`. Of a folder that was read, its
-            format constants only: what else it holds are defaults.
+        compressor: The method and its configuration. Of a folder that was read, its format constants only: what else
+            it holds are defaults.
         layers: Compressed layers by module name, which is part of a sketch's hash keys.
         blocks: Embeddings and linear layers stored in blocks, by module name.
         options: How the bytes came about, as the writer recorded it; keys that this version does not know are kept.
-            ``None`` takes those of ``config``.
-        plugin: Dotted name of the package that brings the method; ``None`` for usllm's own.
+            ``None`` takes those of ``compressor``.
+        plugin: Dotted name of the module that brings the method; ``None`` for usllm's own.
         format_version: Of the folder.
     """
 
-    config: Any
+    compressor: Compressor
     layers: dict[str, PackedLayerEntry]
     blocks: dict[str, BlockEntry] = field(default_factory=dict)
     options: Mapping[str, Any] | None = None
@@ -64,21 +67,23 @@ class PackedConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        method = method_of(self.config)
         if self.options is None:
-            object.__setattr__(self, "options", method.options(self.config))
+            options = asdict(self.compressor.options)
+            kept = {key: value for key, value in options.items() if key not in self.compressor.format}
+            object.__setattr__(self, "options", kept)
         if self.plugin is None:
-            object.__setattr__(self, "plugin", method.plugin)
+            module = type(self.compressor).__module__
+            object.__setattr__(self, "plugin", None if module.partition(".")[0] == "usllm" else module)
 
     @property
     def method(self) -> str:
         """Name of the compression method."""
-        return method_of(self.config).name
+        return self.compressor.method
 
     @property
     def format(self) -> dict[str, Any]:
         """What gives the bytes of the layers their meaning, JSON types."""
-        return method_of(self.config).format(self.config)
+        return self.compressor.format
 
     def upgraded(self) -> PackedConfig:
         """The same tensors in the version that is written."""
@@ -89,9 +94,9 @@ class PackedConfig:
         content: dict[str, Any] = {"quant_method": QUANT_METHOD, "format_version": self.format_version}
         options = dict(self.options or {})
         if self.format_version == 1:
-            content |= SKETCH.to_version_1(self.format, options)
+            content |= to_version_1(self.format, options)
         else:
-            version = method_of(self.config).version
+            version = self.compressor.version
             content |= {"method": self.method, "method_version": version, "format": self.format, "options": options}
             if self.plugin is not None:
                 content["plugin"] = self.plugin
@@ -117,7 +122,7 @@ class PackedConfig:
                 f"{FORMAT_VERSION}; upgrade usllm to read the model"
             )
         if version == 1:
-            content = {key: content.get(key) for key in ("layers", "blocks")} | SKETCH.from_version_1(content)
+            content = {key: content.get(key) for key in ("layers", "blocks")} | from_version_1(content)
         elif odd := sorted(set(content) - _KEYS, key=str):
             raise PackedFormatError(
                 f"quantization_config.{shorten(odd[0])}: is unknown; upgrade usllm to read the model"
@@ -127,7 +132,7 @@ class PackedConfig:
             raise PackedFormatError(f"quantization_config.plugin={shorten(plugin)}: is no name of a package")
         if not isinstance(options, Mapping):
             raise PackedFormatError(f"quantization_config.options={shorten(options)}: must be an object")
-        method = method_named(content.get("method"), plugin)
+        method = _method(content.get("method"), plugin)
         section = "sketch" if version == 1 else "format"
         constants = content.get("format")
         if not isinstance(constants, Mapping):
@@ -137,11 +142,25 @@ class PackedConfig:
         except ValueError as error:
             raise PackedFormatError(f"quantization_config.{error}") from error
         try:
-            config = method.config(constants)
+            compressor = method.from_format(constants, {})
         except ValueError as error:
-            raise PackedFormatError(f"quantization_config.{section}.{error}") from error
-        layers = _layers(content, method.byte_bounds)
-        return cls(config, layers, _blocks(content, layers), dict(options), plugin, version)
+            raise PackedFormatError(f"quantization_config.{section}.{_first_line(error)}") from error
+        layers = _layers(content, compressor.byte_bounds)
+        return cls(compressor, layers, _blocks(content, layers), dict(options), plugin, version)
+
+
+def _method(name: Any, plugin: str | None) -> type[Compressor]:
+    """The method that a folder names, if it is registered; a plug-in that brings it is told, never imported."""
+    if isinstance(name, str) and name in METHODS:
+        return method_called(name)
+    way_out = "upgrade usllm to read the model"
+    if plugin is not None:
+        way_out = f"it comes with the plug-in {plugin}: if you trust that package, install it and import it first"
+    raise PackedFormatError(f"quantization_config.method={shorten(name)}: is not among {', '.join(METHODS)}; {way_out}")
+
+
+def _first_line(error: ValueError) -> str:
+    return str(error).splitlines()[0][:200].removeprefix("sketch.").removeprefix("format.").removeprefix("format: ")
 
 
 def _layers(

@@ -122,7 +122,7 @@ def packed_skeleton(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(plain, dtype=REST_DTYPES[rest.dtype])
     layers = {name: PackedLayerEntry(plan.shape, plan.total_bits // 8) for name, plan in source.plans.items()}
-    stored = PackedConfig(source.compressor.options, layers, _blocks(model, layers, rest))
+    stored = PackedConfig(source.compressor, layers, _blocks(model, layers, rest))
     try:
         swap_packed_(model, stored)
     except ValueError as error:

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from usllm.compress import Fact
 from usllm.packed.blocks import check_blocks
 from usllm.packed.folder import PackedFolder, open_folder
-from usllm.sketch.bits import bit_breakdown
-from usllm.sketch.classes import ChannelClass
-from usllm.sketch.layer_bytes import read_plan
 from usllm.system.errors import PackedFormatError
 
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -19,24 +17,18 @@ _DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I1
 
 @dataclass(frozen=True)
 class InspectedLayer:
-    """A sketched layer as it is stored.
+    """A compressed layer as it is stored.
 
     Attributes:
         name, shape: Module name; ``(out, in)``.
-        classes: Rows, states per group and width of each class of channels, with the number of its channels.
-        states: Number of states.
-        scales: Number of channel scales and of output scales.
-        load: Fewest, mean and most members per state.
+        facts: Figures of its method, by name.
         sections: Bytes of each section.
         bytes: Their sum.
     """
 
     name: str
     shape: tuple[int, int]
-    classes: tuple[tuple[ChannelClass, int], ...]
-    states: int
-    scales: tuple[int, int]
-    load: tuple[int, float, int]
+    facts: dict[str, Fact]
     sections: dict[str, int]
     bytes: int
 
@@ -61,7 +53,8 @@ class Inspection:
 
     Attributes:
         path: The folder.
-        operator: Of the sketch.
+        method: How the layers are compressed.
+        format: What gives their bytes their meaning.
         layers: Sketched layers.
         rest: All other tensors.
         header_bytes: Of the weight files: lengths and JSON before the tensors.
@@ -70,7 +63,8 @@ class Inspection:
     """
 
     path: Path
-    operator: str
+    method: str
+    format: dict[str, Any]
     layers: tuple[InspectedLayer, ...]
     rest: tuple[StoredRest, ...]
     header_bytes: int
@@ -131,21 +125,9 @@ def inspect_folder(path: str | Path) -> Inspection:
     layers = []
     with folder.reading() as tensors:
         for name, entry in sorted(folder.packed.layers.items(), key=lambda item: in_model_order(item[0])):
-            plan = read_plan(tensors[f"{name}.packed"], entry.shape, folder.packed.config, name)
-            counts = plan.channel_class.bincount(minlength=len(plan.classes)).tolist()
-            sections = {part: bits // 8 for part, bits in bit_breakdown(plan).items()}
-            layers.append(
-                InspectedLayer(
-                    name=name,
-                    shape=entry.shape,
-                    classes=tuple(zip(plan.classes, counts, strict=True)),
-                    states=plan.num_states,
-                    scales=(plan.num_scales, entry.shape[0] if plan.config.output_scale else 0),
-                    load=plan.load(),
-                    sections=sections,
-                    bytes=sum(sections.values()),
-                )
-            )
+            plan = folder.packed.compressor.read(tensors[f"{name}.packed"], entry.shape, name)
+            sections = {part: bits // 8 for part, bits in plan.sections().items()}
+            layers.append(InspectedLayer(name, entry.shape, plan.facts(), sections, sum(sections.values())))
         for name, block in folder.packed.blocks.items():
             try:
                 check_blocks(tensors[f"{name}.weight"], block.bits, f"{name}.weight")
@@ -154,7 +136,8 @@ def inspect_folder(path: str | Path) -> Inspection:
     sizes = {str(file.relative_to(folder.path)): file.stat().st_size for file in sorted(_all_files(folder.path))}
     return Inspection(
         path=folder.path,
-        operator=folder.packed.config.operator,
+        method=folder.packed.method,
+        format=folder.packed.format,
         layers=tuple(layers),
         rest=tuple(_rest(folder)),
         header_bytes=sum(folder.header_bytes.values()),

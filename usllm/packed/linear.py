@@ -8,21 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from usllm.compress import Compressor, LayerPlan
 from usllm.packed.config import PackedLayerEntry
-from usllm.sketch import Plan, SketchConfig
-from usllm.sketch.layer_bytes import read_plan
-from usllm_kernels import packed_states, query, sketch_linear
 
 
 class PackedLinear(nn.Module):
     """``y = x Ŵᵀ + b`` with ``Ŵ`` decoded from bytes for each call and released after it.
 
     Its only state is a buffer of bytes, which no cast of the model touches. The decoded weight is that of the trained
-    :class:`usllm.compress.CompressedLinear`, bit for bit, in the dtype that is computed with.
+    layer, bit for bit, in the dtype that is computed with.
 
     Args:
         entry: Shape and bytes of the layer.
-        config: The sketch configuration.
+        compressor: The method, with its format constants.
         name: Stable name, part of the hash key.
         bias: Whether there is one.
         dtype: Of the bias.
@@ -33,29 +31,29 @@ class PackedLinear(nn.Module):
     def __init__(
         self,
         entry: PackedLayerEntry,
-        config: SketchConfig,
+        compressor: Compressor,
         name: str,
         bias: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = entry.shape
-        self.config, self.name = config, name
+        self.compressor, self.name = compressor, name
         self.register_buffer("packed", torch.zeros(entry.bytes, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype), requires_grad=False) if bias else None
         self.keeps_decoded = False
-        self._plan: Plan | None = None
+        self._plan: LayerPlan | None = None
         self._decoded: Tensor | None = None
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> LayerPlan:
         """The layer's plan, read from the bytes and checked at the first use.
 
         Raises:
             PackedFormatError: The bytes are damaged.
         """
         if self._plan is None:
-            self._plan = read_plan(self.packed, (self.out_features, self.in_features), self.config, self.name)
+            self._plan = self.compressor.read(self.packed, (self.out_features, self.in_features), self.name)
         return self._plan
 
     def decoded_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,7 +61,7 @@ class PackedLinear(nn.Module):
         if self._decoded is not None and self._decoded.dtype == dtype:
             return self._decoded
         with torch.no_grad():
-            decoded = query(packed_states(self.packed, self.plan), self.plan, dtype)
+            decoded = self.plan.decode(self.plan.unpack(self.packed), dtype)
         if self.keeps_decoded:
             self._decoded = decoded
         return decoded
@@ -77,9 +75,12 @@ class PackedLinear(nn.Module):
         """Map [..., in] to [..., out] in the dtype of ``x``, or of autocast."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        if self.keeps_decoded or decodes_first(device, dtype):
+        plan = self.plan
+        # Where the trained layer multiplies a decoded weight, so does this one in float32: what is added up, and so the
+        # bits of the logits, are then the same. In other types products come straight from the states.
+        if self.keeps_decoded or (device in plan.decodes_on and dtype == torch.float32):
             return functional.linear(x, self.decoded_weight(dtype), self.bias)
-        return sketch_linear(x, packed_states(self.packed, self.plan), self.plan, self.bias)
+        return plan.linear(x, plan.unpack(self.packed), {}, self.bias)
 
     def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
         self._decoded = None
@@ -93,14 +94,6 @@ class PackedLinear(nn.Module):
         weights = self.out_features * self.in_features
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{text}, bits_per_weight={8 * self.packed.numel() / weights:.4f}"
-
-
-def decodes_first(device: str, dtype: torch.dtype) -> bool:
-    """Whether a layer decodes its whole weight and multiplies, instead of straight from the states.
-
-    In float32 on the CPU it does: what is added up, and so the bits of the logits, are then the trained layer's.
-    """
-    return device == "cpu" and dtype == torch.float32
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:

@@ -138,7 +138,7 @@ def swap_packed_(model: PreTrainedModel, config: PackedConfig) -> None:
     for name, entry in config.layers.items():
         path, linear = _find(model, name, entry.shape, (nn.Linear,))
         with linear.weight.device:
-            layer = PackedLinear(entry, config.config, name, linear.bias is not None, dtype)
+            layer = PackedLinear(entry, config.compressor, name, linear.bias is not None, dtype)
         model.set_submodule(path, layer)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and bool(model.config.get_text_config().tie_word_embeddings)

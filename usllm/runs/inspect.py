@@ -10,7 +10,7 @@ from rich.table import Table
 
 from usllm.config.packed import InspectConfig
 from usllm.packed.folder import open_folder
-from usllm.packed.inspection import InspectedLayer, Inspection, inspect_folder
+from usllm.packed.inspection import Inspection, inspect_folder
 from usllm.packed.loading import check_against_model
 from usllm.runs.report import print_facts
 from usllm.system.errors import PackedFormatError, UserError
@@ -82,15 +82,13 @@ def account(inspection: Inspection) -> dict[str, Any]:
     """The whole account as plain Python."""
     return {
         "model": str(inspection.path),
-        "operator": inspection.operator,
+        "method": inspection.method,
+        "format": inspection.format,
         "layers": [
             {
                 "name": layer.name,
                 "shape": list(layer.shape),
-                "classes": [[*choice, channels] for choice, channels in layer.classes],
-                "states": layer.states,
-                "scales": sum(layer.scales),
-                "load": list(layer.load),
+                "facts": {name: fact._asdict() for name, fact in layer.facts.items()},
                 "sections": layer.sections,
                 "bytes": layer.bytes,
                 "bits_per_weight": layer.bits_per_weight,
@@ -107,23 +105,22 @@ def account(inspection: Inspection) -> dict[str, Any]:
 
 
 def _layer_table(inspection: Inspection) -> Table:
-    table = Table(title=f"Sketched layers, {inspection.operator}", title_justify="left", title_style="bold")
+    constants = ", ".join(f"{key}={value}" for key, value in inspection.format.items())
+    title = f"Compressed layers, {inspection.method}" + (f" ({constants})" if constants else "")
+    table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("layer", no_wrap=True)
-    for heading in ("shape", "rows", "states", "bits", "scales", "load", "bpw", "bytes"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    names = list(dict.fromkeys(name for layer in inspection.layers for name in layer.facts))
+    for heading in ("shape", *(name.replace("_", " ") for name in names), "bpw", "bytes"):
+        table.add_column(heading, justify="right", no_wrap=heading != "classes")
     for layer in inspection.layers:
-        rows, bits = _range(layer, 0), _range(layer, 2)
-        least, mean, most = layer.load
-        load = f"{least} to {most}, {mean:.1f} mean" if least != most else str(least)
         shape = f"{layer.shape[0]}x{layer.shape[1]}"
-        figures = (f"{layer.states:,}", bits, f"{sum(layer.scales):,}", load, f"{layer.bits_per_weight:.4f}")
-        table.add_row(layer.name, shape, rows, *figures, f"{layer.bytes:,}")
+        figures = [_shown(layer.facts[name].value) if name in layer.facts else "-" for name in names]
+        table.add_row(layer.name, shape, *figures, f"{layer.bits_per_weight:.4f}", f"{layer.bytes:,}")
     return table
 
 
-def _range(layer: InspectedLayer, field: int) -> str:
-    """Such as ``3`` or ``1 to 8``: over the classes that hold states."""
-    values = [choice[field] for choice, channels in layer.classes if channels and choice.rows * choice.states]
-    if not values:
-        return "-"
-    return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
+def _shown(value: float | int | str) -> str:
+    """A fact's value: whole numbers with commas, others with three digits."""
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

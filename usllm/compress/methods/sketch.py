@@ -141,16 +141,25 @@ class SketchCompressor(Compressor):
 
     @classmethod
     def from_format(cls, stored: Mapping[str, Any], options: Mapping[str, Any]) -> SketchCompressor:
-        if set(stored) != {*FORMAT_KEYS, "hash_version"}:
-            odd = sorted(set(stored) ^ {*FORMAT_KEYS, "hash_version"})
-            raise ValueError(f"format: the key {odd[0]} is missing or unknown")
-        if stored["hash_version"] != HASH_VERSION:
+        known = ("hash_version", *FORMAT_KEYS)
+        if missing := [key for key in known if key not in stored]:
+            raise ValueError(f"{missing[0]}: is missing")
+        if unknown := [key for key in stored if key not in known]:
+            raise ValueError(f"{ascii(unknown[0])[:80]}: is unknown; upgrade usllm to read the model")
+        version = stored["hash_version"]
+        if type(version) is not int or version != HASH_VERSION:
             raise ValueError(
-                f"format.hash_version={stored['hash_version']!r}: this version of usllm reads {HASH_VERSION}"
+                f"hash_version={ascii(version)[:80]}: this version of usllm reads {HASH_VERSION}; upgrade usllm"
             )
-        known = {field.name for field in dataclasses.fields(SketchConfig)}
-        given = {key: value for key, value in options.items() if key in known and key not in FORMAT_KEYS}
-        return cls(SketchConfig(**given, **{key: stored[key] for key in FORMAT_KEYS}))
+        fields = {field.name: field for field in dataclasses.fields(SketchConfig)}
+        for key in FORMAT_KEYS:
+            if type(stored[key]) is not type(fields[key].default):
+                raise ValueError(f"{key}={ascii(stored[key])[:80]}: has the wrong type")
+        given = {key: value for key, value in options.items() if key in fields and key not in FORMAT_KEYS}
+        try:
+            return cls(SketchConfig(**given, **{key: stored[key] for key in FORMAT_KEYS}))
+        except (TypeError, OverflowError) as error:
+            raise ValueError(str(error)) from error
 
     def least_bits(self, shape: tuple[int, int]) -> int:
         return bit_range(shape, self.options)[0]
