@@ -14,7 +14,6 @@ from usllm.compress import Statistics
 from usllm.compress.budgets import BUDGETS, BudgetProblem, LayerDemand
 from usllm.compress.methods.littlebit import LittleBitCompressor, LittleBitPlan
 from usllm.littlebit import LittleBitConfig
-from usllm.littlebit.dual_svid import dual_svid, rank_one, truncated_svd
 from usllm.system.errors import PackedFormatError, UserError
 
 NOTHING = Statistics(None)
@@ -125,21 +124,6 @@ def test_negative_zero_is_one_sign_in_training_and_in_the_packed_layer() -> None
         assert torch.equal(trained, stored)
 
 
-def test_start_is_the_truncated_singular_value_decomposition_with_rank_one_magnitudes() -> None:
-    weight = random(*SHAPE)
-    for matrix in (weight, weight.T.contiguous()):
-        left, right = truncated_svd(matrix, 9)
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-        torch.testing.assert_close(left @ right.T, (u[:, :9] * s[:9]) @ vh[:9], rtol=0, atol=1e-5)
-        torch.testing.assert_close(left.norm(dim=0), right.norm(dim=0), rtol=1e-4, atol=0)
-        a, b = rank_one(left.abs())
-        u, s, vh = torch.linalg.svd(left.abs())
-        torch.testing.assert_close(torch.outer(a, b), s[0] * torch.outer(u[:, 0], vh[0]), rtol=0, atol=1e-4)
-        path = dual_svid(matrix, 9)
-        assert torch.equal(torch.signbit(path.u), torch.signbit(left))
-        torch.testing.assert_close(path.u.square().mean().sqrt(), matrix.square().mean().sqrt())
-
-
 def test_start_of_a_matrix_of_lower_rank_is_finite() -> None:
     plan = of_rank(6, paths=2)
     for weight in (torch.zeros(SHAPE), torch.outer(random(SHAPE[0]), random(SHAPE[1], seed=2))):
@@ -204,24 +188,6 @@ def test_layer_too_small_takes_bits_from_the_others_where_the_budget_is_shared()
     plans = {name: compressor.plan(shape, name, NOTHING, shares[name]) for name, shape in shapes.items()}
     assert plans["small"].rank == 1
     assert sum(plan.total_bits for plan in plans.values()) <= problem.bits
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"bits_per_weight": 0.0}, "sketch.bits_per_weight=0.0"),
-        ({"bits_per_weight": None}, "sketch.bits_per_weight=None"),
-        ({"bits_per_weight": float("inf")}, "sketch.bits_per_weight=inf"),
-        ({"paths": 3}, "sketch.paths=3"),
-        ({"paths": True}, "sketch.paths=True"),
-        ({"slope": -1.0}, "sketch.slope=-1.0"),
-        ({"layer_budget": "more"}, "sketch.layer_budget='more'"),
-    ],
-)
-def test_bad_option_is_named(options: dict[str, object], named: str) -> None:
-    with pytest.raises(ValueError, match=r"^sketch\.") as raised:
-        LittleBitConfig(**options)  # type: ignore[arg-type]
-    assert str(raised.value).startswith(named)
 
 
 def replaced(data: Tensor, at: int, value: int) -> Tensor:
