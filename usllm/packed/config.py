@@ -17,6 +17,7 @@ FORMAT_VERSION = 1
 QUANT_METHOD = "usllm"
 MAX_NAME = 255
 """Characters of a tensor's, module's or weight file's name."""
+_NEWER_OPTIONS = ("price_list", "price_exponent")  # of the sketch
 _MAX_BITS_PER_WEIGHT = 64  # sketch and tables of the smallest layers stay far below
 # A layer of a few bytes could ask for any amount of decoded memory; no sketch keeps less than this.
 _MAX_WEIGHTS_PER_BYTE = 1024
@@ -110,6 +111,8 @@ class PackedConfig:
 
 def _sketch(given: Any) -> SketchConfig:
     fields = {f.name: f for f in dataclasses.fields(SketchConfig)}
+    if isinstance(given, Mapping):  # options of later versions, that folders of earlier ones lack
+        given = {name: fields[name].default for name in _NEWER_OPTIONS} | dict(given)
     if not isinstance(given, Mapping) or set(given) != set(fields):
         odd = sorted(set(given) ^ set(fields)) if isinstance(given, Mapping) else _short(given)
         raise PackedFormatError(f"quantization_config.sketch: keys are missing or unknown: {_short(odd)}")

@@ -160,9 +160,7 @@ class SketchCompressor(Compressor):
 
     def plan(self, shape: tuple[int, int], name: str, statistics: Statistics, bits: int) -> SketchPlan:
         energy, of_weights = statistics.energy, statistics.weight_energy
-        return computing(
-            build_plan(shape, energy, self.options, name, weight_energy=of_weights, budget_bits=bits)
-        )
+        return computing(build_plan(shape, energy, self.options, name, weight_energy=of_weights, budget_bits=bits))
 
     def restore(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], name: str) -> SketchPlan:
         return computing(Plan.from_tensors(tensors, shape, self.options, name))
