@@ -44,6 +44,7 @@ def test_packed_model_measures_as_the_run_reported(
     run_dir: Path, packed: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     test_set = ["evaluation=files", f"evaluation.test_sets.text.path={tiny_text}", "evaluation.windows=[32]"]
+    test_set += ["evaluation.allow_shared=[text]"]
     common = [*test_set, "evaluation.precision=fp32", "evaluation.validation_split=false"]
     run(monkeypatch, evaluation, f"model={packed}", f"run_dir={tmp_path}/a", *common)
     run(monkeypatch, evaluation, f"ckpt={run_dir}", f"run_dir={tmp_path}/b", *common)
@@ -142,7 +143,7 @@ def test_card_holds_figures_commands_and_the_line_to_import(run_dir: Path, packe
     assert "import usllm" in card
     assert report["command"] in card
     assert f"usllm-export ckpt={run_dir} out={packed} rest.dtype=float32" in card
-    assert f"{report['perplexity'][0]['after']:.2f}" in card
+    assert f"{report['perplexity'][0]['finetuned']:.2f}" in card
     assert f"{report['bits_per_weight']['achieved']:.4f}" in card
     assert f"{(packed / 'model.safetensors').stat().st_size:,}" in card
 

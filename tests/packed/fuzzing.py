@@ -45,7 +45,7 @@ class Cases:
 
         self.files, self.scratch = Files.read(source), scratch
         packed = PackedConfig.from_dict(json.loads(self.files.config)["quantization_config"])
-        self.sketch, self.has_checksums = packed.config, packed.format_version > 1
+        self.sketch, self.has_checksums = packed.compressor.options, packed.format_version > 1
         self.logits = self._logits(source)
         places = tensor_places(self.files.weights)
         self.layers = {

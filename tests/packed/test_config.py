@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given, settings
 from strategies import configs
 
+from usllm.compress.methods.sketch import SketchCompressor
 from usllm.packed.config import BlockEntry, PackedConfig, PackedLayerEntry
 from usllm.sketch import SketchConfig
 from usllm.system.errors import PackedFormatError
 
 CONFIG = PackedConfig(
-    SketchConfig(),
+    SketchCompressor(SketchConfig()),
     {"model.layers.0.mlp.up_proj": PackedLayerEntry((160, 64), 700)},
     {"model.embed_tokens": BlockEntry((264, 64), 8)},
 )
@@ -50,10 +51,12 @@ def refused(content: Any, named: str) -> None:
 @settings(max_examples=30)
 @pytest.mark.parametrize("version", [1, 2])
 def test_what_is_written_is_read_back_through_json(version: int, sketch: SketchConfig) -> None:
-    config = PackedConfig(sketch, CONFIG.layers, CONFIG.blocks, format_version=version)
+    config = PackedConfig(SketchCompressor(sketch), CONFIG.layers, CONFIG.blocks, format_version=version)
     read = PackedConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert (read.to_dict(), read.format, read.layers) == (config.to_dict(), config.format, config.layers)
-    assert read.config == dataclasses.replace(SketchConfig(), **{key: getattr(sketch, key) for key in CONSTANTS})
+    assert read.compressor.options == dataclasses.replace(
+        SketchConfig(), **{key: getattr(sketch, key) for key in CONSTANTS}
+    )
 
 
 def test_version_1_becomes_version_2_with_the_same_content() -> None:
@@ -86,7 +89,7 @@ def test_method_and_plug_in_that_are_not_here_are_named_and_nothing_is_imported(
     (tmp_path / "trap_of_a_stranger.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
     content = changed(("method",), "lattice")
-    refused(content, r"^quantization_config\.method='lattice': is not among sketch; upgrade usllm")
+    refused(content, r"^quantization_config\.method='lattice': is not among littlebit, rounding, sketch; upgrade usllm")
     content["plugin"] = "trap_of_a_stranger"
     refused(content, r"method='lattice': .*it comes with the plug-in trap_of_a_stranger: .* import it first")
     assert "trap_of_a_stranger" not in sys.modules
@@ -108,7 +111,7 @@ def test_unknown_key_of_the_format_is_refused_by_name(path: tuple[str, ...]) -> 
 def test_options_are_kept_and_change_nothing(options: dict[str, Any]) -> None:
     read = PackedConfig.from_dict(changed(("options",), options))
     assert read.to_dict()["options"] == options
-    assert (read.config, read.format) == (SketchConfig(), CONFIG.format)
+    assert (read.compressor.options, read.format) == (SketchConfig(), CONFIG.format)
 
 
 @pytest.mark.parametrize("value", [None, [], "x", 3, MISSING])

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from numpy_reader import decode, wrong_checksums
 from strategies import layers
 from tiny_packed import pack, sketched_model
-from usllm.packed.methods import SKETCH
 
 import usllm
 import usllm.packed
+from usllm.compress.methods.sketch import SketchCompressor
 from usllm.packed.config import FORMAT_VERSION
 from usllm.packed.export import RestStorage
 from usllm.packed.linear import packed_layers
@@ -47,7 +47,7 @@ def decode_from(folder: Path, name: str) -> np.ndarray:
 def decoded_by_reader(weight: torch.Tensor, plan: Plan) -> tuple[np.ndarray, torch.Tensor]:
     states = project(weight, plan)
     data = pack_layer(plan, states).numpy().tobytes()
-    return decode(data, plan.shape, SKETCH.format(plan.config), plan.name), query(states, plan)
+    return decode(data, plan.shape, SketchCompressor(plan.config).format, plan.name), query(states, plan)
 
 
 @given(layers())
@@ -99,8 +99,8 @@ def test_reader_is_short_and_imports_nothing_of_usllm() -> None:
 def test_page_names_the_versions_that_are_written() -> None:
     page = (Path(usllm.packed.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
     assert page.startswith(f"# The packed model, format version {FORMAT_VERSION}\n")
-    assert f"\n# Method `sketch`, version {SKETCH.version}, hash version {HASH_VERSION}\n" in page
-    assert all(f"`{key}`" in page for key in SKETCH.format(SketchConfig()))
+    assert f"\n# Method `sketch`, version {SketchCompressor.version}, hash version {HASH_VERSION}\n" in page
+    assert all(f"`{key}`" in page for key in SketchCompressor(SketchConfig()).format)
 
 
 @pytest.mark.parametrize("shards", [4_000_000_000, 20_000])

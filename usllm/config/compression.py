@@ -11,11 +11,18 @@ from usllm.compress.registry import METHODS, method
 from usllm.config.schema import AllocationConfig
 from usllm.config.structure import built, merge_values
 from usllm.sketch.allocation import ALLOCATIONS
+from usllm.sketch.config import PRICE_EXPONENT
 from usllm.system.errors import UserError
 
 DEFAULT_METHOD = "sketch"
 """Of configurations that name none: those of versions that had no other."""
-_ALLOCATION_KEYS = {"allocation": "name", "layer_budget": "layer_budget", "min_importance": "min_importance"}
+_ALLOCATION_KEYS = {
+    "allocation": "name",
+    "layer_budget": "layer_budget",
+    "min_importance": "min_importance",
+    "price_list": "price_list",
+    "price_exponent": "price_exponent",
+}
 """Options of methods that the user sets in the group ``allocation``."""
 
 
@@ -82,7 +89,8 @@ def of_another_method(key: str, chosen: str) -> str | None:
 
 def _without_effect(key: str) -> Any:
     """The value of an option of ``allocation`` that asks for nothing."""
-    return {"allocation": None, "layer_budget": "equal", "min_importance": 0.0}[key]
+    nothing = {"allocation": None, "layer_budget": "equal", "min_importance": 0.0}
+    return (nothing | {"price_list": "untrained", "price_exponent": PRICE_EXPONENT})[key]
 
 
 def _sketch_keys(found: type[Compressor]) -> list[str]:

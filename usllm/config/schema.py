@@ -56,6 +56,8 @@ class AllocationConfig:
     name: str | None = "proportional"
     layer_budget: str = "equal"
     min_importance: float = 0.0
+    price_list: str = "untrained"
+    price_exponent: float = 1.5
 
 
 @dataclass

@@ -16,7 +16,7 @@ from usllm.runs.report import print_facts
 from usllm.system.errors import PackedFormatError, UserError
 from usllm.system.files import write_json
 
-TABLE_WIDTH = 132
+TABLE_WIDTH = 180
 """Columns that the widest table takes."""
 
 
@@ -109,9 +109,10 @@ def _layer_table(inspection: Inspection) -> Table:
     title = f"Compressed layers, {inspection.method}" + (f" ({constants})" if constants else "")
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("layer", no_wrap=True)
-    names = list(dict.fromkeys(name for layer in inspection.layers for name in layer.facts))
+    facts = [(name, fact) for layer in inspection.layers for name, fact in layer.facts.items()]
+    names = list(dict.fromkeys(name for name, fact in facts if not isinstance(fact.value, str)))
     for heading in ("shape", *(name.replace("_", " ") for name in names), "bpw", "bytes"):
-        table.add_column(heading, justify="right", no_wrap=heading != "classes")
+        table.add_column(heading, justify="right", no_wrap=True)
     for layer in inspection.layers:
         shape = f"{layer.shape[0]}x{layer.shape[1]}"
         figures = [_shown(layer.facts[name].value) if name in layer.facts else "-" for name in names]
@@ -121,6 +122,4 @@ def _layer_table(inspection: Inspection) -> Table:
 
 def _shown(value: float | int | str) -> str:
     """A fact's value: whole numbers with commas, others with three digits."""
-    if isinstance(value, str):
-        return value
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else value if isinstance(value, str) else f"{value:.3g}"

@@ -9,6 +9,8 @@ from usllm.sketch.hash import HASHES
 from usllm.sketch.operators import OPERATORS
 
 STATE_BITS = (1, 2, 3, 4, 8, 16)
+PRICE_LISTS = ("untrained", "trained")
+PRICE_EXPONENT = 1.5
 MAX_GROUP_SIZE = 4096
 MAX_ROWS = 15  # a class entry stores the rows in four bits
 
@@ -35,6 +37,9 @@ class SketchConfig:
             proportion to the mean importance of their channels, the model's total kept.
         min_importance: Channels whose E[a²] is below this share of the layer's mean get no states.
         seed: Seed of every hash.
+        price_list: What ``waterfill`` takes for the error of a choice: ``untrained``, measured on random weights, or
+            ``trained``, what is left after training, where shared signs stand for more; that list has one row alone.
+        price_exponent: Of ``trained``: signs shared by L weights leave ``0.3634^(price_exponent / L)`` of the energy.
 
     Raises:
         ValueError: With all problems in one message, each naming the key, the value and the way out.
@@ -53,6 +58,8 @@ class SketchConfig:
     layer_budget: str = "equal"
     min_importance: float = 0.0
     seed: int = 0
+    price_list: str = "untrained"
+    price_exponent: float = PRICE_EXPONENT
 
     def __post_init__(self) -> None:
         problems = self.problems()
@@ -89,4 +96,26 @@ class SketchConfig:
             found.append(f"sketch.query={self.query!r} is a variant of absmaxmin: leave it at magnitude_max")
         if not math.isfinite(self.min_importance) or self.min_importance < 0:
             found.append(f"sketch.min_importance={self.min_importance!r} must be 0 (keep all channels) or above")
+        return found + self._price_problems()
+
+    def _price_problems(self) -> list[str]:
+        found = []
+        if self.price_list not in PRICE_LISTS:
+            choices = ", ".join(PRICE_LISTS)
+            found.append(f"sketch.price_list={self.price_list!r} is unknown: choose one of {choices}")
+        trained = self.price_list == "trained"
+        if trained and self.allocation != "waterfill":
+            found.append(f"sketch.price_list='trained' is read by waterfill alone, not by {self.allocation!r}")
+        if trained and self.rows != 1:
+            found.append(
+                f"sketch.rows={self.rows!r}: price_list='trained' knows one row alone, which trains best at equal bits;"
+                " set sketch.rows=1"
+            )
+        if not math.isfinite(self.price_exponent) or not 0 < self.price_exponent <= 100:
+            found.append(f"sketch.price_exponent={self.price_exponent!r} must be above 0 and at most 100")
+        elif not trained and self.price_exponent != PRICE_EXPONENT:
+            found.append(
+                f"sketch.price_exponent={self.price_exponent!r} is of price_list='trained' alone: leave it at"
+                f" {PRICE_EXPONENT}"
+            )
         return found

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from usllm.sketch.allocation import ALLOCATIONS, AllocationProblem, AllocationRule, AllocationTable
+from usllm.sketch.allocation import ALLOCATIONS, LARGEST, SMALLEST, AllocationProblem, AllocationTable
 from usllm.sketch.bits import available_bits, whole_bytes
-from usllm.sketch.classes import MAX_CLASSES
+from usllm.sketch.classes import MAX_CLASSES, ChannelClass
 from usllm.sketch.config import SketchConfig
 from usllm.sketch.layer_bytes import MAX_DIMENSION, pack_layer, read_plan
 from usllm.sketch.plan import Plan
@@ -48,22 +48,22 @@ def build_plan(
             the tables and the smallest channel: then the message names the least rate that does. Also where a rule's
             answer fails the check of the plan: a fault of the rule.
     """
-    problem, rule = _problem(shape, importance, config, name, weight_energy)
+    problem = _problem(shape, importance, config, name, weight_energy)
     weights = shape[0] * shape[1]
     rate = config.bits_per_weight if bits_per_weight is None else bits_per_weight
     if budget_bits is not None and budget_bits != int(rate * weights):
         rate = budget_bits / weights
     budget = int(rate * weights) if budget_bits is None else budget_bits
-    least = _least_bits(problem, rule, everywhere=bool(problem.kept.all()))
+    least = _least_bits(problem, everywhere=bool(problem.kept.all()))
     if budget < least:
         raise ValueError(
             f"{name}: {rate:.4g} bits per weight is too little for a {shape[0]}x{shape[1]} layer: its tables"
-            f" and one channel take {_least_rate(least, weights):.4g}. Raise sketch.bits_per_weight to at least that, or"
-            " leave the layer out of model.patterns"
+            f" and one channel take {_least_rate(least, weights):.4g}. Raise sketch.bits_per_weight to at least that,"
+            " or leave the layer out of model.patterns"
         )
     problem = replace(problem, budget_bits=budget)
-    fits = problem.available(2) >= problem.channel_bits(rule.smallest(problem))
-    classes, channel_class = rule.allocate(problem) if fits else _one_class(problem, rule)
+    fits = problem.available(2) >= problem.channel_bits(_smallest(problem))
+    classes, channel_class = ALLOCATIONS[config.allocation](problem) if fits else _one_class(problem)
     plan = Plan(name, shape, config, classes, channel_class)
     check_plan(plan, budget)
     return plan
@@ -82,9 +82,9 @@ def bit_range(shape: tuple[int, int], config: SketchConfig) -> tuple[int, int]:
     Raises:
         ValueError: The shape is impossible or the allocation unknown.
     """
-    problem, rule = _problem(shape, None, replace(config, min_importance=0.0), "layer", None)
-    least = _least_bits(problem, rule, everywhere=not config.min_importance)
-    full = _table_bits(problem, 1) + whole_bytes(problem.channel_bits(rule.largest(problem)) * shape[1])
+    problem = _problem(shape, None, replace(config, min_importance=0.0), "layer", None)
+    least = _least_bits(problem, everywhere=not config.min_importance)
+    full = _table_bits(problem, 1) + whole_bytes(problem.channel_bits(_largest(problem)) * shape[1])
     return least, max(full, least)
 
 
@@ -102,7 +102,7 @@ def check_plan(plan: Plan, budget_bits: int) -> None:
     def fail(problem: str) -> ValueError:
         rule = plan.config.allocation
         return ValueError(
-            f"{plan.name}: allocation {rule!r} made a plan that {problem}: a fault of this rule, report it"
+            f"{plan.name}: allocation {rule!r} made a plan that {problem}: a fault of the rule, report it"
         )
 
     if not 1 <= len(plan.classes) <= MAX_CLASSES:
@@ -123,15 +123,15 @@ def _problem(
     config: SketchConfig,
     name: str,
     weight_energy: Tensor | None,
-) -> tuple[AllocationProblem, AllocationRule]:
-    """The checked problem, without a budget, and the rule that solves it."""
+) -> AllocationProblem:
+    """The checked problem, without a budget."""
     out_features, in_features = shape
     if out_features < 1 or in_features < 1:
         raise ValueError(f"{name}: shape {tuple(shape)} must have at least one row and one column")
     if max(shape) > MAX_DIMENSION:
         raise ValueError(
-            f"{name}: shape {tuple(shape)} has a side above {MAX_DIMENSION}, which no packed layer holds: leave the layer"
-            " out of model.patterns"
+            f"{name}: shape {tuple(shape)} has a side above {MAX_DIMENSION}, which no packed layer holds: leave the"
+            " layer out of model.patterns"
         )
     if config.allocation not in ALLOCATIONS:
         raise ValueError(f"sketch.allocation={config.allocation!r} is unknown: choose one of {', '.join(ALLOCATIONS)}")
@@ -143,8 +143,19 @@ def _problem(
             f" {float(values.max() / values.mean()):.3g} times the mean of its layer, too little. Lower the threshold"
         )
     energy = _channel_values(weight_energy, in_features, name, "weight_energy")
-    problem = AllocationProblem(name, (out_features, in_features), config, values, energy, kept, budget_bits=0)
-    return problem, ALLOCATIONS[config.allocation]
+    return AllocationProblem(name, (out_features, in_features), config, values, energy, kept, budget_bits=0)
+
+
+def _smallest(problem: AllocationProblem) -> ChannelClass:
+    """The class of fewest bits that the rule gives to a channel with states."""
+    found = SMALLEST.get(problem.config.allocation)
+    return found(problem) if found else problem.one_state
+
+
+def _largest(problem: AllocationProblem) -> ChannelClass:
+    """The class of most bits that the rule gives to a channel: with it in all, a layer has no use for more."""
+    found = LARGEST.get(problem.config.allocation)
+    return found(problem) if found else problem.one_state._replace(states=problem.largest_group)
 
 
 def _table_bits(problem: AllocationProblem, classes: int) -> int:
@@ -152,15 +163,14 @@ def _table_bits(problem: AllocationProblem, classes: int) -> int:
     return -available_bits(problem.shape, problem.config.output_scale, classes, 0)
 
 
-def _least_bits(problem: AllocationProblem, rule: AllocationRule, *, everywhere: bool) -> int:
+def _least_bits(problem: AllocationProblem, *, everywhere: bool) -> int:
     """Bits of the smallest plan with states: the smallest class in one channel, or in all without a table of them.
 
     Args:
         problem: The layer.
-        rule: Names the smallest class.
         everywhere: Whether all channels may hold states.
     """
-    smallest = problem.channel_bits(rule.smallest(problem))
+    smallest = problem.channel_bits(_smallest(problem))
     least = _table_bits(problem, 2) + whole_bytes(smallest)
     if everywhere:
         least = min(least, _table_bits(problem, 1) + whole_bytes(smallest * problem.shape[1]))
@@ -176,10 +186,10 @@ def _least_rate(bits: int, weights: int) -> float:
     return float(f"{steps * step:.4g}")
 
 
-def _one_class(problem: AllocationProblem, rule: AllocationRule) -> AllocationTable:
+def _one_class(problem: AllocationProblem) -> AllocationTable:
     """The same states for all channels, where not even a table of two classes fits."""
     share = problem.available(1) // problem.shape[1]
-    widest = problem.widest(rule.smallest(problem), share)
+    widest = problem.widest(_smallest(problem), share)
     return AllocationTable((widest,), torch.zeros(problem.shape[1], dtype=torch.uint8))
 
 

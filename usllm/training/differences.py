@@ -13,6 +13,8 @@ _CONFIG_KEYS = {
     "allocation": "allocation.name",
     "layer_budget": "allocation.layer_budget",
     "min_importance": "allocation.min_importance",
+    "price_list": "allocation.price_list",
+    "price_exponent": "allocation.price_exponent",
 }
 """Options of methods that the configuration tree keeps outside of ``sketch``."""
 _NEWER_PATTERNS = {"qkv_proj", "gate_up_proj"}

@@ -47,11 +47,8 @@ def code_folder(sources: Path, asked: str = "") -> Path | None:
         The folder, or ``None`` where none can be made: each process then compiles for itself.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for file in [
-        *sorted(sources.glob("*.py")),
-        Path(scale.__file__),
-        Path(quantize.__file__),
-    ]:  # whose constants are compiled in
+    with_constants = [Path(scale.__file__), Path(quantize.__file__)]  # that are compiled in
+    for file in [*sorted(sources.glob("*.py")), *with_constants]:
         digest.update(file.name.encode() + file.read_bytes())
     places = [Path(asked)] if asked else [sources / "__pycache__", cache_root() / "compiled"]
     for place in places:

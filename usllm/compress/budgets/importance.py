@@ -25,8 +25,8 @@ def share(problem: BudgetProblem) -> dict[str, int]:
     if sum(low.values()) > budget:
         least = sum(low.values()) / sum(layer.weights for layer in layers.values())
         raise UserError(
-            f"sketch.bits_per_weight={problem.bits_per_weight:g} is too little for {len(layers)} layers that share it by"
-            f" importance: the least they can be stored in takes {least * 1.0005:.4g}. Raise it to that"
+            f"sketch.bits_per_weight={problem.bits_per_weight:g} is too little for {len(layers)} layers that share it"
+            f" by importance: the least they can be stored in takes {least * 1.0005:.4g}. Raise it to that"
         )
     high = {name: max(layer.most_bits, low[name]) for name, layer in layers.items()}
     eighth = int(problem.bits_per_weight * 2**20 * _SMALLEST_SHARE)  # of 2^20 weights, in bits

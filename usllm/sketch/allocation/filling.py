@@ -1,8 +1,9 @@
 """Filling: how a rule's answer is brought close to its ceiling, and never above it.
 
-A rule gives every channel one of a few classes and spends no more than the budget. What rounding left over is spent here
-in three steps. Each only ever raises channels, and pays for the table that it needs: channels go up to the next class;
-one channel gets a class of its own, cut to fit; the states of all channels of one class are raised by the same number.
+A rule gives every channel one of a few classes and spends no more than the budget. What rounding left over is spent
+here, and the table that this needs is paid for: channels go up to the next class; one channel gets a class of its own,
+cut to fit; the channels of one class get more states, all as many. Where two percent are left over even then, a class
+gives up a few states of each channel for one channel more.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ def table(
         answer = min([answer, *_with_own_class(problem, answer, order, spare)], key=lambda other: other.left)
     if answer.left > problem.negligible_bits:
         answer = min([answer, *_with_more_states(problem, answer)], key=lambda other: other.left)
+    if answer.left > problem.wasted_bits:
+        answer = min([answer, *_with_one_more_channel(problem, answer, order)], key=lambda other: other.left)
     return AllocationTable(answer.classes, answer.level.to(torch.uint8))
 
 
@@ -132,8 +135,8 @@ def _cut(problem: AllocationProblem, now: ChannelClass, spare: ChannelClass, mos
 def _shapes(problem: AllocationProblem, now: ChannelClass, spare: ChannelClass) -> list[tuple[int, int]]:
     """Rows and widths that a channel of class ``now`` may be given, the rule's own first.
 
-    In a small layer that is all. In a large one, steps of more than a percent of the budget come from groups far smaller
-    than the layer: there one channel may take fewer rows, then narrower states; not signs, which may exceed a weight.
+    In a small layer that is all. In a large one, steps that matter come from groups far smaller than the layer: there
+    one channel may take fewer rows, then narrower states; not signs, which may exceed a weight.
     """
     own = spare if now == EMPTY else now
     if problem.shape[0] * problem.shape[1] <= _SMALL_LAYER:
@@ -150,3 +153,18 @@ def _with_more_states(problem: AllocationProblem, answer: _Answer) -> Iterator[_
             more = problem.widest(choice, problem.channel_bits(choice) + answer.left // channels)
             levels = [*answer.classes[:number], more, *answer.classes[number + 1 :]]
             yield _answer(problem, levels, answer.level)
+
+
+def _with_one_more_channel(problem: AllocationProblem, answer: _Answer, order: list[int]) -> Iterator[_Answer]:
+    """For each class with states: the answer in which one more channel is in it, all of them with what fits."""
+    waiting = [j for j in order if answer.classes[int(answer.level[j])] == EMPTY]
+    members = torch.bincount(answer.level, minlength=len(answer.classes)).tolist()
+    for number, (choice, channels) in enumerate(zip(answer.classes, members, strict=True)):
+        if choice != EMPTY and waiting:
+            share = (problem.channel_bits(choice) * channels + answer.left) // (channels + 1)
+            level = answer.level.clone()
+            level[waiting[0]] = number
+            fewer = problem.widest(choice, share)
+            levels = [*answer.classes[:number], fewer, *answer.classes[number + 1 :]]
+            if fewer != EMPTY:
+                yield _answer(problem, levels, level)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _TABLE_SHARE = 0.125  # of the budget: a table that costs more takes fewer classes
 _NEGLIGIBLE = 0.005  # of the budget: not worth a class of its own
+_WASTED = 0.02  # of the budget: worth states of others
 
 
 class AllocationTable(NamedTuple):
@@ -59,9 +60,19 @@ class AllocationProblem:
         return self.spans[0].size
 
     @property
+    def one_state(self) -> ChannelClass:
+        """One state per row and group, of the configured rows and width."""
+        return ChannelClass(self.config.rows, 1, self.config.state_bits)
+
+    @property
     def negligible_bits(self) -> int:
         """So few bits left over are not worth a class of their own."""
         return int(_NEGLIGIBLE * self.budget_bits)
+
+    @property
+    def wasted_bits(self) -> int:
+        """So many bits left over are worth a few states of other channels."""
+        return int(_WASTED * self.budget_bits)
 
     def channel_bits(self, choice: ChannelClass) -> int:
         """Bits that one channel of this class stores: states and scale."""

@@ -12,19 +12,9 @@ from torch import Tensor
 
 from usllm.sketch.allocation.filling import fill, table
 from usllm.sketch.allocation.problem import AllocationProblem, AllocationTable
-from usllm.sketch.classes import EMPTY, ChannelClass
+from usllm.sketch.classes import EMPTY
 
 _LEAST_SHARE = 1e-12  # of the largest importance: below it channels wait alike
-
-
-def smallest(problem: AllocationProblem) -> ChannelClass:
-    """One state per row and group."""
-    return ChannelClass(problem.config.rows, 1, problem.config.state_bits)
-
-
-def largest(problem: AllocationProblem) -> ChannelClass:
-    """A state for every weight."""
-    return smallest(problem)._replace(states=problem.largest_group)
 
 
 def allocate(problem: AllocationProblem) -> AllocationTable:
@@ -50,7 +40,7 @@ def _allocate(problem: AllocationProblem, count: int, own: int) -> AllocationTab
     wanted = _whole(problem, share * mu)
     some_empty = bool((wanted == 0).any())
     rungs = _rungs(wanted, share, count - some_empty - own, problem.largest_group)
-    levels = [smallest(problem)._replace(states=rung) for rung in rungs]
+    levels = [problem.one_state._replace(states=rung) for rung in rungs]
     heights = torch.tensor(rungs, dtype=torch.float64)
     if some_empty:
         levels, heights = [EMPTY, *levels], torch.cat([heights.new_zeros(1), heights])
@@ -60,7 +50,7 @@ def _allocate(problem: AllocationProblem, count: int, own: int) -> AllocationTab
     remainder = (share * mu - heights[level]) / (above - heights[level]).clamp_min(1)
     order = [j for j in torch.argsort(remainder, descending=True, stable=True).tolist() if share[j] > 0]
     fill(problem, levels, level, order, left)
-    return table(problem, levels, level, order, smallest(problem))
+    return table(problem, levels, level, order, problem.one_state)
 
 
 def _whole(problem: AllocationProblem, wanted: Tensor) -> Tensor:
@@ -70,8 +60,8 @@ def _whole(problem: AllocationProblem, wanted: Tensor) -> Tensor:
 
 def _states_per_share(problem: AllocationProblem, share: Tensor, available: int) -> float:
     """The largest μ, up to where all channels are full, whose whole states fit into the available bits."""
-    scale_bits = problem.channel_bits(smallest(problem)._replace(bits=0))
-    state_bits = problem.channel_bits(smallest(problem)) - scale_bits
+    scale_bits = problem.channel_bits(problem.one_state._replace(bits=0))
+    state_bits = problem.channel_bits(problem.one_state) - scale_bits
 
     def fits(mu: float) -> bool:
         states = _whole(problem, share * mu)

@@ -9,26 +9,17 @@ import torch
 
 from usllm.sketch.allocation.filling import table
 from usllm.sketch.allocation.problem import AllocationProblem, AllocationTable
-from usllm.sketch.classes import EMPTY, ChannelClass
-
-
-def smallest(problem: AllocationProblem) -> ChannelClass:
-    """One state per row and group."""
-    return ChannelClass(problem.config.rows, 1, problem.config.state_bits)
-
-
-def largest(problem: AllocationProblem) -> ChannelClass:
-    """A state for every weight."""
-    return smallest(problem)._replace(states=problem.largest_group)
+from usllm.sketch.classes import EMPTY
 
 
 def allocate(problem: AllocationProblem) -> AllocationTable:
     """K or K + 1 states per row and group; the channels with one more are spread evenly over the layer."""
     channels = problem.kept.nonzero().flatten()
     some_empty = len(channels) < problem.shape[1]
-    one = smallest(problem)
-    low = problem.widest(one, problem.available(3 if some_empty else 2) // len(channels))  # all kept channels have it
-    levels = [low, one._replace(states=min(low.states + 1, problem.largest_group))]
+    low = problem.widest(
+        problem.one_state, problem.available(3 if some_empty else 2) // len(channels)
+    )  # all kept channels have it
+    levels = [low, problem.one_state._replace(states=min(low.states + 1, problem.largest_group))]
     if some_empty and low != EMPTY:
         levels.insert(0, EMPTY)
     level = torch.zeros(problem.shape[1], dtype=torch.int64)
@@ -37,4 +28,4 @@ def allocate(problem: AllocationProblem) -> AllocationTable:
     if above > base:
         extra = min((problem.available(len(levels)) - len(channels) * base) // (above - base), len(channels))
         level[channels[torch.arange(extra) * len(channels) // max(extra, 1)]] += 1
-    return table(problem, levels, level, channels.tolist(), one)
+    return table(problem, levels, level, channels.tolist(), problem.one_state)
