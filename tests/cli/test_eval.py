@@ -71,6 +71,7 @@ def test_test_sets_and_windows_of_ones_own(
         "evaluation.windows=[16,64]",
         "evaluation.max_windows=3",
         "evaluation.validation_split=false",
+        "evaluation.allow_shared=[text]",
     )
     assert [(row["test_set"], row["window"], row["windows"]) for row in result["perplexity"]] == [
         ("text", 16, 3),
@@ -103,6 +104,7 @@ def test_data_names_files_as_test_sets(
     rows = tmp_path / "tiny.jsonl"
     rows.write_text(json.dumps({"text": tiny_text.read_text()}) + "\n")
     arguments = [f"data=[{tiny_text},{rows}]", "evaluation.windows=[32]", "evaluation.validation_split=false"]
+    arguments.append("evaluation.allow_shared=[tiny]")  # the run was trained on it
     result = evaluate(monkeypatch, tmp_path / "result", f"ckpt={run_dir}", *arguments)
     as_text, as_rows = result["perplexity"]
     assert (as_text["test_set"], as_rows["test_set"]) == ("tiny", "tiny_2")
@@ -159,6 +161,8 @@ def test_window_start_is_measured_and_said(
     [
         ("data=[{json}]", "is one JSON document, not JSON lines"),
         ("data=[{utf16}]", "is UTF-16 text"),
+        ("ckpt={run}", "is also data.train"),
+        ("ckpt={run} model=random", "model=random: ckpt="),
         ("ckpt=/no/such/run", "no such file or folder"),
         ("ckpt={empty}", "holds no checkpoint"),
         ("ckpt={text}", "cannot be read"),
@@ -169,6 +173,7 @@ def test_window_start_is_measured_and_said(
 def test_bad_input_ends_in_one_message(
     argument: str,
     named: str,
+    run_dir: Path,
     tiny_text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -178,8 +183,8 @@ def test_bad_input_ends_in_one_message(
     (tmp_path / "x.json").write_text('[{"text": "one"}]')
     (tmp_path / "x.txt").write_bytes("text".encode("utf-16"))
     places = {"empty": tmp_path / "empty", "json": tmp_path / "x.json", "utf16": tmp_path / "x.txt"}
-    argument = argument.format(text=tiny_text, **places)
+    arguments = argument.format(text=tiny_text, run=run_dir, **places).split()
     with pytest.raises(SystemExit) as ended:
-        evaluate(monkeypatch, tmp_path, argument, "evaluation=files", f"evaluation.test_sets.text.path={tiny_text}")
+        evaluate(monkeypatch, tmp_path, *arguments, "evaluation=files", f"evaluation.test_sets.text.path={tiny_text}")
     assert ended.value.code == 2
     assert named in capsys.readouterr().err

@@ -46,6 +46,7 @@ def test_packed_model_measures_as_the_run_reported(
     test_set = ["evaluation=files", f"evaluation.test_sets.text.path={tiny_text}", "evaluation.windows=[32]"]
     test_set += ["evaluation.allow_shared=[text]"]
     common = [*test_set, "evaluation.precision=fp32", "evaluation.validation_split=false"]
+    common.append("evaluation.allow_shared=[text]")  # the run was trained on it
     run(monkeypatch, evaluation, f"model={packed}", f"run_dir={tmp_path}/a", *common)
     run(monkeypatch, evaluation, f"ckpt={run_dir}", f"run_dir={tmp_path}/b", *common)
     ours, trained = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in "ab")

@@ -100,13 +100,16 @@ def test_dense_finetuning_that_is_resumed_without_its_file_does_not_call_the_fin
         ({"precision": "bf16"}, 0),
         ({"windows": [16]}, 0),
         ({"batch_size": 3}, 1),
+        ({"window_start": "none"}, 1),  # what versions did that do not say it
+        ({"window_start": "each"}, 0),
     ],
 )
 def test_rows_are_kept_while_their_text_windows_and_precision_stay(
     changes: dict[str, Any], kept: int, tmp_path: Path
 ) -> None:
-    content = json.dumps({"dense": [ROW], "measured_on": baseline(tmp_path)._measured_on()})
-    (tmp_path / "baseline.json").write_text(content)
+    measured_on = baseline(tmp_path)._measured_on()
+    del measured_on["a/32"]["window_start"]
+    (tmp_path / "baseline.json").write_text(json.dumps({"dense": [ROW], "measured_on": measured_on}))
     if kept:
         assert baseline(tmp_path, resumed=True, **changes).rows == {"dense": [ROW]}
     else:
@@ -129,7 +132,7 @@ def baseline(
     folder: Path, stream: torch.Tensor | None = None, resumed: bool = False, **changes: Any
 ) -> BaselinePerplexity:
     stream = torch.arange(200) if stream is None else stream
-    config = EvaluationConfig(**{"windows": [32], "precision": "fp32", **changes})
+    config = EvaluationConfig(**{"windows": [32], "precision": "fp32", "window_start": "none", **changes})
     return BaselinePerplexity(folder, byte_tokenizer(), {"a": stream}, config, resumed=resumed)
 
 
@@ -140,6 +143,12 @@ def test_stages_over_other_windows_or_texts_are_not_put_side_by_side() -> None:
     assert (second["sketched"], third["finetuned"]) == (6.0, 7.0)
     (row,) = merge_stages(dense=[ROW], finetuned=[{**ROW, "perplexity": 4.0}])
     assert (row["dense"], row["finetuned"]) == (5.0, 4.0)
+
+
+def test_stages_under_other_window_starts_are_not_put_side_by_side() -> None:
+    each = {**ROW, "window_start": "each"}
+    assert len(merge_stages(dense=[ROW], finetuned=[each])) == 2
+    assert len(merge_stages(dense=[ROW], finetuned=[{**ROW, "window_start": "none"}])) == 1  # an older row says nothing
 
 
 def test_model_computes_on_the_device_that_is_given_wherever_its_first_parameter_is() -> None:

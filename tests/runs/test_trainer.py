@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 from composing import composed
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ProgressBar, TQDMProgressBar
 
 from usllm.config import check_train
 from usllm.runs.trainer import build_nodes, build_trainer, devices_in
 from usllm.system.errors import UserError
+from usllm.training import StepCheckpoint
 
 
 def test_nodes_are_built_by_name_and_null_is_left_out() -> None:
@@ -54,6 +56,25 @@ def test_trainer_gets_the_whole_run_as_one_epoch(tiny_text: Path, tmp_path: Path
     trainer = build_trainer(config, 8, [], [])
     assert (trainer.max_steps, trainer.max_epochs) == (8, 1)
     assert trainer.precision == "32-true"
+
+
+@pytest.mark.parametrize(("added", "present"), [([], False), ([StepCheckpoint(), TQDMProgressBar()], True)])
+def test_lightning_adds_no_callback_of_its_own(
+    added: list[Callback], present: bool, tiny_text: Path, tmp_path: Path
+) -> None:
+    config = check_train(composed("experiment=tiny", f"data.train.path={tiny_text}", f"run_dir={tmp_path}"))
+    trainer = build_trainer(config, 8, added, [])
+    assert [callback for callback in trainer.callbacks if isinstance(callback, Checkpoint | ProgressBar)] == added[::-1]
+    assert (trainer.progress_bar_callback is not None) == present
+
+
+@pytest.mark.parametrize("name", ["simple", "advanced", "pytorch"])
+def test_profile_is_written_into_the_runs_folder(name: str, tiny_text: Path, tmp_path: Path) -> None:
+    profiler = f"+trainer.profiler={name}"
+    config = check_train(composed("experiment=tiny", f"data.train.path={tiny_text}", f"run_dir={tmp_path}", profiler))
+    trainer = build_trainer(config, 8, [], [])
+    assert trainer.profiler is not None
+    assert str(trainer.profiler.dirpath) == str(tmp_path)
 
 
 def test_an_argument_that_lightning_refuses_is_a_message(tiny_text: Path, tmp_path: Path) -> None:

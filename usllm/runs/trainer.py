@@ -9,12 +9,19 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from usllm.config import TrainConfig
 from usllm.system.errors import UserError
 from usllm.system.machine import choose_precision
 from usllm.training import build_strategy
+
+_PROFILERS: dict[str, type[Profiler]] = {
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+    "pytorch": PyTorchProfiler,
+}
 
 
 def build_nodes(group: str, nodes: dict[str, Any] | None) -> dict[str, Any]:
@@ -70,6 +77,9 @@ def build_trainer(config: TrainConfig, max_steps: int, callbacks: list[Callback]
     # Lightning would put one of its own in the place of a callback that was removed.
     arguments.setdefault("enable_checkpointing", any(isinstance(callback, Checkpoint) for callback in callbacks))
     arguments.setdefault("enable_progress_bar", any(isinstance(callback, ProgressBar) for callback in callbacks))
+    if (profiler := arguments.get("profiler")) is not None:
+        # Lightning's own would hand their result to a logger that is silent; these write files.
+        arguments["profiler"] = _PROFILERS[profiler](dirpath=config.run_dir, filename="profile")
     arguments["strategy"] = build_strategy(arguments.get("strategy", "auto"))
     try:
         return Trainer(**arguments, callbacks=callbacks, logger=loggers or False, default_root_dir=config.run_dir)
