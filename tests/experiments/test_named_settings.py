@@ -112,7 +112,7 @@ CHOSEN = (
     "model.kind",
     "model.name",
     "data.train",
-    "data.validation.",
+    "data.validation",
     "allocation.name",
     "objective.",
     "optimizer.name",
