@@ -39,6 +39,7 @@ PAPER_SKETCH = {
     "model.patterns": SIX,
     "seed": 0,
     "trainer.precision": "auto",
+    "data.window_start": "auto",
 }
 CALIBRATION_TEXT = {
     "data.validation": None,
@@ -124,6 +125,8 @@ NOT_DECISIVE = {
     "data.num_workers": "speed",
     "evaluation.test_sets": "given by the option",
     "evaluation.batch_size": "speed",
+    "evaluation.window_start": "follows data.window_start",
+    "evaluation.allow_shared": "lets a run begin, changes no figure",
 }
 SECTIONS = {
     "sketch": SketchConfig,
