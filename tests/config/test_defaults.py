@@ -66,6 +66,8 @@ DIFFERENT = {
     "callbacks/checkpoint: checkpoint.dirpath": "a run of the commands has a folder; else Lightning chooses",
     "logger/wandb: wandb.save_dir": "the same",
     "usllm-generate: keep_decoded": "a size with a unit, so text; YAML shows the 0 without quotes",
+    "DataConfig and TextDataModule: window_start": "auto needs the model's family, which only a configuration knows",
+    "DataConfig and pack: window_start": "the same",
     "GenerateConfig and load: keep_decoded": "a size with a unit; bytes in Python",
     "experiment=layer_error: shown": _EXPERIMENT,
     "experiment=smollm2_quality: variants": _EXPERIMENT,
@@ -88,8 +90,8 @@ def python_defaults(source: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Lists for tuples, strings for paths, and of an environment variable what holds without it."""
-    if isinstance(value, str) and (unset := re.fullmatch(r"\$\{oc\.env:\w+,'(.*)'\}", value)):
+    """Lists for tuples, strings for paths, and of a variable or of another key what holds without it."""
+    if isinstance(value, str) and (unset := re.fullmatch(r"\$\{oc\.(?:env|select):[\w.]+,'?(.*?)'?\}", value)):
         return unset[1]
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
