@@ -76,7 +76,8 @@ def plan_or_least_rate(layer: Layer) -> Plan | None:
         return build_plan(layer.shape, layer.importance, layer.config, "layer")
     except ValueError as error:
         named = re.search(r"too little for .* take ([0-9.e+-]+)\. Raise", str(error))
-        assert named, f"{layer}: {error}"
+        if named is None:
+            raise AssertionError(f"{layer}: {error}") from error
         least = float(named[1])
         assert least > layer.config.bits_per_weight, layer
         raised = replace(layer.config, bits_per_weight=least)

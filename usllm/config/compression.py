@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from usllm.compress import Compressor
+from usllm.compress.budgets import BUDGETS
 from usllm.compress.registry import METHODS, method
 from usllm.config.schema import AllocationConfig
 from usllm.config.structure import built, merge_values
@@ -65,6 +66,9 @@ def check_compressor(given: Mapping[str, Any], allocation: AllocationConfig, pro
             )
     if "allocation" in fields and allocation.name not in ALLOCATIONS:
         problems.append(f"allocation.name={allocation.name!r} is unknown: choose one of {', '.join(ALLOCATIONS)}")
+    if allocation.layer_budget not in BUDGETS:
+        known = ", ".join(BUDGETS)
+        problems.append(f"allocation.layer_budget={allocation.layer_budget!r} is unknown: choose one of {known}")
     lines: list[str] = []
     compressor = built(lambda: found(found.Options(**options)), lines)
     for line in lines + (compressor.problems() if compressor is not None else []):

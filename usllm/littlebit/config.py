@@ -43,8 +43,6 @@ class LittleBitConfig:
             found.append(f"sketch.paths={self.paths!r} is unknown: choose one of 1, 2")
         if not (_is_number(self.slope) and self.slope >= 0):
             found.append(f"sketch.slope={self.slope!r} must be 0 (the gradient passes unchanged) or above")
-        if self.layer_budget not in ("equal", "importance"):
-            found.append(f"sketch.layer_budget={self.layer_budget!r} is unknown: choose one of equal, importance")
         return found
 
 

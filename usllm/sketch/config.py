@@ -91,7 +91,6 @@ class SketchConfig:
         choice("hash", tuple(HASHES))
         choice("state_bits", STATE_BITS)
         choice("rounding", ("toward_zero", "nearest"))
-        choice("layer_budget", ("equal", "importance"))
         if self.query != "magnitude_max" and self.operator != "absmaxmin":
             found.append(f"sketch.query={self.query!r} is a variant of absmaxmin: leave it at magnitude_max")
         if not math.isfinite(self.min_importance) or self.min_importance < 0:

@@ -1,0 +1,72 @@
+"""A plug-in is chosen, trained, resumed, exported and loaded through the real commands, like what is built in."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from commands import Outcome, command, killed_after
+
+PLUGIN = "plugins=[example_plugin]"
+SKETCH = ["sketch=damped", "allocation=every_second", "allocation.layer_budget=square_root", "sketch.bits_per_weight=2"]
+
+
+def train(text: Path, folder: Path, *more: str, kill_at: int | None = None) -> Outcome:
+    arguments = ["experiment=tiny", f"data.train.path={text}", "run_dir=run", "trainer.max_steps=4", PLUGIN]
+    every = ["callbacks.checkpoint.every_n_train_steps=2", "~callbacks.progress", "logger=none"]
+    killer = None
+    if kill_at is not None:
+        killer = killed_after("usllm.training.module", "SketchFinetuner.on_train_batch_end", kill_at)
+    return command("train", *arguments, *every, *more, folder=folder, before=killer)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(
+        max((folder / "run" / "checkpoints").glob("*.ckpt")), weights_only=True
+    )["state_dict"]
+    return state
+
+
+def test_method_of_a_plug_in_goes_the_whole_way(tiny_text: Path, tmp_path: Path) -> None:
+    trained = train(tiny_text, tmp_path, "sketch=row_sign", "stages=[default,noise]")
+    assert trained.status == 0, trained.output
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert 1 < report["bits_per_weight"]["achieved"] < 2
+
+    without = command("export", "ckpt=run", "out=packed", folder=tmp_path)
+    assert without.status == 2, without.output
+    assert "sketch.method='row_sign' is unknown" in without.output and "plugins=[…]" in without.output
+    exported = command("export", "ckpt=run", "out=packed", PLUGIN, folder=tmp_path)
+    assert exported.status == 0, exported.output
+
+    unknown = command("inspect", "model=packed", folder=tmp_path)
+    assert unknown.status == 2
+    assert "it comes with the plug-in example_plugin.row_sign" in unknown.output
+    for name, arguments in (("inspect", []), ("generate", ["prompt=abc", "max_new_tokens=3"])):
+        done = command(name, "model=packed", PLUGIN, *arguments, folder=tmp_path)
+        assert done.status == 0, done.output
+
+
+@pytest.mark.slow
+def test_operator_rules_and_stage_of_a_plug_in_resume_bit_for_bit(tiny_text: Path, tmp_path: Path) -> None:
+    settings = [*SKETCH, "stages=[default,noise]"]
+    whole = train(tiny_text, tmp_path / "whole", *settings)
+    assert whole.status == 0, whole.output
+    assert train(tiny_text, tmp_path / "killed", *settings, kill_at=3).status == -signal.SIGKILL
+    resumed = train(tiny_text, tmp_path / "killed", *settings, "resume=true")
+    assert resumed.status == 0, resumed.output
+    ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    quiet = train(tiny_text, tmp_path / "quiet", *SKETCH)
+    assert quiet.status == 0, quiet.output
+    assert any(not torch.equal(tensor, theirs[name]) for name, tensor in weights(tmp_path / "quiet").items())
+
+
+def test_plug_in_that_is_not_there_is_named(tiny_text: Path, tmp_path: Path) -> None:
+    done = command("train", "plugins=[no_such_plugin]", "experiment=tiny", folder=tmp_path)
+    assert done.status == 2
+    assert "plugins=no_such_plugin: cannot be imported" in done.output
+    assert "Traceback" not in done.output
