@@ -149,13 +149,13 @@ class Plan:
         }
 
     def rotation(self, span: Span) -> int:
-        """Rotation of channel 0 in the first group of a span; the next channel turns :attr:`turns` further."""
-        return (first_rotation(self.key, span.size) + self.turns * span.first_group * self.shape[1]) % span.size
+        """Rotation of channel 0 in a span's first group; the next channel's is :attr:`rotation_step` further."""
+        return (first_rotation(self.key, span.size) + self.rotation_step * span.first_group * self.shape[1]) % span.size
 
     @property
-    def turns(self) -> int:
+    def rotation_step(self) -> int:
         """How much further the next channel is rotated, and after the last one the first of the next group: 0 or 1."""
-        return int(HASHES[self.config.hash].turns)
+        return int(HASHES[self.config.hash].rotates)
 
     @cached_property
     def channel_order(self) -> Tensor:
@@ -216,6 +216,11 @@ class Plan:
                 counts = longer.clone()
                 counts[: len(shorter)] += shorter
         return counts
+
+    @property
+    def has_empty_states(self) -> bool:
+        """Whether the hash left a state without a member."""
+        return bool(self.load_counts[0])
 
     def occupancy(self) -> float:
         """Share of states with at least one member; 1.0 where there are no states."""

@@ -4,6 +4,16 @@ Numba leaves vectors to LLVM's guesses, and LLVM does not guess table lookups of
 row of eight is a value of its own, so that a loop says what it means: ``accumulate = minimum(accumulate, load(a, i))``.
 LLVM lowers eight lanes to whatever registers the machine has (AVX2, AVX-512, NEON), at run time: no compiler has to be
 installed.
+
+Must stay bit-equal to :mod:`usllm.sketch.codec`:
+
+- floats are added, multiplied and divided one lane at a time, each operation rounded on its own: no fast-math flag, no
+  fused multiply-add, no sum across lanes;
+- of equal operands ``minimum``, ``maximum`` and ``smaller_magnitude`` return the first, as the reference does; so does
+  ``where_less``, whose condition is strict;
+- integers wrap as two's complement.
+
+Nothing new is written in LLVM's instructions unless a benchmark pays for it.
 """
 
 from __future__ import annotations

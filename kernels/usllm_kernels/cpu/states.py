@@ -211,7 +211,7 @@ def output_sums(
     weight: Any,  # float32, flat
     pitch: int,  # elements from one output row to the next
     decoded: Any,  # float32 [out, in]
-    moment: Any,  # float32 [in]
+    second_moment: Any,  # float32 [in]
     product: Any,  # float64 [out], written
     square: Any,  # float64 [out], written
 ) -> None:
@@ -223,7 +223,7 @@ def output_sums(
         products, squares = load(zeros, 0), load(zeros, 0)
         for channel in range(0, whole, LANES):
             made = load(decoded, row * width + channel)
-            weighted = multiply(made, load(moment, channel))
+            weighted = multiply(made, load(second_moment, channel))
             latent = load(weight, row * pitch + channel)
             products = add(products, as_floats(multiply(weighted, latent), zeros))
             squares = add(squares, as_floats(multiply(weighted, made), zeros))
@@ -233,6 +233,6 @@ def output_sums(
         square[row] = eight.sum()
         for channel in range(whole, width):
             made_one = decoded[row, channel]
-            weighted_one = made_one * moment[channel]
+            weighted_one = made_one * second_moment[channel]
             product[row] += np.float64(weighted_one * weight[row * pitch + channel])
             square[row] += np.float64(weighted_one * made_one)

@@ -11,8 +11,8 @@ from numba import njit, types
 from usllm_kernels.cpu.compiled import compiled
 from usllm_kernels.cpu.lanes import LANES, Builder, intrinsic
 
-_WIDE, _BYTES = ir.IntType(64), 8  # of a window, which holds the codes and the seven bits before them
-_MOST = 7  # bits of a code of which eight fit into a window; of twice as many four do
+_WIDE, _BYTES = ir.IntType(64), 8  # bits and bytes of a window: the codes, and up to seven bits before them
+_MOST = 7  # widest code of which eight fit into a window; of codes twice as wide, four fit
 
 
 def _eight(builder: Any, value: Any) -> Any:
@@ -29,7 +29,7 @@ def _window(builder: Any, data: Any, bit: Any) -> Any:
 
 
 class _Signed:
-    """From the low bits of eight numbers to codes: two's complement, or 0 and 1 to 1 and -1 where there is one bit."""
+    """Codes from the low bits of eight integers: two's complement; of one bit, 0 is 1 and 1 is -1."""
 
     def __init__(self, builder: Any, width: Any, element: Any) -> None:
         one, zero, all_bits = (ir.Constant(_WIDE, number) for number in (1, 0, -1))
@@ -40,8 +40,8 @@ class _Signed:
         self.mask, self.sign, self.doubled = (_eight(builder, builder.trunc(number, element)) for number in numbers)
 
     def __call__(self, value: Any) -> Any:
-        turned = self.builder.xor(self.builder.and_(value, self.mask), self.sign)
-        return self.builder.sub(self.builder.add(turned, self.builder.and_(turned, self.doubled)), self.sign)
+        flipped = self.builder.xor(self.builder.and_(value, self.mask), self.sign)
+        return self.builder.sub(self.builder.add(flipped, self.builder.and_(flipped, self.doubled)), self.sign)
 
 
 @intrinsic

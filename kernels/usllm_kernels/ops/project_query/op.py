@@ -9,17 +9,14 @@ from torch import Tensor
 
 from usllm.sketch import Plan
 from usllm.sketch.codec import States, check_shape
-from usllm_kernels.dispatch import choose, running_on
-from usllm_kernels.ops.project_query import reference
-from usllm_kernels.plans import empty, fake_states, flatten, list_states, name_states, unflatten
-
-_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+from usllm_kernels.dispatch import implementation, running_on
+from usllm_kernels.plans import PlanNumbers, absent, fake_states, flatten, list_states, name_states, unflatten
 
 
 def project_query(
     weight: Tensor,
     plan: Plan,
-    moment: Tensor | None = None,
+    second_moment: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     winners: Tensor | None = None,
@@ -33,87 +30,77 @@ def project_query(
     Args:
         weight: [out, in], any float dtype; computed in fp32.
         plan: The layer's plan.
-        moment: E[a²] per input channel, [in]: weights the fit of the output scale, if the plan has one.
+        second_moment: E[a²] per input channel, [in]: weights the fit of the output scale, if the plan has one.
         dtype: Of the decoded weight: float32, bfloat16 or float16.
         winners: As for :func:`usllm_kernels.ops.project`.
         sums: fp32 [2, in], written: over the outputs, the squared error of the decoded weight, and the squared weight.
         backend: See :func:`usllm_kernels.dispatch.choose`.
 
     Raises:
-        ValueError: The weight's shape is not the plan's, or the backend cannot run.
+        ValueError: The weight's shape is not the plan's, or the back end cannot run.
     """
     check_shape(weight, plan)
     wanted = winners is not None, sums is not None
-    decoded, *states, kept, found = project_query_op(weight, moment, *flatten(plan), dtype, *wanted, backend or "")
-    if winners is not None:
-        winners.copy_(kept)
-    if sums is not None:
-        sums.copy_(found)
+    decoded, states, *found = project_query_op(weight, second_moment, *flatten(plan), dtype, *wanted, backend or "")
+    for target, value in zip((winners, sums), found, strict=True):
+        if target is not None:
+            target.copy_(value)
     return name_states(states), decoded
 
 
 @torch.library.custom_op("usllm::project_query", mutates_args=())
 def project_query_op(
     weight: Tensor,
-    moment: Tensor | None,
-    classes: Tensor,
-    channel_class: Tensor,
+    second_moment: Tensor | None,
+    plan: list[Tensor],
     numbers: list[int],
     dtype: torch.dtype,
     winners: bool,
     sums: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Decoded weight, codes, scales, their base, output scales, their base, winners, sums."""
-    plan, device = unflatten(classes, channel_class, numbers), weight.device
-    chosen = choose(device, backend)
-    kept = torch.empty(plan.num_states, dtype=torch.int16, device=device) if winners else None
-    found = torch.empty(2, plan.shape[1], device=device) if sums else None
-    arguments = plan, moment, dtype, kept, found
-    if chosen == "numba":
-        from usllm_kernels.cpu import codec
-
-        states, decoded = codec.project_query(weight.float(), *arguments)
-    elif chosen == "triton":
-        from usllm_kernels.ops.project_query import triton
-
-        with running_on(device):
-            states, decoded = triton.project_query(weight, *arguments)
-    else:
-        states, decoded = reference.project_query(weight, *arguments)
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """Decoded weight, states, winners and sums; see :mod:`usllm_kernels.plans`."""
+    of, device = unflatten(plan, numbers), weight.device
+    kept = torch.empty(of.num_states, dtype=torch.int16, device=device) if winners else None
+    found = torch.empty(2, of.shape[1], device=device) if sums else None
+    with running_on(device):
+        computing = implementation("project_query", of, device, backend)
+        states, decoded = computing.project_query(weight, of, second_moment, dtype, kept, found)
     return (
         decoded,
-        *list_states(states),
-        empty(torch.int16, device) if kept is None else kept,
-        empty(torch.float32, device) if found is None else found,
+        list_states(states),
+        absent(torch.int16, device) if kept is None else kept,
+        absent(torch.float32, device) if found is None else found,
     )
 
 
 @project_query_op.register_fake
 def _(
     weight: Tensor,
-    moment: Tensor | None,
-    classes: Tensor,
-    channel_class: Tensor,
+    second_moment: Any,
+    plan: Any,
     numbers: list[int],
     dtype: torch.dtype,
     winners: bool,
     sums: bool,
     backend: str,
-) -> _Outputs:
-    device = weight.device
-    kept = torch.empty(numbers[2] if winners else 0, dtype=torch.int16, device=device)
-    found = torch.empty((2, numbers[1]) if sums else (0,), device=device)
-    decoded = torch.empty(numbers[0], numbers[1], dtype=dtype, device=device)
-    return decoded, *fake_states(numbers, device), kept, found
+) -> Any:
+    sizes, device = PlanNumbers(*numbers), weight.device
+    return (
+        torch.empty(sizes.out_features, sizes.in_features, dtype=dtype, device=device),
+        fake_states(numbers, device),
+        torch.empty(sizes.num_states if winners else 0, dtype=torch.int16, device=device),
+        torch.empty((2, sizes.in_features) if sums else (0,), device=device),
+    )
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.dtype = inputs[0].dtype
+    ctx.dtype, ctx.plan_tensors = inputs[0].dtype, len(inputs[2])
 
 
-def _straight_through(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    return None if gradient is None else gradient.to(ctx.dtype), *[None] * 8
+def _straight_through(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    of_weight = None if gradient is None else gradient.to(ctx.dtype)
+    return of_weight, None, [None] * ctx.plan_tensors, *[None] * 5
 
 
 project_query_op.register_autograd(_straight_through, setup_context=_remember)

@@ -1,4 +1,4 @@
-"""The published form of the query: products with a 0/1 matrix, kept per configuration. A baseline to measure against.
+"""The published form of the query: products with a 0/1 matrix, made once a plan. A baseline to measure against.
 
 ``P_r [n, K]`` holds a one where position q falls into bucket k; candidates are ``P_r S_r``. Every weight costs 2 K
 operations a row, and the candidates of all rows are written before they are joined.
@@ -6,14 +6,13 @@ operations a row, and the candidates of all rows are written before they are joi
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from usllm.sketch import Plan, channel_scales
 from usllm.sketch.codec import States
 from usllm.sketch.rotation import unrotate_
+from usllm_kernels.plan_cache import cached_by_plan
 
 
 def matrix_query(states: States, plan: Plan, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -26,25 +25,27 @@ def matrix_query(states: States, plan: Plan, dtype: torch.dtype = torch.float32)
     """
     codes, operator, width = states["codes"], plan.operator, plan.shape[1]
     decoded = torch.zeros(plan.shape, device=codes.device)
-    for number, span in enumerate(plan.spans):
+    for span_index, span in enumerate(plan.spans):
         rotated = torch.zeros(span.groups * width, span.size, device=codes.device)
-        for index, block in enumerate(plan.blocks):
+        for class_index, block in enumerate(plan.blocks):
             choice = block.choice
             held = codes[block.first_state : block.first_state + block.num_states].view(len(block.channels), -1)
             sizes = [s.groups * choice.rows * min(choice.states, s.size) for s in plan.spans]
-            part = held.split(sizes, 1)[number].to(dtype).reshape(len(block.channels) * span.groups, choice.rows, -1)
-            ones = _ones(plan, number, index, codes.device, dtype)  # [rows, n, K]
+            part = (
+                held.split(sizes, 1)[span_index].to(dtype).reshape(len(block.channels) * span.groups, choice.rows, -1)
+            )
+            ones = _ones(plan, span_index, class_index, codes.device, dtype)  # [rows, n, K]
             candidates = torch.matmul(ones, part.permute(1, 2, 0)).to(codes.dtype)  # [rows, n, channels * groups]
             joined = operator.combine(operator.encode_codes(candidates, plan.config.query))
             row = torch.arange(0, span.groups * width, width)
             at = (block.channels[:, None] + row).flatten().to(codes.device)
             rotated[at] = operator.decode_codes(joined, plan.config.query).t().float()
-        unrotate_(rotated, decoded, span, plan.rotation(span), plan.turns)
+        unrotate_(rotated, decoded, span, plan.rotation(span), plan.rotation_step)
     return decoded.mul_(channel_scales(states, plan)).to(dtype)
 
 
-@lru_cache(maxsize=64)
-def _ones(plan: Plan, number: int, block: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    choice, n = plan.blocks[block].choice, plan.spans[number].size
+@cached_by_plan
+def _ones(plan: Plan, span_index: int, class_index: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    choice, n = plan.blocks[class_index].choice, plan.spans[span_index].size
     buckets = plan.placement(choice, n).buckets.long()
     return torch.nn.functional.one_hot(buckets, min(choice.states, n)).to(device, dtype)
