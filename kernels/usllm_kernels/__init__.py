@@ -7,7 +7,7 @@ and is found there; its ``reference.py`` is the truth about it.
 
 from importlib import import_module
 
-from usllm_kernels.dispatch import choose, operations, register, supports
+from usllm_kernels.dispatch import choice_problem, choose, operations, register, supports
 from usllm_kernels.ops.project.op import project
 from usllm_kernels.ops.project_query.op import project_query
 from usllm_kernels.ops.query.op import query
@@ -18,6 +18,7 @@ for _operation in operations():  # a compiled or exported graph asks for the cus
     import_module(f"usllm_kernels.ops.{_operation}.op")
 
 __all__ = [
+    "choice_problem",
     "choose",
     "operations",
     "packed_states",

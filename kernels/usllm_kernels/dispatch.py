@@ -21,9 +21,12 @@ from typing import Any, Protocol
 
 import torch
 
+from usllm.sketch.classes import EMPTY
+from usllm.sketch.config import SketchConfig
 from usllm.sketch.plan import Plan
 
 VARIABLE = "USLLM_KERNELS"
+OF_LAYERS = ("project", "project_query", "query", "sketch_linear")  # operations that a layer calls
 BACKENDS = ("auto", "triton", "numba", "torch")
 _OPS = "usllm_kernels.ops"
 _CELLS = {"triton": "triton", "numba": "numba", "torch": "reference"}  # file of each back end in a row's folder
@@ -94,6 +97,25 @@ def supports(operation: str, backend: str, plan: Plan) -> str | None:
     if None in reasons:
         return None
     return reasons[-1] if reasons else f"{operation} has no implementation there"
+
+
+def choice_problem(config: SketchConfig) -> str | None:
+    """Why ``USLLM_KERNELS`` cannot compute sketches of a configuration; ``None`` if it can, or is ``auto``.
+
+    It is known before there is a plan or a tensor; whether a back end runs on a device is :func:`choose`'s to say.
+
+    Raises:
+        ValueError: ``USLLM_KERNELS`` is unknown.
+    """
+    asked, source = _asked(None)
+    if asked == "auto" or not (asked == "torch" or installed(asked)):
+        return None
+    plan = Plan("", (1, 1), config, (EMPTY,), torch.zeros(1, dtype=torch.uint8))
+    for operation in OF_LAYERS:
+        reason = supports(operation, asked, plan)
+        if reason is not None:
+            return f"{source} cannot compute this sketch: {reason}; leave the choice at auto"
+    return None
 
 
 def choose(device: torch.device, backend: str | None = None) -> str:

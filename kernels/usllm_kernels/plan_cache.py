@@ -1,4 +1,4 @@
-"""Results that are kept with the plan they were made of, and go when it goes."""
+"""Results that are cached as long as the plan that they were made of lives."""
 
 from __future__ import annotations
 

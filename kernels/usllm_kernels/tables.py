@@ -23,8 +23,8 @@ class SpanTables(NamedTuple):
         shape: Rows, depth, states, offsets in slots and buckets, first state within a channel; int32 [classes, 6].
         slots: Positions that share each bucket, [rows, depth, states] of every class, one after another, int16; n where
             unused.
-        buckets: Bucket of each rotated position, row r's from r * K on, [rows, n] of every class, one after another; the
-            bits of uint16, held as int16.
+        buckets: Bucket of each rotated position, row r's from r * K on, [rows, n] of every class, one after another;
+            the bits of uint16, held as int16.
     """
 
     start: int

@@ -1,10 +1,10 @@
-"""What every Triton kernel here is made of: a tile of decoded weights, straight from the states.
+"""Tiles of decoded weights, made straight from the states: the part that all Triton kernels share.
 
-A tile is [channels, outputs of one group]. For one channel the outputs read one row of a table (contiguous, but for one
-wrap) and states within a few dozen bytes, so with the outputs along the lanes of a warp nothing is read apart. Channels
-are addressed by their active_index among those that hold states, in storage order: the others are never looked at. The
-integers are those of :mod:`usllm.sketch.codec`; offsets that may pass 2^31 are 64 bits wide. Nothing is computed in
-bfloat16: the interpreter would do so wrongly, and silently.
+A tile is [channels, outputs of one group]. The outputs of one channel read one row of a table (contiguous, but for one
+wrap) and states within a few dozen bytes. Outputs lie along the lanes of a warp, so that a warp reads in one place.
+Channels are addressed by their active index, which counts those that hold states in storage order; the others
+are never looked at. The integers are those of :mod:`usllm.sketch.codec`; offsets that may pass 2^31 are 64 bits wide.
+Nothing is computed in bfloat16: the interpreter would do so wrongly, and silently.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False

@@ -7,10 +7,9 @@ installed.
 
 Must stay bit-equal to :mod:`usllm.sketch.codec`:
 
-- floats are added, multiplied and divided one lane at a time, each operation rounded on its own: no fast-math flag, no
-  fused multiply-add, no sum across lanes;
-- of equal operands ``minimum``, ``maximum`` and ``smaller_magnitude`` return the first, as the reference does; so does
-  ``where_less``, whose condition is strict;
+- every float operation is rounded on its own: no fast-math flag, no fused multiply-add;
+- of equal magnitudes ``smaller_magnitude`` keeps the first, as :class:`usllm.sketch.operators.countmin.CountMin` does,
+  and the condition of ``where_less`` is strict, so that the first of equal members wins;
 - integers wrap as two's complement.
 
 Nothing new is written in LLVM's instructions unless a benchmark pays for it.

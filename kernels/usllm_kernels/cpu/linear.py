@@ -1,4 +1,4 @@
-"""Products with the decoded weight on the CPU; it is never written as a whole, and channels without states are left out.
+"""Products with the decoded weight on the CPU, without channels that hold no states; no whole weight is written.
 
 For a few tokens, weights do not leave the first-level cache. For more, torch multiplies with the decoded weights of a
 few groups of outputs at a time.
@@ -26,7 +26,10 @@ _LEAST_SHARED = 1 << 21  # weights; below, starting a second thread takes longer
 
 
 def sketch_linear(x: Tensor, states: States, plan: Plan) -> Tensor:
-    """``x Ŵᵀ``, [tokens, out], in the dtype of ``x`` [tokens, in]. The order of summation depends on the number of threads."""
+    """``x Ŵᵀ``, [tokens, out], in the dtype of ``x`` [tokens, in].
+
+    The order of summation depends on the number of threads.
+    """
     if not plan.blocks or not len(x):
         return x.new_zeros(len(x), plan.shape[0])
     if len(x) <= FEW_TOKENS and x.dtype in (torch.float32, torch.bfloat16):

@@ -1,4 +1,9 @@
-"""Codes of the packed stream, eight at a time: two's complement of few bits, the sign alone in one."""
+"""Codes of the packed stream, unpacked eight at a time.
+
+Must stay bit-equal to :func:`usllm_kernels.ops.query.reference.unpacked`, for every width of the format and at every
+bit offset: codes are two's complement, lowest bit first; of one bit, 0 is 1 and 1 is -1. Nothing behind the stream's
+last byte is read: windows of 8 bytes are taken where they fit, single bytes at the end.
+"""
 
 from __future__ import annotations
 
@@ -91,8 +96,8 @@ def _unpack_rows(count: int) -> Any:
     return operation
 
 
-# Rows of eight channels, from ``ahead`` bits behind eight bit offsets (int64 [8]) on: eight codes of up to seven bits
-# each, or four of up to fourteen.
+# Rows of eight channels. Each channel is read ``ahead`` bits after its bit offset in ``places``, int64 [8]: eight codes
+# of up to seven bits, or four of up to fourteen.
 unpack_eight_rows, unpack_four_rows = _unpack_rows(LANES), _unpack_rows(LANES // 2)
 
 

@@ -15,7 +15,7 @@ from usllm.sketch.bits import CLASS_BITS, HEADER_BITS
 from usllm.sketch.hash import HASH_VERSION
 from usllm.sketch.layer_bytes import pack_layer, read_plan
 from usllm.sketch.quantize import largest_code
-from usllm_kernels import packed_states, project, project_query, query, sketch_linear
+from usllm_kernels import choice_problem, packed_states, project, project_query, query, sketch_linear
 
 FORMAT_KEYS = ("operator", "query", "hash", "group_size", "output_scale", "seed")
 """Fields of :class:`usllm.sketch.SketchConfig` that give stored bytes their meaning."""
@@ -174,6 +174,10 @@ class SketchCompressor(Compressor):
         if weights > 1 << 20:  # small layers may be empty
             least = max(least, -(-weights // _MAX_WEIGHTS_PER_BYTE))
         return least, _MAX_BITS_PER_WEIGHT * weights // 8 + 64
+
+    def problems(self) -> list[str]:
+        problem = choice_problem(self.options)
+        return [] if problem is None else [problem]
 
 
 def computing(plan: Plan) -> SketchPlan:

@@ -1,8 +1,8 @@
 """Projection on CUDA: latent weight -> states, in four kernels.
 
 The first brings the weights into hash order, channel by channel, reading and writing whole lines. The second reduces
-every bucket of a channel and group, whose members lie within two kilobytes. These two alternate, a few groups at a time,
-over one buffer that fits the second-level cache: each weight is read once from memory, and the ordered ones stay in the
+every bucket of a channel and group, whose members lie within two kilobytes. Both alternate, a few groups at a time, on
+one buffer that fits the second-level cache: each weight is read once from memory, and the ordered ones stay in the
 cache. The other two (:mod:`usllm_kernels.ops.project.triton_states`) choose scales and quantise.
 """
 

@@ -61,16 +61,16 @@ def project_query_op(
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """Decoded weight, states, winners and sums; see :mod:`usllm_kernels.plans`."""
     of, device = unflatten(plan, numbers), weight.device
-    kept = torch.empty(of.num_states, dtype=torch.int16, device=device) if winners else None
-    found = torch.empty(2, of.shape[1], device=device) if sums else None
+    members = torch.empty(of.num_states, dtype=torch.int16, device=device) if winners else None
+    squares = torch.empty(2, of.shape[1], device=device) if sums else None
     with running_on(device):
         computing = implementation("project_query", of, device, backend)
-        states, decoded = computing.project_query(weight, of, second_moment, dtype, kept, found)
+        states, decoded = computing.project_query(weight, of, second_moment, dtype, members, squares)
     return (
         decoded,
         list_states(states),
-        absent(torch.int16, device) if kept is None else kept,
-        absent(torch.float32, device) if found is None else found,
+        absent(torch.int16, device) if members is None else members,
+        absent(torch.float32, device) if squares is None else squares,
     )
 
 

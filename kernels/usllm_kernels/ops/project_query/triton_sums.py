@@ -1,4 +1,4 @@
-"""Squared error and energy of every channel on CUDA; neither the decoded weight nor another copy of the layer is made."""
+"""Squared error and energy of every channel on CUDA, without a decoded weight or any other copy of the layer."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # Annotations mean something else to Triton.

@@ -52,7 +52,10 @@ def many_tokens_kernel(
 
 
 def many_tokens(x: Tensor, states: States, plan: Plan, tile: int) -> Tensor:
-    """``x Ŵᵀ``, [tokens, out], of ``x`` [tokens, in] and a plan with states; every ``tile`` tokens decode the weight once."""
+    """``x Ŵᵀ``, [tokens, out], of ``x`` [tokens, in] and a plan with states.
+
+    Every ``tile`` tokens decode the weight once.
+    """
     known, sketch = sketch_argument(states, plan)
     held = x.index_select(1, known.channel)
     tokens, outputs = len(x), plan.shape[0]
