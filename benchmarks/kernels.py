@@ -160,7 +160,7 @@ def linear_rows(arguments: argparse.Namespace, device: torch.device, speed: floa
                 if tokens == 1:
                     floor = plan.total_bits / 8 / speed
                     cells.append(f"{floor / ours:.1%}")
-            kept = f"{plan.num_scales / shape[1]:.2f}"
+            kept = f"{plan.num_active / shape[1]:.2f}"
             yield f"{shape[0]}x{shape[1]}, {way}", kept, *cells, f"{2e-9 * count * arguments.tokens:.1f}"
 
 

@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
-from pkgutil import iter_modules
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +23,7 @@ import torch
 from usllm.sketch.classes import EMPTY
 from usllm.sketch.config import SketchConfig
 from usllm.sketch.plan import Plan
+from usllm.system.discovery import module_names
 
 VARIABLE = "USLLM_KERNELS"
 OF_LAYERS = ("project", "project_query", "query", "sketch_linear")  # operations that a layer calls
@@ -65,7 +65,7 @@ def register(operation: str, backend: str, implementation: Implementation) -> No
 
 def operations() -> tuple[str, ...]:
     """The rows of the table: names of the folders of ``ops/``."""
-    return tuple(sorted(module.name for module in iter_modules(import_module(_OPS).__path__) if module.ispkg))
+    return tuple(module_names(import_module(_OPS).__path__))
 
 
 def implementation(operation: str, plan: Plan, device: torch.device, backend: str | None = None) -> Any:

@@ -90,7 +90,7 @@ def _flatten(plan: Plan) -> FlatPlan:
     numbers = PlanNumbers(
         *plan.shape,
         plan.num_states,
-        plan.num_scales,
+        plan.num_active,
         16 if plan.code_dtype == torch.int16 else 8,
         int(plan.config.output_scale),
         int.from_bytes(digest.digest(), "little"),
@@ -148,7 +148,7 @@ def check_states(states: States, plan: Plan) -> None:
     Raises:
         ValueError: Their number is another, or they do not lie in one piece.
     """
-    needed = {"codes": plan.num_states, "scales": plan.num_scales, "scale_base": 1}
+    needed = {"codes": plan.num_states, "scales": plan.num_active, "scale_base": 1}
     if states["codes"].dtype == torch.uint8:
         needed["codes"] = plan.bit_breakdown()["states"] // 8
     if plan.config.output_scale:

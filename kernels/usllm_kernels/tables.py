@@ -78,7 +78,7 @@ def tables(plan: Plan, device: torch.device) -> Tables:
         first_bit.append(bit + index * block.states_per_channel * block.choice.bits)
         bit += block.num_states * block.choice.bits
     active_index_of = torch.full((plan.shape[1],), -1, dtype=torch.int32)
-    active_index_of[plan.channel_order] = torch.arange(plan.num_scales, dtype=torch.int32)
+    active_index_of[plan.channel_order] = torch.arange(plan.num_active, dtype=torch.int32)
     spans = [_span(plan, span_index, device) for span_index in range(len(plan.spans))]
     shapes = torch.cat([span.shape.cpu() for span in spans])
     return Tables(

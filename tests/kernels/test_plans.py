@@ -77,7 +77,7 @@ def test_the_numbers_have_names() -> None:
     plan = case("mixed-widths").plan
     numbers = plans.PlanNumbers(*flatten(plan).numbers)
     assert (numbers.out_features, numbers.in_features) == plan.shape
-    assert (numbers.num_states, numbers.num_active) == (plan.num_states, plan.num_scales)
+    assert (numbers.num_states, numbers.num_active) == (plan.num_states, plan.num_active)
     assert (numbers.code_bits, numbers.output_scale) == (8, 1)
     assert plans.PlanNumbers(*flatten(case("16-bit").plan).numbers).code_bits == 16
 

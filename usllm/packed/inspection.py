@@ -140,7 +140,7 @@ def inspect_folder(path: str | Path) -> Inspection:
                     shape=entry.shape,
                     classes=tuple(zip(plan.classes, counts, strict=True)),
                     states=plan.num_states,
-                    scales=(plan.num_scales, entry.shape[0] if plan.config.output_scale else 0),
+                    scales=(plan.num_active, entry.shape[0] if plan.config.output_scale else 0),
                     load=plan.load(),
                     sections=sections,
                     bytes=sum(sections.values()),

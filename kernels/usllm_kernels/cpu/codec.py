@@ -35,7 +35,7 @@ def project(weight: Tensor, plan: Plan, second_moment: Tensor | None = None, win
     keys = reduction(plan) == MINIMUM
     values = _values(weight, plan, keys, winners)
     tables = layout(plan)
-    channels = plan.num_scales
+    channels = plan.num_active
     largest, scales = torch.empty(2, channels).numpy()
     total, squares = torch.empty(2, channels, dtype=torch.int64).numpy()
     mask, nearest = 0x7FFFFFFE if keys else 0x7FFFFFFF, plan.config.rounding == "nearest"

@@ -35,7 +35,7 @@ def sketch_linear(x: Tensor, states: States, plan: Plan) -> Tensor:
     if len(x) <= FEW_TOKENS and x.dtype in (torch.float32, torch.bfloat16):
         return _few_tokens(x, states, plan)
     held = x.new_zeros(len(x), _padded(plan))
-    held[:, : plan.num_scales] = x.index_select(1, plan.channel_order)
+    held[:, : plan.num_active] = x.index_select(1, plan.channel_order)
     return torch.cat([product for _, part in _parts(states, plan, x.dtype) for product in held @ part], 1)
 
 
@@ -48,7 +48,7 @@ def input_gradient(gradient: Tensor, states: States, plan: Plan) -> Tensor:
             for group, weights in enumerate(part):
                 first = start + group * weights.shape[1]
                 total += gradient[:, first : first + weights.shape[1]] @ weights.t()
-        found.index_copy_(1, plan.channel_order, total[:, : plan.num_scales])
+        found.index_copy_(1, plan.channel_order, total[:, : plan.num_active])
     return found.to(gradient.dtype)
 
 
@@ -79,7 +79,7 @@ def _stored(states: States, plan: Plan) -> _Stored:
 def _few_tokens(x: Tensor, states: States, plan: Plan) -> Tensor:
     tables, stored, joined = layout(plan), _stored(states, plan), joined_codes(plan.code_dtype, plan)
     lanes = len(tables.lane_block)
-    threads = min(torch.get_num_threads(), lanes) if plan.shape[0] * plan.num_scales >= _LEAST_SHARED else 1
+    threads = min(torch.get_num_threads(), lanes) if plan.shape[0] * plan.num_active >= _LEAST_SHARED else 1
     parts = torch.zeros(threads, len(x), plan.shape[0])
     tokens = x.float().contiguous().numpy()
 
@@ -116,7 +116,7 @@ def _parts(states: States, plan: Plan, dtype: torch.dtype) -> Iterator[tuple[int
     written = dtype if dtype == torch.bfloat16 else torch.float32
     for span_index, span in enumerate(plan.spans):
         buffer = torch.empty(min(threads, span.groups), _padded(plan), span.size, dtype=written)
-        buffer[:, plan.num_scales :] = 0.0
+        buffer[:, plan.num_active :] = 0.0
         into = (buffer.view(torch.int16) if written == torch.bfloat16 else buffer).numpy()
         for first in range(0, span.groups, threads):
             groups = range(first, min(first + threads, span.groups))
@@ -149,4 +149,4 @@ def _padded(plan: Plan) -> int:
 
     torch's library keeps compiled code for every shape that it has multiplied, some 0.6 MB for each.
     """
-    return -(-plan.num_scales // _PADDING) * _PADDING
+    return -(-plan.num_active // _PADDING) * _PADDING

@@ -104,7 +104,7 @@ class SketchPlan(Plan, LayerPlan):
         return {
             "states": Fact(self.num_states, "states"),
             "states_per_weight": Fact(self.num_states / (self.shape[0] * self.shape[1]), drawn=True),
-            "channels_with_states": Fact(self.num_scales / self.shape[1], drawn=True),
+            "channels_with_states": Fact(self.num_active / self.shape[1], drawn=True),
             "occupancy": Fact(self.occupancy(), least=0.98),
             "load_min": Fact(fewest, "weights per state"),
             "load_mean": Fact(mean, "weights per state"),

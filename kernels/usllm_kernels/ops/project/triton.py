@@ -142,7 +142,7 @@ def project(weight: Tensor, plan: Plan, second_moment: Tensor | None = None, win
 
 def _values(weight: Tensor, plan: Plan, known: Tables, keys: bool, winners: Tensor | None) -> Tensor:
     dtype, device = torch.int32 if keys else torch.float32, weight.device
-    width, num_active = plan.shape[1], plan.num_scales
+    width, num_active = plan.shape[1], plan.num_active
     values = torch.empty(plan.num_states, dtype=dtype, device=device)
     into = values if winners is None else winners  # nothing is written unless winners are asked for
     parameters = launch_parameters("order", device)

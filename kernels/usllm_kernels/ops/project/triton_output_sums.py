@@ -72,9 +72,9 @@ def output_sums(weight: Tensor, states: States, plan: Plan, second_moment: Tenso
     )
     size = max(power_of_two(span.size, 16, 32) for span in known.spans)
     tiles = sum(span.groups * triton.cdiv(span.size, size) for span in known.spans)
-    splits = max(min(_PROGRAMS // tiles, triton.cdiv(plan.num_scales, 2 * _CHANNELS)), 1)
-    each = triton.cdiv(triton.cdiv(plan.num_scales, splits), _CHANNELS) * _CHANNELS
-    splits = triton.cdiv(plan.num_scales, each)
+    splits = max(min(_PROGRAMS // tiles, triton.cdiv(plan.num_active, 2 * _CHANNELS)), 1)
+    each = triton.cdiv(triton.cdiv(plan.num_active, splits), _CHANNELS) * _CHANNELS
+    splits = triton.cdiv(plan.num_active, each)
     products, squares = torch.empty(2, splits, outputs, dtype=torch.float64, device=device)
     for span in known.spans:
         output_sums_kernel[span.groups * triton.cdiv(span.size, size), splits](

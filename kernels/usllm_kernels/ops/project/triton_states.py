@@ -261,11 +261,11 @@ def store_states(values: Tensor, plan: Plan, known: Tables, states: States, *, k
         keys: Whether values are keys: the magnitude's bits above, the sign in the lowest.
     """
     device = values.device
-    total, squares = torch.empty(2, plan.num_scales, dtype=torch.int64, device=device)
-    largest = torch.empty(plan.num_scales, dtype=torch.int32, device=device)
+    total, squares = torch.empty(2, plan.num_active, dtype=torch.int64, device=device)
+    largest = torch.empty(plan.num_active, dtype=torch.int32, device=device)
     highest = torch.zeros(1, dtype=torch.int32, device=device)
     block = power_of_two(max(block.states_per_channel for block in plan.blocks), 16, 1024)
-    grid = (plan.num_scales,)
+    grid = (plan.num_active,)
     places = known.first_state, known.sizes
     sums_kernel[grid](values, *places, largest, highest, total, squares, KEYS=keys, STATES=block)
     quantize_kernel[grid](

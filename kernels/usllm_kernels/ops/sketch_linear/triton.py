@@ -41,11 +41,11 @@ def sketch_linear(x: Tensor, states: States, plan: Plan) -> Tensor:
     held = x.index_select(1, tables(plan, x.device).channel)
     out = x.new_empty(tokens, outputs)
     for span_index, span in enumerate(plan.spans):
-        step = max(SLAB // (span.size * plan.num_scales), 1)
+        step = max(SLAB // (span.size * plan.num_active), 1)
         for first in range(0, span.groups, step):
             groups = range(first, min(first + step, span.groups))
-            slab = x.new_empty(len(groups) * span.size, plan.num_scales)
-            query_groups(states, plan, span_index, groups, slab, range(plan.num_scales))
+            slab = x.new_empty(len(groups) * span.size, plan.num_active)
+            query_groups(states, plan, span_index, groups, slab, range(plan.num_active))
             start = span.start + first * span.size
             torch.mm(held, slab.t(), out=out[:, start : start + len(slab)])
     return out
@@ -63,8 +63,8 @@ def input_gradient(gradient: Tensor, states: States, plan: Plan) -> Tensor:
         held = few_tokens_gradient(gradient, states, plan, TILE_TOKENS).to(gradient.dtype)
         return found.index_copy_(1, channel.long(), held)
     step = max(SLAB // outputs, 1)
-    for first in range(0, plan.num_scales, step):
-        active = range(first, min(first + step, plan.num_scales))
+    for first in range(0, plan.num_active, step):
+        active = range(first, min(first + step, plan.num_active))
         slab = gradient.new_empty(outputs, len(active))
         for span_index, span in enumerate(plan.spans):
             rows = slab[span.start : span.start + span.groups * span.size]

@@ -66,10 +66,10 @@ def few_tokens_gradient(gradient: Tensor, states: States, plan: Plan, tile: int)
     """
     tokens, outputs = gradient.shape
     known, sketch = sketch_argument(states, plan)
-    total = torch.empty(tokens, plan.num_scales, dtype=torch.float32, device=gradient.device)
-    rows, channels = power_of_two(tokens, 16, tile), power_of_two(plan.num_scales, 16, 32)
+    total = torch.empty(tokens, plan.num_active, dtype=torch.float32, device=gradient.device)
+    rows, channels = power_of_two(tokens, 16, tile), power_of_two(plan.num_active, 16, 32)
     for span_index, span in enumerate(known.spans):
-        input_gradient_kernel[triton.cdiv(tokens, rows), triton.cdiv(plan.num_scales, channels)](
+        input_gradient_kernel[triton.cdiv(tokens, rows), triton.cdiv(plan.num_active, channels)](
             gradient,
             total,
             tokens,
