@@ -41,10 +41,15 @@ def project_query(
     """
     check_shape(weight, plan)
     wanted = winners is not None, sums is not None
-    decoded, states, *found = project_query_op(weight, second_moment, *flatten(plan), dtype, *wanted, backend or "")
-    for target, value in zip((winners, sums), found, strict=True):
-        if target is not None:
-            target.copy_(value)
+    arguments = second_moment, *flatten(plan), dtype, *wanted, backend or ""
+    if torch.is_grad_enabled() and weight.requires_grad:
+        decoded, members, squares, *states = _StraightThrough.apply(weight, *arguments)
+    else:
+        decoded, states, members, squares = project_query_op(weight, *arguments)
+    if winners is not None:
+        winners.copy_(members)
+    if sums is not None:
+        sums.copy_(squares)
     return name_states(states), decoded
 
 
@@ -94,13 +99,22 @@ def _(
     )
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.dtype, ctx.plan_tensors = inputs[0].dtype, len(inputs[2])
+class _StraightThrough(torch.autograd.Function):
+    """The custom op, whose decoded weight hands its gradient to the latent weight.
 
+    Not registered with the custom op, for the reason that :mod:`usllm_kernels.ops.sketch_linear.op` gives.
+    """
 
-def _straight_through(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    of_weight = None if gradient is None else gradient.to(ctx.dtype)
-    return of_weight, None, [None] * ctx.plan_tensors, *[None] * 5
+    @staticmethod
+    def forward(weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        decoded, states, members, squares = project_query_op(weight, *arguments)
+        return decoded, members, squares, *states
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.dtype, ctx.others = inputs[0].dtype, len(inputs) - 1
+        ctx.mark_non_differentiable(*output[1:])
 
-project_query_op.register_autograd(_straight_through, setup_context=_remember)
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return gradient.to(ctx.dtype), *[None] * ctx.others
