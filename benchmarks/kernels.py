@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parent))  # run as a script, the folder is there already
-from baselines import naive_query
+from baselines import matrix_query, naive_query
 from kernels_model import model_step
-from matrix_form import matrix_query
 
 from usllm.sketch import Plan, SketchConfig, States, build_plan
 from usllm.system.machine import machine, machine_line

@@ -39,14 +39,14 @@ def project(weight: Tensor, plan: Plan, second_moment: Tensor | None = None, win
     largest, scales = torch.empty(2, channels).numpy()
     total, squares = torch.empty(2, channels, dtype=torch.int64).numpy()
     mask, nearest = 0x7FFFFFFE if keys else 0x7FFFFFFF, plan.config.rounding == "nearest"
-    channel_sums(values.numpy(), mask, tables.channel_block, largest.view("int32"), total, squares)
+    channel_sums(values.numpy(), mask, tables.class_sizes, largest.view("int32"), total, squares)
     choose_scales(
         values.numpy(),
         mask,
         largest,
         total,
         squares,
-        tables.channel_block,
+        tables.class_sizes,
         best_scales(plan.config.rounding, _CPU).numpy(),
         scale_ratios(_CPU).numpy(),
         nearest,
@@ -54,7 +54,7 @@ def project(weight: Tensor, plan: Plan, second_moment: Tensor | None = None, win
         states["scales"].numpy(),
         scales,
     )
-    quantize_states(values.numpy(), keys, tables.channel_block, scales, nearest, states["codes"].numpy())
+    quantize_states(values.numpy(), keys, tables.class_sizes, scales, nearest, states["codes"].numpy())
     if plan.config.output_scale:
         flat, pitch = _flat(weight)
         of_channels = torch.ones(plan.shape[1]) if second_moment is None else second_moment.float().contiguous()
@@ -198,7 +198,7 @@ def unpacked(states: States, plan: Plan) -> Tensor:
     if codes.dtype != torch.uint8:
         return codes
     found = torch.empty(plan.num_states, dtype=plan.code_dtype)
-    unpack_states(codes.numpy(), layout(plan).channel_block, found.numpy())
+    unpack_states(codes.numpy(), layout(plan).class_sizes, found.numpy())
     return found
 
 

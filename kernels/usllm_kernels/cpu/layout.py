@@ -19,7 +19,7 @@ class Layout(NamedTuple):
         lane_channels: Channels that lie side by side, int64 [lane blocks, 8]; unused lanes repeat the first.
         lane_block: Index of the class, lanes in use, first state, states per channel, active index of the first
             channel, first bit in the packed stream, bits a state; int64 [lane blocks, 7].
-        channel_block: Channels, first state, states per channel, bits of each class, int64 [classes, 4].
+        class_sizes: Channels, first state, states per channel, bits of each class, int64 [classes, 4].
         shapes: For each span: rows, depth, states, offsets in slots and buckets, first state within a channel of each
             class, int64 [classes, 6].
         slots: For each span: members of the buckets of all classes, uint16.
@@ -28,7 +28,7 @@ class Layout(NamedTuple):
 
     lane_channels: Any
     lane_block: Any
-    channel_block: Any
+    class_sizes: Any
     shapes: list[Any]
     slots: list[Any]
     buckets: list[Any]

@@ -165,13 +165,13 @@ def unpack_side_by_side(
 @compiled
 def unpack_states(
     stream: Any,  # uint8
-    channel_block: Any,  # int64 [classes, 4]: channels, first state, states per channel, bits
+    class_sizes: Any,  # int64 [classes, 4]: channels, first state, states per channel, bits
     codes: Any,  # int8 or int16 [states], written
 ) -> None:
     """All codes of a layer."""
     bit = 0
-    for block in range(channel_block.shape[0]):
-        first, width = channel_block[block, 1], channel_block[block, 3]
-        count = channel_block[block, 0] * channel_block[block, 2]
+    for class_index in range(class_sizes.shape[0]):
+        first, width = class_sizes[class_index, 1], class_sizes[class_index, 3]
+        count = class_sizes[class_index, 0] * class_sizes[class_index, 2]
         unpack_run(stream, bit, width, count, codes, first)
         bit += count * width

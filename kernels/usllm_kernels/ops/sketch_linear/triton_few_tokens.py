@@ -63,9 +63,9 @@ def few_tokens(x: Tensor, states: States, plan: Plan) -> Tensor:
     parameters = launch_parameters("few_tokens", x.device)
     channels = parameters["channels"]
     tiles = sum(span.groups * triton.cdiv(span.size, parameters["outputs"]) for span in known.spans)
-    splits = max(min(parameters["programs"] // tiles, triton.cdiv(plan.num_scales, 4 * channels)), 1)
-    each = triton.cdiv(triton.cdiv(plan.num_scales, splits), channels) * channels
-    splits = triton.cdiv(plan.num_scales, each)
+    splits = max(min(parameters["programs"] // tiles, triton.cdiv(plan.num_active, 4 * channels)), 1)
+    each = triton.cdiv(triton.cdiv(plan.num_active, splits), channels) * channels
+    splits = triton.cdiv(plan.num_active, each)
     parts = torch.empty(splits, tokens, outputs, dtype=torch.float32, device=x.device)
     for span in known.spans:
         size = power_of_two(span.size, 16, parameters["outputs"])

@@ -1,11 +1,11 @@
-"""The published form of the query, which benchmarks measure against."""
+"""What benchmarks measure against decodes as the sketch does."""
 
 from __future__ import annotations
 
 import torch
 from cases import case, every_case
 
-from benchmarks.matrix_form import matrix_query
+from benchmarks.baselines import matrix_query
 from usllm import sketch
 
 
