@@ -1,6 +1,6 @@
 """The sketch's operations against what they replace, on Llama shapes; on a card or on the CPU, whatever is there.
 
-    python benchmarks/kernels.py [codec] [linear] [folded] [model] [--rows 1 3] [--shapes 1b 8b 70b] [--bits 0.5]
+    python benchmarks/kernels.py [codec] [linear] [model] [--rows 1 3] [--shapes 1b 8b 70b] [--bits 0.5]
 
 Every figure is a ratio of medians within this run, with the floor beside it: the bytes that must move, at the copy
 bandwidth measured here, and the operations. ``model`` trains one step of a Llama of random weights, 1B-shaped unless
@@ -29,7 +29,6 @@ from usllm.sketch import Plan, SketchConfig, States, build_plan
 from usllm.system.machine import machine, machine_line
 from usllm_kernels import (
     choose,
-    folded_linear,
     packed_states,
     project,
     project_query,
@@ -160,29 +159,8 @@ def linear_rows(arguments: argparse.Namespace, device: torch.device, speed: floa
                 if tokens == 1:
                     floor = plan.total_bits / 8 / speed
                     cells.append(f"{floor / ours:.1%}")
-            kept = f"{plan.num_scales / shape[1]:.2f}"
+            kept = f"{plan.num_active / shape[1]:.2f}"
             yield f"{shape[0]}x{shape[1]}, {way}", kept, *cells, f"{2e-9 * count * arguments.tokens:.1f}"
-
-
-def folded_rows(arguments: argparse.Namespace, device: torch.device, speed: float) -> Iterator[tuple[str, ...]]:
-    """The folded product of a mean sketch with a shared hash against the dense one."""
-    for rows in arguments.rows:
-        for shape in shapes(arguments):
-            for allocation in ("uniform", "proportional"):
-                fields = {"operator": "mean", "hash": "shared", "rows": rows, "allocation": allocation}
-                config = SketchConfig(bits_per_weight=arguments.bits, **fields)
-                _, plan, states = layer(shape, config, device)
-                dense = query(states, plan, torch.bfloat16)
-                x = torch.randn(arguments.tokens, shape[1], device=device, dtype=torch.bfloat16)
-                ours = median(lambda _, x=x, s=states, p=plan: folded_linear(x, s, p), device, arguments.repeat)
-                theirs = median(lambda _, x=x, w=dense: functional.linear(x, w), device, arguments.repeat)
-                yield (
-                    f"{shape[0]}x{shape[1]}, R={rows}",
-                    allocation,
-                    f"{plan.num_states / dense.numel():.3f}",
-                    f"{rows * len(plan.blocks) / shape[1]:.4f}",
-                    f"{ours / theirs:.2f}",
-                )
 
 
 def ways(arguments: argparse.Namespace) -> list[tuple[str, SketchConfig]]:
@@ -201,7 +179,7 @@ def shapes(arguments: argparse.Namespace) -> list[tuple[int, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", help="codec, linear, folded, model; all but model if none is given")
+    parser.add_argument("what", nargs="*", help="codec, linear, model; all but model if none is given")
     parser.add_argument("--bits", type=float, default=0.5)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), help="1b on the CPU, all on a card")
@@ -218,7 +196,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     print(f"{machine_line(machine())}; {torch.get_num_threads()} threads, load {load:.1f}; kernels: {choose(device)}")
     print(f"copy bandwidth {speed / 1e9:.1f} GB/s, read and written; {arguments.bits} bits per weight")
-    what = arguments.what or ["codec", "linear", "folded"]
+    what = arguments.what or ["codec", "linear"]
     if "codec" in what:
         head = ("absmaxmin", "p_q / copy", "of floor", "query / copy", "of floor", "naive / q", "matrix / q")
         title = "project_query (fp32 -> bf16; floor 6 bytes a weight), query (-> bf16; floor 2 bytes and the states)"
@@ -237,10 +215,6 @@ def main() -> None:
             "sketch_linear from packed states (channels: the share with states; floor of one token: the packed bytes)"
         )
         table(title, linear_rows(arguments, device, speed), head)
-    if "folded" in what:
-        head = ("mean, shared hash", "allocation", "MACs / dense", "adds / dense", "time / dense")
-        title = f"folded_linear, {arguments.tokens} tokens"
-        table(title, folded_rows(arguments, device, speed), head)
     if "model" in what:
         sketch = waterfill(arguments.bits) if arguments.waterfill else ways(arguments)[-1][1]
         model_step(device, arguments.layers, arguments.width, sketch, arguments.tokens)

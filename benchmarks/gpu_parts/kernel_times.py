@@ -113,7 +113,7 @@ def product(layer: Layer, tokens: int, clock: Clock) -> dict[str, Any]:
         "dense_us": 1e6 * theirs.seconds,
         "over_dense": ours.seconds / theirs.seconds,
         "faster_than_dense": theirs.seconds / ours.seconds,
-        "channels_with_states": plan.num_scales / plan.shape[1],
+        "channels_with_states": plan.num_active / plan.shape[1],
         "in_graph": ours.in_graph and theirs.in_graph,
         "why_not_in_graph": ours.why_not or theirs.why_not,
     }

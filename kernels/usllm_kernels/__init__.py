@@ -1,26 +1,31 @@
-"""The sketch at the speed of memory: its operations, each on the fastest backend that is there.
+"""The sketch at the speed of memory: its operations, each on the fastest back end that is there.
 
-What they compute is defined by :mod:`usllm.sketch`; states and decoded weights are equal to it bit for bit. All are
-operators of torch (``torch.ops.usllm``), so that ``torch.compile`` takes them whole.
+What they compute is defined by :mod:`usllm.sketch`; states and decoded weights are equal to it bit for bit. Each is a
+custom op of torch (``torch.ops.usllm``), so that ``torch.compile`` takes it whole. An operation is a folder of ``ops/``
+and is found there; its ``reference.py`` is the truth about it.
 """
 
-from usllm_kernels.dispatch import choose
-from usllm_kernels.folded.op import folded_linear, folds
-from usllm_kernels.matrix_form.query import matrix_query
+from importlib import import_module
+
+from usllm_kernels.dispatch import choice_problem, choose, operations, register, supports
 from usllm_kernels.ops.project.op import project
 from usllm_kernels.ops.project_query.op import project_query
 from usllm_kernels.ops.query.op import query
 from usllm_kernels.ops.sketch_linear.op import sketch_linear
 from usllm_kernels.plans import packed_states
 
+for _operation in operations():  # a compiled or exported graph asks for the custom ops of all
+    import_module(f"usllm_kernels.ops.{_operation}.op")
+
 __all__ = [
+    "choice_problem",
     "choose",
-    "folded_linear",
-    "folds",
-    "matrix_query",
+    "operations",
     "packed_states",
     "project",
     "project_query",
     "query",
+    "register",
     "sketch_linear",
+    "supports",
 ]

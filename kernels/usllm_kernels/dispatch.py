@@ -1,7 +1,12 @@
-"""The one place that decides what computes: Triton on CUDA, numba on the CPU, else torch.
+"""The table of implementations, by operation and back end.
 
-``USLLM_KERNELS`` set to ``triton``, ``numba`` or ``torch``, or the argument ``backend`` of an operation, chooses for
-itself; a choice that cannot run raises. ``auto``, the default, never does.
+A row is a folder of ``ops/``, a column a back end, a cell a file in that folder: ``reference.py`` for ``torch``,
+``numba.py`` and ``triton.py`` for the back ends of these names. Rows and cells are found where they lie. A cell says in
+``supports(plan)`` whether it can compute with a plan, and if not, why. :func:`register` adds to a cell from outside of
+this package.
+
+``USLLM_KERNELS`` set to ``triton``, ``numba`` or ``torch``, or the argument ``backend`` of an operation, chooses the
+column; a choice that cannot run raises. ``auto``, the default, never does: it takes the first column that can.
 """
 
 from __future__ import annotations
@@ -9,33 +14,123 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from usllm.sketch.classes import EMPTY
+from usllm.sketch.config import SketchConfig
+from usllm.sketch.plan import Plan
+from usllm.system.discovery import module_names
+
 VARIABLE = "USLLM_KERNELS"
+OF_LAYERS = ("project", "project_query", "query", "sketch_linear")  # operations that a layer calls
 BACKENDS = ("auto", "triton", "numba", "torch")
+_OPS = "usllm_kernels.ops"
+_CELLS = {"triton": "triton", "numba": "numba", "torch": "reference"}  # file of each back end in a row's folder
+_AUTOMATIC = {"cuda": ("triton", "torch"), "cpu": ("numba", "torch")}  # by type of device, the fastest first
+
+
+class Implementation(Protocol):
+    """One operation on one back end, a module or an object. It also has the functions that the operation calls."""
+
+    def supports(self, plan: Plan) -> str | None:
+        """Why it cannot compute with a plan, a clause that names key and value; ``None`` if it can."""
+        ...
+
+
+_registered: dict[tuple[str, str], list[Implementation]] = {}
+
+
+def register(operation: str, backend: str, implementation: Implementation) -> None:
+    """Add an implementation to a cell; it is asked before those that are there.
+
+    Args:
+        operation: Such as ``query``: a row of :func:`operations`.
+        backend: ``triton``, ``numba`` or ``torch``.
+        implementation: With the functions of ``ops/<operation>/reference.py``, of the same arguments.
+
+    Raises:
+        ValueError: There is no such row or column.
+    """
+    if operation not in operations() or backend not in _CELLS:
+        raise ValueError(
+            f"register({operation!r}, {backend!r}): choose an operation of {', '.join(operations())} and a back end of"
+            f" {', '.join(_CELLS)}"
+        )
+    _registered.setdefault((operation, backend), []).insert(0, implementation)
+
+
+def operations() -> tuple[str, ...]:
+    """The rows of the table: names of the folders of ``ops/``."""
+    return tuple(module_names(import_module(_OPS).__path__))
+
+
+def implementation(operation: str, plan: Plan, device: torch.device, backend: str | None = None) -> Any:
+    """What computes an operation.
+
+    Args:
+        operation: A row of the table.
+        plan: To compute with.
+        device: Of the operands.
+        backend: One of :data:`BACKENDS`; ``None`` or empty reads ``USLLM_KERNELS``.
+
+    Raises:
+        ValueError: The name is unknown, or what it names cannot run here or not with this plan.
+    """
+    asked, source = _asked(backend)
+    reason = None
+    for name in _automatic(device) if asked == "auto" else (choose(device, backend),):
+        for candidate in _cell(operation, name):
+            reason = candidate.supports(plan)
+            if reason is None:
+                return candidate
+        reason = reason or f"{operation} has no implementation there"
+    raise ValueError(f"{source} cannot compute {plan.name}: {reason}; leave the choice at auto")
+
+
+def supports(operation: str, backend: str, plan: Plan) -> str | None:
+    """Why a back end that is installed cannot compute an operation with a plan; ``None`` if it can."""
+    reasons = [candidate.supports(plan) for candidate in _cell(operation, backend)]
+    if None in reasons:
+        return None
+    return reasons[-1] if reasons else f"{operation} has no implementation there"
+
+
+def choice_problem(config: SketchConfig) -> str | None:
+    """Why ``USLLM_KERNELS`` cannot compute sketches of a configuration; ``None`` if it can, or is ``auto``.
+
+    It is known before there is a plan or a tensor; whether a back end runs on a device is :func:`choose`'s to say.
+
+    Raises:
+        ValueError: ``USLLM_KERNELS`` is unknown.
+    """
+    asked, source = _asked(None)
+    if asked == "auto" or not (asked == "torch" or installed(asked)):
+        return None
+    plan = Plan("", (1, 1), config, (EMPTY,), torch.zeros(1, dtype=torch.uint8))
+    for operation in OF_LAYERS:
+        reason = supports(operation, asked, plan)
+        if reason is not None:
+            return f"{source} cannot compute this sketch: {reason}; leave the choice at auto"
+    return None
 
 
 def choose(device: torch.device, backend: str | None = None) -> str:
-    """``triton``, ``numba`` or ``torch``: what computes on ``device``.
+    """``triton``, ``numba`` or ``torch``: the back end of a device, for plans that it supports.
 
     Args:
         device: Of the operands.
-        backend: One of :data:`BACKENDS`; ``None`` reads ``USLLM_KERNELS``.
+        backend: One of :data:`BACKENDS`; ``None`` or empty reads ``USLLM_KERNELS``.
 
     Raises:
         ValueError: The name is unknown, or what it names cannot run here.
     """
-    asked = backend or os.environ.get(VARIABLE) or "auto"
-    source = f"backend={asked!r}" if backend else f"{VARIABLE}={asked}"
-    if asked not in BACKENDS:
-        raise ValueError(f"{source} is unknown: choose one of {', '.join(BACKENDS)}")
+    asked, source = _asked(backend)
     if asked == "auto":
-        if device.type == "cuda":
-            return "triton" if installed("triton") else "torch"
-        return "numba" if device.type == "cpu" and installed("numba") else "torch"
+        return _automatic(device)[0]
     if asked == "numba" and device.type != "cpu":
         raise ValueError(f"{source} computes on the CPU only, the tensors are on {device.type}: leave it at auto")
     if asked == "triton" and device.type != "cuda" and not interpreted():
@@ -48,8 +143,35 @@ def choose(device: torch.device, backend: str | None = None) -> str:
     return asked
 
 
+def _asked(backend: str | None) -> tuple[str, str]:
+    """The back end that is asked for, and where; checked."""
+    asked = backend or os.environ.get(VARIABLE) or "auto"
+    source = f"backend={asked!r}" if backend else f"{VARIABLE}={asked}"
+    if asked not in BACKENDS:
+        raise ValueError(f"{source} is unknown: choose one of {', '.join(BACKENDS)}")
+    return asked, source
+
+
+def _automatic(device: torch.device) -> list[str]:
+    """Back ends that can run on a device, the fastest first; ``torch`` always can."""
+    names = _AUTOMATIC.get(device.type, ("torch",))
+    return [name for name in names if name == "torch" or installed(name)]
+
+
+def _cell(operation: str, backend: str) -> list[Implementation]:
+    built_in = _built_in(operation, backend)
+    registered = _registered.get((operation, backend), [])
+    return registered if built_in is None else [*registered, built_in]
+
+
+@lru_cache(maxsize=64)
+def _built_in(operation: str, backend: str) -> Any:
+    module = f"{_OPS}.{operation}.{_CELLS[backend]}"
+    return import_module(module) if find_spec(module) else None
+
+
 def running_on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes the device of the operands the one that kernels are launched on; Triton asks for no tensor's."""
+    """Context in which Triton launches on the operands' device; by itself it takes the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

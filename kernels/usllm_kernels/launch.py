@@ -1,4 +1,4 @@
-"""From a plan and its states to the arguments of a Triton kernel. Launch parameters follow from formulas."""
+"""Arguments of Triton kernels, made of a plan and its states. Launch parameters follow from formulas."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from torch import Tensor
 
 from usllm.sketch import Plan
 from usllm.sketch.codec import States
+from usllm_kernels.compiled_operators import combination
 from usllm_kernels.dispatch import interpreted
 from usllm_kernels.tables import SpanTables, Tables, tables
 from usllm_kernels.triton_tile import Groups, Sketch
 
-_COMBINATIONS = {"absmaxmin": 0, "countmin": 2, "mean": 3}
-
 
 def sketch_argument(states: States, plan: Plan, *, output_scale: bool = True) -> tuple[Tables, Sketch]:
-    """Tables of a plan with states, and what kernels take of both; output scales only where wanted and there."""
+    """Tables of a plan that has states, and the argument that kernels take for states and tables.
+
+    Output scales are applied where the plan has them and ``output_scale`` is true.
+    """
     codes = states["codes"]
     known = tables(plan, codes.device)
     output = plan.config.output_scale
@@ -29,13 +31,13 @@ def sketch_argument(states: States, plan: Plan, *, output_scale: bool = True) ->
         output_scales=states["output_scales"] if output else codes,
         output_scale_base=states["output_scale_base"] if output else codes,
         channel=known.channel,
-        block=known.block,
+        class_index=known.class_index,
         first_state=known.first_state,
         first_bit=known.first_bit,
         bits=known.bits,
-        numbers=plan.num_scales,
+        num_active=plan.num_active,
         width=plan.shape[1],
-        STEP=tl.constexpr(plan.turns),
+        ROTATION_STEP=tl.constexpr(plan.rotation_step),
         ROWS=tl.constexpr(known.rows),
         COMBINATION=tl.constexpr(combination(plan)),
         PACKED=tl.constexpr(codes.dtype == torch.uint8),
@@ -46,11 +48,6 @@ def sketch_argument(states: States, plan: Plan, *, output_scale: bool = True) ->
 def groups_argument(span: SpanTables) -> Groups:
     """What kernels take of a span."""
     return Groups(span.shape, span.buckets, span.start, span.size, span.rotation)
-
-
-def combination(plan: Plan) -> int:
-    """Number of the way in which the candidates of several rows are joined."""
-    return 1 if plan.config.query == "signed_max" else _COMBINATIONS[plan.config.operator]
 
 
 def target(out: Tensor) -> dict[str, Any]:

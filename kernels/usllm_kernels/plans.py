@@ -1,12 +1,14 @@
-"""A plan as an operator of torch takes it: two tensors and a list of whole numbers, no Python object.
+"""A plan as a custom op of torch takes it: lists of tensors and of whole numbers, no Python object.
 
-The tensors are those that are stored with a model (:meth:`usllm.sketch.Plan.to_tensors`), the numbers its format
-constants and a digest. What the kernels read is derived from them once and kept.
+The tensors are those that are stored with a model (:meth:`usllm.sketch.Plan.to_tensors`) and a description by names,
+from which another process makes the plan anew. The numbers are the sizes of the states, and a digest of the tensors.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,113 +18,128 @@ import torch
 from torch import Tensor
 
 from usllm.sketch import Plan, SketchConfig
-from usllm.sketch.classes import ChannelClass
 from usllm.sketch.codec import States
-from usllm.sketch.hash import HASHES
-from usllm.sketch.operators import OPERATORS
 from usllm.sketch.plan import living_plan
-
-_OPERATORS, _HASHES = tuple(OPERATORS), tuple(HASHES)
-_QUERIES, _ROUNDINGS = ("magnitude_max", "signed_max"), ("toward_zero", "nearest")
+from usllm_kernels.plan_cache import cached_by_plan
 
 _known: WeakValueDictionary[tuple[int, ...], Plan] = WeakValueDictionary()
 _rebuilt: OrderedDict[tuple[int, ...], Plan] = OrderedDict()
-_MOST_REBUILT = 1024  # plans that no living object stands for: of compiled functions, and of operator calls by hand
+_MOST_REBUILT = (
+    1024  # plans that no living object stands for: of compiled functions, and of calls of custom ops by hand
+)
+_STATES = ("codes", "scales", "scale_base", "output_scales", "output_scale_base")  # the last two where asked for
+
+
+class PlanNumbers(NamedTuple):
+    """The whole numbers of a plan; a custom op takes them as a list in this order.
+
+    Attributes:
+        out_features, in_features: Of the weight.
+        num_states: Of the layer.
+        num_active: Channels that hold states.
+        code_bits: Width of unpacked codes, 8 or 16.
+        output_scale: Whether outputs have scales, 0 or 1.
+        digest: Of the plan's tensors, 56 bits.
+    """
+
+    out_features: int
+    in_features: int
+    num_states: int
+    num_active: int
+    code_bits: int
+    output_scale: int
+    digest: int
 
 
 class FlatPlan(NamedTuple):
-    """What an operator takes for a plan.
+    """What a custom op takes for a plan.
 
     Attributes:
-        classes: int32 [classes, 3]: rows, states per group, width.
-        channel_class: uint8 [in].
-        numbers: Output rows, input channels, states, channels with states, bits of unpacked codes, operator, query,
-            hash, rounding, group size, output scale, key, digest.
+        tensors: ``classes``, int32 [classes, 3]: rows, states per group, width; ``channel_class``, uint8 [in]; a
+            description, uint8 [bytes]: name and configuration as JSON.
+        numbers: Of :class:`PlanNumbers`.
     """
 
-    classes: Tensor
-    channel_class: Tensor
+    tensors: list[Tensor]
     numbers: list[int]
 
 
 def flatten(plan: Plan) -> FlatPlan:
-    """A plan for an operator call; made once a plan."""
+    """A plan for the call of a custom op; made once a plan."""
     if torch.compiler.is_dynamo_compiling():
         found = _flat_plan(plan.handle)
-        return FlatPlan(found.classes, found.channel_class, found.numbers)  # a constant of torch 2.11 is not unpacked
-    kept: FlatPlan | None = plan.__dict__.get("_flat")
-    if kept is None:
-        kept = plan.__dict__["_flat"] = _flatten(plan)
-    _known.setdefault(tuple(kept.numbers), plan)
-    return kept
+        return FlatPlan(found.tensors, found.numbers)  # a constant of torch 2.11 is not unpacked
+    flat = _flatten(plan)
+    _known.setdefault(tuple(flat.numbers), plan)
+    return flat
 
 
+@cached_by_plan
 @torch.inference_mode(False)  # a backward pass may save the tensors, whatever made the plan
 def _flatten(plan: Plan) -> FlatPlan:
-    tensors, config = {name: tensor.clone() for name, tensor in plan.to_tensors().items()}, plan.config
-    content = b"".join(tensor.numpy().tobytes() for tensor in tensors.values())
-    numbers = [
+    stored = plan.to_tensors()
+    description = json.dumps({"name": plan.name, "config": dataclasses.asdict(plan.config)}).encode()
+    tensors = [
+        stored["classes"].clone(),
+        stored["channel_class"].clone(),
+        torch.tensor(list(description), dtype=torch.uint8),
+    ]
+    digest = hashlib.blake2b(digest_size=7)
+    for tensor in tensors:
+        digest.update(tensor.numpy().tobytes())
+    numbers = PlanNumbers(
         *plan.shape,
         plan.num_states,
-        plan.num_scales,
+        plan.num_active,
         16 if plan.code_dtype == torch.int16 else 8,
-        _OPERATORS.index(config.operator),
-        _QUERIES.index(config.query),
-        _HASHES.index(config.hash),
-        _ROUNDINGS.index(config.rounding),
-        config.group_size,
-        int(config.output_scale),
-        plan.key,
-        int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "little"),
-    ]
-    return FlatPlan(tensors["classes"], tensors["channel_class"], numbers)
+        int(plan.config.output_scale),
+        int.from_bytes(digest.digest(), "little"),
+    )
+    return FlatPlan(tensors, list(numbers))
 
 
-def unflatten(classes: Tensor, channel_class: Tensor, numbers: list[int]) -> Plan:
-    """The plan of an operator call: the one that was flattened, or, in another process, one made anew."""
+def unflatten(tensors: list[Tensor], numbers: list[int]) -> Plan:
+    """The plan of a custom op's call: the one that was flattened, or, in another process, one made anew.
+
+    Raises:
+        ValueError: It is made anew, and its operator or hash is registered in no module that was imported here.
+    """
     key = tuple(numbers)
     found = _known.get(key)
     if found is None and key in _rebuilt:
         _rebuilt.move_to_end(key)
         found = _rebuilt[key]
     if found is None:
-        out, width, _, _, _, operator, query, spread, rounding, group, output, hash_key, _ = numbers
-        config = SketchConfig(
-            operator=_OPERATORS[operator],
-            query=_QUERIES[query],
-            hash=_HASHES[spread],
-            rounding=_ROUNDINGS[rounding],
-            group_size=group,
-            output_scale=bool(output),
+        classes, channel_class, description = tensors
+        described = json.loads(description.cpu().numpy().tobytes())
+        found = Plan.from_tensors(
+            {"classes": classes, "channel_class": channel_class},
+            (numbers[0], numbers[1]),
+            SketchConfig(**described["config"]),
+            described["name"],
         )
-        choices = tuple(ChannelClass(*row) for row in classes.tolist())
-        found = Plan("", (out, width), config, choices, channel_class.cpu())
-        found.__dict__["key"] = hash_key  # the name is unknown here, and serves for nothing else
         _rebuilt[key] = found
         if len(_rebuilt) > _MOST_REBUILT:
             _rebuilt.popitem(last=False)
     return found
 
 
-def fake_states(numbers: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def fake_states(numbers: list[int], device: torch.device) -> list[Tensor]:
     """Tensors of the shapes that :func:`list_states` gives for a plan, with nothing in them."""
-    out, _, states, channels, bits, _, _, _, _, _, output, _, _ = numbers
-    sizes = (channels, 1, out if output else 0, 1 if output else 0)
-    codes = torch.empty(states, dtype=torch.int16 if bits == 16 else torch.int8, device=device)
-    scales, base, output_scales, output_base = (torch.empty(size, dtype=torch.uint8, device=device) for size in sizes)
-    return codes, scales, base, output_scales, output_base
+    plan = PlanNumbers(*numbers)
+    codes = torch.empty(plan.num_states, dtype=torch.int16 if plan.code_bits == 16 else torch.int8, device=device)
+    sizes = (plan.num_active, 1, plan.out_features, 1) if plan.output_scale else (plan.num_active, 1)
+    return [codes, *(torch.empty(size, dtype=torch.uint8, device=device) for size in sizes)]
 
 
-def list_states(states: States) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """States as an operator takes and returns them; what is not there is empty."""
-    codes = states["codes"]
-    return (
-        codes,
-        states["scales"],
-        states["scale_base"],
-        states.get("output_scales", empty(torch.uint8, codes.device)),
-        states.get("output_scale_base", empty(torch.uint8, codes.device)),
-    )
+def list_states(states: States) -> list[Tensor]:
+    """States as a custom op takes and returns them: codes, scales, their base, then output scales, if any, and base."""
+    return [states[name] for name in _STATES if name in states]
+
+
+def name_states(tensors: Sequence[Tensor]) -> States:
+    """Inverse of :func:`list_states`."""
+    return dict(zip(_STATES, tensors, strict=False))
 
 
 def check_states(states: States, plan: Plan) -> None:
@@ -131,7 +148,7 @@ def check_states(states: States, plan: Plan) -> None:
     Raises:
         ValueError: Their number is another, or they do not lie in one piece.
     """
-    needed = {"codes": plan.num_states, "scales": plan.num_scales, "scale_base": 1}
+    needed = {"codes": plan.num_states, "scales": plan.num_active, "scale_base": 1}
     if states["codes"].dtype == torch.uint8:
         needed["codes"] = plan.bit_breakdown()["states"] // 8
     if plan.config.output_scale:
@@ -145,26 +162,6 @@ def check_states(states: States, plan: Plan) -> None:
             )
 
 
-def name_states(tensors: Sequence[Tensor]) -> States:
-    """Inverse of :func:`list_states`."""
-    names = ("codes", "scales", "scale_base", "output_scales", "output_scale_base")
-    held = names if tensors[4].numel() else names[:3]
-    return dict(zip(held, tensors, strict=False))
-
-
-def _flat_plan(handle: str) -> FlatPlan:
-    return flatten(living_plan(handle))
-
-
-def _places(handle: str) -> tuple[int, int, int]:
-    """First bytes of scales, output scales and codes in a packed layer."""
-    plan = living_plan(handle)
-    size = {name: bits // 8 for name, bits in plan.bit_breakdown().items()}
-    scales = size["header"] + size["classes"] + size["channel_classes"]
-    output = scales + size["scales"]
-    return scales, output, output + size["output_scale"]
-
-
 def packed_states(packed: Tensor, plan: Plan) -> States:
     """States of a packed layer without unpacking them: ``codes`` is the stream itself, uint8.
 
@@ -172,19 +169,32 @@ def packed_states(packed: Tensor, plan: Plan) -> States:
         packed: uint8 [``plan.total_bits / 8``], header first (`usllm/packed/FORMAT.md`).
         plan: The layer's plan.
     """
-    scales, output, codes = _places(plan.handle)
+    scales, output, codes = _first_bytes(plan.handle)
     states = {"codes": packed[codes:], "scales": packed[scales:output], "scale_base": packed[1:2]}
     if plan.config.output_scale:
         states |= {"output_scales": packed[output:codes], "output_scale_base": packed[2:3]}
     return states
 
 
-def empty(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What stands for a tensor that is not there: operators return no ``None``."""
+def _flat_plan(handle: str) -> FlatPlan:
+    return flatten(living_plan(handle))
+
+
+def _first_bytes(handle: str) -> tuple[int, int, int]:
+    """Where scales, output scales and codes begin in a packed layer, in bytes."""
+    plan = living_plan(handle)
+    size = {name: bits // 8 for name, bits in plan.bit_breakdown().items()}
+    scales = size["header"] + size["classes"] + size["channel_classes"]
+    output = scales + size["scales"]
+    return scales, output, output + size["output_scale"]
+
+
+def absent(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty tensor, returned for one that was not asked for: custom ops return no ``None``."""
     return torch.empty(0, dtype=dtype, device=device)
 
 
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler (a second, and triton). They
 # take a plan's handle: before torch 2.12 no object that is not a constant may go into such a function.
-for _function in (_flat_plan, _places):
+for _function in (_flat_plan, _first_bytes):
     setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010  # functions have no such attribute for mypy

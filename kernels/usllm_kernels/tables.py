@@ -10,8 +10,9 @@ from torch import Tensor
 
 from usllm.sketch.plan import Plan
 from usllm.sketch.quantize import BEST_SCALE, EXPONENTIAL_RATIO, HEAVY_SLOPE, NORMAL_RATIO
+from usllm_kernels.plan_cache import cached_by_plan
 
-SHAPE_COLUMNS = 6
+CLASS_COLUMNS = 6  # of ``shape``
 
 
 class SpanTables(NamedTuple):
@@ -20,9 +21,10 @@ class SpanTables(NamedTuple):
     Attributes:
         start, size, groups, rotation: Of the span; the rotation is that of channel 0 in its first group.
         shape: Rows, depth, states, offsets in slots and buckets, first state within a channel; int32 [classes, 6].
-        slots: Positions that share each bucket, [rows, depth, states] of every class in turn, int16; n where unused.
-        buckets: Bucket of each rotated position, counted on from row to row, [rows, n] of every class in turn; the bits
-            of uint16, held as int16.
+        slots: Positions that share each bucket, [rows, depth, states] of every class, one after another, int16; n where
+            unused.
+        buckets: Bucket of each rotated position, row r's from r * K on, [rows, n] of every class, one after another;
+            the bits of uint16, held as int16.
     """
 
     start: int
@@ -35,23 +37,25 @@ class SpanTables(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Tables of a plan. Channels with states are also numbered in storage order: by class, then by channel.
+    """Tables of a plan. A channel that holds states is active; its index counts these in storage order.
+
+    Storage order is by class, then by channel.
 
     Attributes:
-        position: Number in storage order of each channel, -1 without states, int32 [in].
-        channel: Channel of each number, int32 [channels with states].
-        block: Class of each number, int32.
-        first_state: First state of each number, int64.
-        sizes: States of each number, int32.
-        bits: Width of the states of each number, int32.
+        active_index_of: Index of each channel, -1 for channels without states, int32 [in].
+        channel: Channel of each index, int32 [active channels].
+        class_index: Class of each active channel, int32; it counts the classes that hold states.
+        first_state: First state of each active channel, int64.
+        sizes: States of each active channel, int32.
+        bits: Width of the states of each active channel, int32.
         first_bit: Where its states begin in the packed stream, in bits, int64.
         rows, states, depth: The most over all classes.
         spans: The runs of groups.
     """
 
-    position: Tensor
+    active_index_of: Tensor
     channel: Tensor
-    block: Tensor
+    class_index: Tensor
     first_state: Tensor
     sizes: Tensor
     bits: Tensor
@@ -62,29 +66,23 @@ class Tables(NamedTuple):
     spans: list[SpanTables]
 
 
+@cached_by_plan
 def tables(plan: Plan, device: torch.device) -> Tables:
     """The tables of a plan with states."""
-    kept: dict[torch.device, Tables] = plan.__dict__.setdefault("_device_tables", {})
-    if device not in kept:
-        kept[device] = _tables(plan, device)
-    return kept[device]
-
-
-def _tables(plan: Plan, device: torch.device) -> Tables:
     blocks = plan.blocks
     first_state, first_bit = [], []
     bit = 0
     for block in blocks:
-        number = torch.arange(len(block.channels))
-        first_state.append(block.first_state + number * block.states_per_channel)
-        first_bit.append(bit + number * block.states_per_channel * block.choice.bits)
+        index = torch.arange(len(block.channels))
+        first_state.append(block.first_state + index * block.states_per_channel)
+        first_bit.append(bit + index * block.states_per_channel * block.choice.bits)
         bit += block.num_states * block.choice.bits
-    position = torch.full((plan.shape[1],), -1, dtype=torch.int32)
-    position[plan.channel_order] = torch.arange(plan.num_scales, dtype=torch.int32)
-    spans = [_span(plan, number, device) for number in range(len(plan.spans))]
+    active_index_of = torch.full((plan.shape[1],), -1, dtype=torch.int32)
+    active_index_of[plan.channel_order] = torch.arange(plan.num_active, dtype=torch.int32)
+    spans = [_span(plan, span_index, device) for span_index in range(len(plan.spans))]
     shapes = torch.cat([span.shape.cpu() for span in spans])
     return Tables(
-        position.to(device),
+        active_index_of.to(device),
         plan.channel_order.int().to(device),
         plan.per_channel(range(len(blocks))).to(device),
         torch.cat(first_state).to(device),
@@ -98,20 +96,20 @@ def _tables(plan: Plan, device: torch.device) -> Tables:
     )
 
 
-def _span(plan: Plan, number: int, device: torch.device) -> SpanTables:
-    span = plan.spans[number]
-    of_classes = (values.to(device) for values in class_tables(plan, number))
+def _span(plan: Plan, span_index: int, device: torch.device) -> SpanTables:
+    span = plan.spans[span_index]
+    of_classes = (values.to(device) for values in class_tables(plan, span_index))
     return SpanTables(span.start, span.size, span.groups, plan.rotation(span), *of_classes)
 
 
-def class_tables(plan: Plan, number: int) -> tuple[Tensor, Tensor, Tensor]:
+def class_tables(plan: Plan, span_index: int) -> tuple[Tensor, Tensor, Tensor]:
     """``shape``, ``slots`` and ``buckets`` of :class:`SpanTables` for one span."""
-    span = plan.spans[number]
+    span = plan.spans[span_index]
     shape, slots, buckets = [], [], []
     slot_offset = bucket_offset = 0
     for block in plan.blocks:
         choice = block.choice
-        before = sum(s.groups * choice.rows * min(choice.states, s.size) for s in plan.spans[:number])
+        before = sum(s.groups * choice.rows * min(choice.states, s.size) for s in plan.spans[:span_index])
         placement = plan.placement(choice, span.size)
         rows, _, states = placement.slots.shape
         shape.append((*placement.slots.shape, slot_offset, bucket_offset, before))
@@ -125,10 +123,11 @@ def class_tables(plan: Plan, number: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @lru_cache(maxsize=16)
 def best_scales(rounding: str, device: torch.device) -> Tensor:
-    """Factors of the mean by width, for normal magnitudes and what exponential ones have more; 0 where nothing clips.
+    """The clipping scale of every width as a factor of the mean magnitude.
 
     Returns:
-        float32 [17, 2].
+        float32 [17, 2]: by width in bits, the factor for normal magnitudes, and the increment to that for exponential
+        ones. 0 where nothing is clipped.
     """
     table = torch.zeros(17, 2)
     for (of_rounding, bits), (normal, exponential) in BEST_SCALE.items():
@@ -139,5 +138,5 @@ def best_scales(rounding: str, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=8)
 def scale_ratios(device: torch.device) -> Tensor:
-    """rms over mean of normal magnitudes, what exponential ones have more, slope beyond; float32 [3]."""
+    """rms / mean of normal magnitudes, the increment to that of exponential ones, slope beyond; float32 [3]."""
     return torch.tensor((NORMAL_RATIO, EXPONENTIAL_RATIO - NORMAL_RATIO, HEAVY_SLOPE)).to(device)

@@ -1,10 +1,10 @@
-"""What every Triton kernel here is made of: a tile of decoded weights, straight from the states.
+"""Tiles of decoded weights, made straight from the states: the part that all Triton kernels share.
 
-A tile is [channels, outputs of one group]. For one channel the outputs read one row of a table (contiguous, but for one
-wrap) and states within a few dozen bytes, so with the outputs along the lanes of a warp nothing is read apart. Channels
-are addressed by their number among those that hold states, in storage order: the others are never looked at. The
-integers are those of :mod:`usllm.sketch.codec`; offsets that may pass 2^31 are 64 bits wide. Nothing is computed in
-bfloat16: the interpreter would do so wrongly, and silently.
+A tile is [channels, outputs of one group]. The outputs of one channel read one row of a table (contiguous, but for one
+wrap) and states within a few dozen bytes. Outputs lie along the lanes of a warp, so that a warp reads in one place.
+Channels are addressed by their active index, which counts those that hold states in storage order; the others
+are never looked at. The integers are those of :mod:`usllm.sketch.codec`; offsets that may pass 2^31 are 64 bits wide.
+Nothing is computed in bfloat16: the interpreter would do so wrongly, and silently.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-MAGNITUDE_MAX = tl.constexpr(0)
-SIGNED_MAX = tl.constexpr(1)
-MAGNITUDE_MIN = tl.constexpr(2)
-TOTAL = tl.constexpr(3)
+from usllm_kernels import compiled_operators, tables
 
-_SHAPE = tl.constexpr(6)  # columns of the table of classes (usllm_kernels.tables)
+MAGNITUDE_MAX = tl.constexpr(compiled_operators.MAGNITUDE_MAX)
+SIGNED_MAX = tl.constexpr(compiled_operators.SIGNED_MAX)
+MAGNITUDE_MIN = tl.constexpr(compiled_operators.MAGNITUDE_MIN)
+TOTAL = tl.constexpr(compiled_operators.TOTAL)
+
+CLASS_COLUMNS = tl.constexpr(tables.CLASS_COLUMNS)
 
 
 class Sketch(NamedTuple):
@@ -34,12 +36,12 @@ class Sketch(NamedTuple):
         scale_base: uint8 [1].
         output_scales: uint8 [out].
         output_scale_base: uint8 [1].
-        channel, block, first_state, first_bit, bits: of each number (:class:`usllm_kernels.tables.Tables`).
-        numbers: channels with states.
+        channel, class_index, first_state, first_bit, bits: see :class:`usllm_kernels.tables.Tables`.
+        num_active: channels that hold states.
         width: input channels.
-        STEP: how much further the next channel is rotated, 0 or 1.
+        ROTATION_STEP: how much further the next channel is rotated, 0 or 1.
         ROWS: the most rows of a class.
-        COMBINATION: how the candidates of several rows are joined, one of the four above.
+        COMBINATION: how the candidates of several rows are joined (:mod:`usllm_kernels.compiled_operators`).
         PACKED: whether the codes are the packed stream.
         OUTPUT_SCALE: whether output scales are applied.
     """
@@ -50,13 +52,13 @@ class Sketch(NamedTuple):
     output_scales: Any
     output_scale_base: Any
     channel: Any
-    block: Any
+    class_index: Any
     first_state: Any
     first_bit: Any
     bits: Any
-    numbers: Any
+    num_active: Any
     width: Any
-    STEP: tl.constexpr
+    ROTATION_STEP: tl.constexpr
     ROWS: tl.constexpr
     COMBINATION: tl.constexpr
     PACKED: tl.constexpr
@@ -64,7 +66,7 @@ class Sketch(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """A run of equal groups, as a kernel's argument: see :class:`usllm_kernels.tables.SpanTables`."""
+    """A run of equal groups, as a kernel's argument; see :class:`usllm_kernels.tables.SpanTables`."""
 
     shape: Any
     buckets: Any
@@ -77,8 +79,8 @@ class Groups(NamedTuple):
 def load_codes(codes, first, bucket, skip, bits, mask, PACKED: tl.constexpr):
     """State codes as int32 [channels, outputs].
 
-    ``first`` [channels, 1] is where a channel's states begin: their number, or, of the packed stream, the byte that
-    their first bit is in, behind ``skip`` others. From there 32 bits reach every state of a group.
+    ``first`` [channels, 1] is a channel's first state in this group. Of the packed stream it is the byte in which that
+    state begins, after ``skip`` bits of others: offsets from there fit into 32 bits.
     """
     if PACKED:
         bit = skip + bucket * bits
@@ -125,10 +127,10 @@ def as_multiplied(weight, dtype: tl.constexpr):
 
 
 @triton.jit
-def rotated(i, channel, group, n, rotation, width, STEP: tl.constexpr):
+def rotated(i, channel, group, n, rotation, width, ROTATION_STEP: tl.constexpr):
     """Position in hash order of output ``i`` of a group, [channels, outputs]."""
-    turn = (rotation + STEP * (group * width + channel)) % n
-    q = i[None, :] - turn[:, None]
+    of_channel = (rotation + ROTATION_STEP * (group * width + channel)) % n
+    q = i[None, :] - of_channel[:, None]
     return tl.where(q < 0, q + n, q)
 
 
@@ -136,26 +138,26 @@ def rotated(i, channel, group, n, rotation, width, STEP: tl.constexpr):
 def decoded_tile(
     sketch,  # Sketch
     span,  # Groups
-    number,  # [channels], which, in storage order
+    active_index,  # [channels], which of the channels that hold states
     i,  # [outputs], which of the group
     group,
 ):
-    """Decoded weights, float32 [channels, outputs]; 0 outside of the group and for numbers that no channel has."""
-    held = (number >= 0) & (number < sketch.numbers)
-    channel = tl.load(sketch.channel + number, mask=held, other=0)
-    row_of = tl.load(sketch.block + number, mask=held, other=0) * _SHAPE
+    """Decoded weights, float32 [channels, outputs]; 0 outside of the group and where no channel has such an index."""
+    held = (active_index >= 0) & (active_index < sketch.num_active)
+    channel = tl.load(sketch.channel + active_index, mask=held, other=0)
+    row_of = tl.load(sketch.class_index + active_index, mask=held, other=0) * CLASS_COLUMNS
     rows = tl.load(span.shape + row_of, mask=held, other=0)
     states = tl.load(span.shape + row_of + 2, mask=held, other=0)
     table = tl.load(span.shape + row_of + 4, mask=held, other=0)
     place = tl.load(span.shape + row_of + 5, mask=held, other=0) + group * rows * states
-    width_in_bits = tl.load(sketch.bits + number, mask=held, other=1)
+    width_in_bits = tl.load(sketch.bits + active_index, mask=held, other=1)
     if sketch.PACKED:
-        bit = tl.load(sketch.first_bit + number, mask=held, other=0) + place.to(tl.int64) * width_in_bits
+        bit = tl.load(sketch.first_bit + active_index, mask=held, other=0) + place.to(tl.int64) * width_in_bits
         first, skip = bit >> 3, (bit & 7).to(tl.int32)
     else:
-        first = tl.load(sketch.first_state + number, mask=held, other=0) + place
+        first = tl.load(sketch.first_state + active_index, mask=held, other=0) + place
         skip = tl.zeros(place.shape, tl.int32)
-    q = rotated(i, channel, group, span.n, span.rotation, sketch.width, sketch.STEP)
+    q = rotated(i, channel, group, span.n, span.rotation, sketch.width, sketch.ROTATION_STEP)
     mask = held[:, None] & (i < span.n)[None, :]
     joined = tl.zeros(q.shape, tl.int32)
     for row in range(sketch.ROWS):
@@ -180,7 +182,7 @@ def decoded_tile(
             joined += tl.where(live, code, 0)
     if sketch.COMBINATION == MAGNITUDE_MAX:
         joined = tl.where((joined & 1) == 1, -(joined >> 1), joined >> 1)
-    scale = stored_scale(tl.load(sketch.scales + number, mask=held, other=0), tl.load(sketch.scale_base), 3)
+    scale = stored_scale(tl.load(sketch.scales + active_index, mask=held, other=0), tl.load(sketch.scale_base), 3)
     if sketch.COMBINATION == TOTAL:
         scale = tl.div_rn(scale, tl.maximum(rows, 1).to(tl.float32))
     weight = joined.to(tl.float32) * scale[:, None]

@@ -8,7 +8,7 @@ from cases import case, every_case, products_of
 
 from usllm import sketch
 from usllm.sketch import SketchConfig, build_plan
-from usllm_kernels import matrix_query, packed_states, project, project_query, query, sketch_linear
+from usllm_kernels import packed_states, project, project_query, query, sketch_linear
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,13 +72,6 @@ def test_gradient_of_the_decoded_weight_goes_straight_to_the_latent_one(backend:
     gradient = torch.randn_like(layer.weight).bfloat16()
     decoded.backward(gradient)
     assert weight.grad is not None and torch.equal(weight.grad, gradient.float())
-
-
-@every_case
-def test_matrix_form_decodes_alike(name: str) -> None:
-    layer = case(name)
-    if not layer.plan.config.output_scale:
-        assert torch.equal(matrix_query(layer.states, layer.plan), sketch.query(layer.states, layer.plan))
 
 
 @every_case

@@ -1,4 +1,4 @@
-"""Products with the decoded weight: values, gradients, what is kept for them, and how torch takes the operators."""
+"""Products with the decoded weight: values, gradients, what is kept for them, and how torch takes the custom ops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from usllm import sketch
 from usllm.sketch import SketchConfig, build_plan
-from usllm_kernels import folded_linear, folds, project, project_query, query, sketch_linear
+from usllm_kernels import project, project_query, query, sketch_linear
 from usllm_kernels.dispatch import interpreted
 
 
@@ -157,19 +157,18 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_latents(
 
 
 @pytest.mark.parametrize("name", ["one-channel"] if interpreted() else ["one-channel", "mixed-widths"])
-def test_operators_pass_opcheck(name: str, backend: str, device: torch.device) -> None:
+def test_custom_ops_pass_opcheck(name: str, backend: str, device: torch.device) -> None:
     from usllm_kernels.plans import flatten, list_states
 
     layer = case(name, device)
     plan, states = flatten(layer.plan), list_states(layer.states)
-    weight, x = layer.weight.clone().requires_grad_(), random(3, layer.plan.shape[1], device=device).requires_grad_()
-    ops = torch.ops.usllm
+    x, ops = random(3, layer.plan.shape[1], device=device), torch.ops.usllm
     for op, arguments in (
         (ops.project, (layer.weight, layer.moment, *plan, True, backend)),
-        (ops.project_query, (weight, None, *plan, torch.float32, False, True, backend)),
-        (ops.query, (*states, *plan, torch.bfloat16, backend)),
-        (ops.sketch_linear, (x, weight, *states, *plan, backend)),
-        (ops.sketch_linear_input_gradient, (random(3, plan.numbers[0], device=device), *states, *plan, backend)),
+        (ops.project_query, (layer.weight, None, *plan, torch.float32, False, True, backend)),
+        (ops.query, (states, *plan, torch.bfloat16, backend)),
+        (ops.sketch_linear, (x, states, *plan, backend)),
+        (ops.sketch_linear_input_gradient, (random(3, plan.numbers[0], device=device), states, *plan, backend)),
     ):
         torch.library.opcheck(op.default, arguments)
 
@@ -210,42 +209,3 @@ def test_a_copied_plan_computes_the_same(backend: str, device: torch.device) -> 
     layer = case("mixed-widths", device)
     decoded = query(layer.states, layer.plan, backend=backend)
     assert torch.equal(query(layer.states, copy.deepcopy(layer.plan), backend=backend), decoded)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_folded_product_and_its_gradient(dtype: torch.dtype) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    layer = case("shared-mean", device)
-    decoded = sketch.query(layer.states, layer.plan)
-    assert folds(layer.plan)
-    for states in (layer.states, layer.packed):
-        x = random(5, layer.plan.shape[1], device=device, dtype=dtype).requires_grad_()
-        y = folded_linear(x, states, layer.plan)
-        assert_product(y.detach(), x.detach(), decoded.t().to(dtype))
-        gradient = random(5, layer.plan.shape[0], device=device, dtype=dtype)
-        y.backward(gradient)
-        assert x.grad is not None
-        torch.testing.assert_close(
-            x.grad.float(),
-            (gradient.double() @ decoded.double()).float(),
-            rtol=3e-2,
-            atol=0.1 if dtype == torch.bfloat16 else 1e-4,
-        )
-    torch.library.opcheck(
-        torch.ops.usllm.folded_linear.default,
-        (random(2, layer.plan.shape[1], device=device).requires_grad_(), *_arguments(layer.states, layer.plan)),
-    )
-
-
-def _arguments(states: sketch.States, plan: sketch.Plan) -> tuple[object, ...]:
-    from usllm_kernels.plans import flatten, list_states
-
-    return (*list_states(states), *flatten(plan))
-
-
-@pytest.mark.parametrize("name", ["plain", "mean"])
-def test_what_does_not_fold_is_refused(name: str) -> None:
-    layer = case(name)
-    assert not folds(layer.plan)
-    with pytest.raises(ValueError, match="use sketch_linear"):
-        folded_linear(torch.zeros(1, layer.plan.shape[1]), layer.states, layer.plan)

@@ -1,17 +1,20 @@
-"""Plans as operators take them."""
+"""Plans as custom ops take them."""
 
 from __future__ import annotations
 
 import copy
 import gc
+import pickle
+import weakref
 
 import pytest
 import torch
 from cases import case, every_case
 
-from usllm.sketch import query
+from usllm.sketch import Plan, query
 from usllm_kernels import plans
 from usllm_kernels.plans import flatten, list_states, name_states, unflatten
+from usllm_kernels.tables import tables
 
 
 @every_case
@@ -26,7 +29,7 @@ def test_a_plan_is_rebuilt_from_its_numbers_where_it_is_unknown(name: str, monke
     finally:
         plans._known = known
     assert rebuilt is not layer.plan
-    assert rebuilt.key == layer.plan.key
+    assert (rebuilt.name, rebuilt.config, rebuilt.key) == (layer.plan.name, layer.plan.config, layer.plan.key)
     assert torch.equal(query(layer.states, rebuilt), query(layer.states, layer.plan))
 
 
@@ -68,3 +71,35 @@ def test_rebuilt_plans_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     unflatten(*flats[2])  # the one used longest ago gives way
     assert unflatten(*flats[0]) is first
     assert len(plans._rebuilt) == 2
+
+
+def test_the_numbers_have_names() -> None:
+    plan = case("mixed-widths").plan
+    numbers = plans.PlanNumbers(*flatten(plan).numbers)
+    assert (numbers.out_features, numbers.in_features) == plan.shape
+    assert (numbers.num_states, numbers.num_active) == (plan.num_states, plan.num_active)
+    assert (numbers.code_bits, numbers.output_scale) == (8, 1)
+    assert plans.PlanNumbers(*flatten(case("16-bit").plan).numbers).code_bits == 16
+
+
+def test_what_is_cached_for_a_plan_goes_with_it() -> None:
+    layer = case("mixed-widths")
+    plan = copy.deepcopy(layer.plan)
+    before = set(plan.__dict__)
+    flatten(plan)
+    tables(plan, torch.device("cpu"))
+    assert tables(plan, torch.device("cpu")) is tables(plan, torch.device("cpu"))
+    own = {key for key in plan.__dict__ if key in vars(Plan)}  # the plan's own cached properties
+    assert set(plan.__dict__) <= before | own
+    alive = [weakref.ref(plan), weakref.ref(flatten(plan).tensors[0])]
+    del plan
+    gc.collect()
+    assert [reference() for reference in alive] == [None, None]
+
+
+def test_a_copy_of_a_plan_is_flattened_for_itself() -> None:
+    layer = case("plain")
+    flat = flatten(layer.plan)
+    for copied in (copy.deepcopy(layer.plan), pickle.loads(pickle.dumps(layer.plan))):
+        again = flatten(copied)
+        assert again is not flat and again.numbers == flat.numbers

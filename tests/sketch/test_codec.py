@@ -13,14 +13,16 @@ def slow_query(weight: Tensor, plan: Plan) -> Tensor:
     """AbsMaxMin without quantisation, one weight at a time, from the definition."""
     decoded = torch.zeros_like(weight)
     for span in plan.spans:
-        turn = first_rotation(plan.key, span.size) + plan.turns * span.first_group * plan.shape[1]
+        turn = first_rotation(plan.key, span.size) + plan.rotation_step * span.first_group * plan.shape[1]
         for block in plan.blocks:
             buckets = plan.placement(block.choice, span.size).buckets.long()
             for channel in block.channels.tolist():
                 for group in range(span.groups):
                     rows = slice(span.start + group * span.size, span.start + (group + 1) * span.size)
                     values = weight[rows, channel]
-                    q = (torch.arange(span.size) - turn - plan.turns * (channel + group * plan.shape[1])) % span.size
+                    q = (
+                        torch.arange(span.size) - turn - plan.rotation_step * (channel + group * plan.shape[1])
+                    ) % span.size
                     best = torch.zeros_like(values)
                     for table in buckets:
                         for i in range(span.size):
@@ -221,7 +223,7 @@ def test_winners_are_the_members_that_states_keep(layer: tuple[Tensor, Plan, Ten
             for span in plan.spans:
                 load = plan.placement(block.choice, span.size).load
                 for group in range(span.first_group, span.first_group + span.groups):
-                    turn = first_rotation(plan.key, span.size) + plan.turns * (group * plan.shape[1] + channel)
+                    turn = first_rotation(plan.key, span.size) + plan.rotation_step * (group * plan.shape[1] + channel)
                     for row_load in load:
                         for members in row_load.tolist():
                             first_row = span.start + (group - span.first_group) * span.size

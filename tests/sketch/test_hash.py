@@ -28,7 +28,7 @@ def buckets_of(plan: Plan) -> torch.Tensor:
     found = torch.empty(choice.rows, n, channels, dtype=torch.int64)
     for channel in range(channels):
         for i in range(n):
-            found[:, i, channel] = table[:, (i - turn - plan.turns * channel) % n]
+            found[:, i, channel] = table[:, (i - turn - plan.rotation_step * channel) % n]
     return found
 
 
@@ -66,7 +66,7 @@ def test_balanced_loads_differ_by_at_most_one_and_no_state_is_empty(n: int, stat
 def test_rotation_by_copies_equals_the_formula(hash: str) -> None:
     plan = one_class_plan(23, 61, 5, rows=2, hash=hash)
     address = torch.arange(23 * 61, dtype=torch.float32).view(23, 61)
-    rotated = rotate(address, plan.spans[0], plan.rotation(plan.spans[0]), plan.turns)  # [in, n]
+    rotated = rotate(address, plan.spans[0], plan.rotation(plan.spans[0]), plan.rotation_step)  # [in, n]
     table = plan.placement(plan.classes[0], 23).buckets.long()
     found = torch.empty(2, 23 * 61, dtype=torch.int64)
     found[:, rotated.long().flatten()] = table.repeat(1, 61)

@@ -149,7 +149,7 @@ def _shares(importance: Mapping[str, Tensor], threshold: float) -> dict[str, Any
 def _with_states(model: nn.Module) -> float:
     """Share of the channels that hold states."""
     plans = [layer.plan for layer in compressed_layers(model).values() if isinstance(layer.plan, SketchPlan)]
-    return sum(plan.num_scales for plan in plans) / sum(plan.shape[1] for plan in plans)
+    return sum(plan.num_active for plan in plans) / sum(plan.shape[1] for plan in plans)
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

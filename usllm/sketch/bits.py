@@ -52,6 +52,6 @@ def available_bits(shape: tuple[int, int], output_scale: bool, classes: int, bud
 def bit_breakdown(plan: Plan) -> dict[str, int]:
     """Bits of each section of a planned layer; their sum is the layer's size."""
     sections = _fixed_bits(plan.shape, plan.config.output_scale, len(plan.classes))
-    sections["scales"] = plan.num_scales * SCALE_BITS
+    sections["scales"] = plan.num_active * SCALE_BITS
     sections["states"] = whole_bytes(sum(block.num_states * block.choice.bits for block in plan.blocks))
     return sections

@@ -26,13 +26,15 @@ States = dict[str, Tensor]
 
 
 @torch.no_grad()
-def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, *, winners: Tensor | None = None) -> States:
+def project(
+    weight: Tensor, plan: Plan, second_moment: Tensor | None = None, *, winners: Tensor | None = None
+) -> States:
     """States of a latent weight (insert).
 
     Args:
         weight: [out, in], any float dtype; computed in fp32.
         plan: The layer's plan.
-        moment: E[a²] per input channel, [in]: weights the fit of the output scale, if the plan has one.
+        second_moment: E[a²] per input channel, [in]: weights the fit of the output scale, if the plan has one.
         winners: int16 [states], written: the rotated position within its group of the member that each state keeps.
             Only for operators that keep a member; states without one are left at 0.
 
@@ -49,7 +51,7 @@ def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, *, winners
         codes = quantize(_of(values, block), scale[:, None], block.choice.bits, plan.config.rounding)
         _of(states["codes"], block).copy_(codes)
     if plan.config.output_scale:
-        store_output_scales(states, *output_sums(weight.detach().float(), _query_unscaled(states, plan), moment))
+        store_output_scales(states, *output_sums(weight.detach().float(), _query_unscaled(states, plan), second_moment))
     return states
 
 
@@ -77,7 +79,9 @@ def _bucket_values(weight: Tensor, plan: Plan, winners: Tensor | None) -> Tensor
     operator, device = plan.operator, weight.device
     flat = torch.empty(0, device=device)
     for span, rotation in chunks(plan):
-        encoded = operator.encode(rotate(weight, span, rotation, plan.turns)).index_select(0, _rows(plan, span, device))
+        encoded = operator.encode(rotate(weight, span, rotation, plan.rotation_step)).index_select(
+            0, _rows(plan, span, device)
+        )
         if not len(flat):
             flat = encoded.new_empty(plan.num_states)
         members = encoded.new_empty(span.size + 1, len(encoded))
@@ -98,8 +102,8 @@ def _bucket_values(weight: Tensor, plan: Plan, winners: Tensor | None) -> Tensor
 
 
 def _occupied(values: Tensor, plan: Plan) -> Tensor:
-    """0 for states without a member, which only a random hash leaves."""
-    return values.nan_to_num_(0.0) if plan.config.hash == "uniform" else values
+    """0 for states without a member, which a random hash leaves."""
+    return values.nan_to_num_(0.0) if plan.has_empty_states else values
 
 
 def _query_unscaled(states: States, plan: Plan) -> Tensor:
@@ -126,7 +130,7 @@ def _query_unscaled(states: States, plan: Plan) -> Tensor:
         source = torch.full((span.groups * plan.shape[1],), len(columns) - 1, device=device)
         rows_held = _rows(plan, span, device)
         source[rows_held] = torch.arange(len(rows_held), device=device)
-        unrotate_(columns.index_select(0, source), decoded, span, rotation, plan.turns)
+        unrotate_(columns.index_select(0, source), decoded, span, rotation, plan.rotation_step)
     return decoded.mul_(channel_scales(states, plan))
 
 
@@ -185,7 +189,7 @@ def store_scales(states: States, plan: Plan, values: Tensor) -> Tensor:
     return decode_scale(states["scales"], states["scale_base"], CHANNEL_MANTISSA)
 
 
-def output_sums(weight: Tensor, decoded: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:
+def output_sums(weight: Tensor, decoded: Tensor, second_moment: Tensor | None) -> tuple[Tensor, Tensor]:
     """What the least-squares scale of each output row is the quotient of, float64 [out] each.
 
     Terms are fp32 and their sums 64 bits wide, so that the order of summation hardly ever shows in an 8-bit scale.
@@ -193,12 +197,12 @@ def output_sums(weight: Tensor, decoded: Tensor, moment: Tensor | None) -> tuple
     Args:
         weight: [out, in].
         decoded: What the states decode to without output scales, fp32 [out, in].
-        moment: E[a²] per input channel, [in]; ``None`` takes all as equal.
+        second_moment: E[a²] per input channel, [in]; ``None`` takes all as equal.
 
     Returns:
         ``Σ_c E[a_c²] ŵ_c w_c`` and ``Σ_c E[a_c²] ŵ_c²``.
     """
-    weighted = decoded if moment is None else decoded * moment.to(decoded)
+    weighted = decoded if second_moment is None else decoded * second_moment.to(decoded)
     return (weighted * weight).sum(1, dtype=torch.float64), (weighted * decoded).sum(1, dtype=torch.float64)
 
 

@@ -27,7 +27,7 @@ class SketchConfig:
         operator: How a bucket becomes a state: ``absmaxmin`` (the paper), ``countmin`` or ``mean``.
         query: Which candidate ``absmaxmin`` decodes over several rows: ``magnitude_max`` or ``signed_max``.
         hash: ``balanced`` (a keyed bijection, equal loads), ``uniform`` (independent random buckets) or ``shared``
-            (balanced, the same in all channels: products of ``mean`` can be folded, outputs collide everywhere alike).
+            (balanced, the same in all channels: outputs that collide in one do so in all).
         state_bits: Width of a state. ``waterfill`` chooses 1 to 8 bits per channel itself and ignores it.
         rounding: ``toward_zero`` keeps the underestimate property through quantisation; ``nearest`` is closer.
             One-bit states are sign times scale under either.

@@ -11,9 +11,8 @@ The hash of weight ``i`` of a group of ``n`` weights, in input channel ``c`` and
 so one small table per row serves a whole layer, and no hash is evaluated and no index stored per weight
 (`docs/method.md` §3). The rotation changes from channel to channel and group to group by one, which visits all n
 rotations before one repeats: two weights that share a state in one channel part in the next. ``shared`` does without:
-outputs that share a bucket then do so in every channel, which lets products of a linear operator be folded
-(`docs/method.md` §3) and costs what a rotation is for. Tables and the first rotation depend on (seed, layer name)
-alone, by 32-bit multiply, shift and xor.
+outputs that share a bucket do so in every channel. Tables and the first rotation depend on (seed, layer name) alone, by
+32-bit multiply, shift and xor.
 
 Everything here is a format constant (``HASH_VERSION``): changing it changes what stored states mean.
 """
@@ -69,10 +68,10 @@ class Hash(Protocol):
     """One way to spread n positions over K buckets; both halves must agree.
 
     Attributes:
-        turns: Whether the rotation changes from channel to channel and group to group.
+        rotates: Whether the rotation changes from channel to channel and group to group.
     """
 
-    turns: bool
+    rotates: bool
 
     def table(self, key: int, row: int, n: int) -> Tensor:
         """The row's table, int64 [n]."""
@@ -99,7 +98,7 @@ class Hash(Protocol):
 class Balanced:
     """A permutation taken modulo K: loads differ by at most one, no state is unoccupied."""
 
-    turns: bool = True
+    rotates: bool = True
 
     def table(self, key: int, row: int, n: int) -> Tensor:
         order = torch.argsort(_row_hashes(key, row, n), stable=True)
@@ -117,7 +116,7 @@ class Balanced:
 class Uniform:
     """Independent 16-bit numbers scaled to K by multiply and shift: the paper's random buckets."""
 
-    turns: bool = True
+    rotates: bool = True
 
     def table(self, key: int, row: int, n: int) -> Tensor:
         return _row_hashes(key, row, n) >> 16
@@ -138,7 +137,7 @@ class Uniform:
 class Shared(Balanced):
     """The balanced hash without a rotation of its own for each channel: one hash for the whole layer."""
 
-    turns: bool = False
+    rotates: bool = False
 
 
 HASHES: dict[str, Hash] = {"balanced": Balanced(), "uniform": Uniform(), "shared": Shared()}

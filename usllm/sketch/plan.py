@@ -110,10 +110,10 @@ class Plan:
     def blocks(self) -> tuple[ClassBlock, ...]:
         """Classes that hold states, in storage order."""
         found, first = [], 0
-        for number, choice in enumerate(self.classes):
+        for class_index, choice in enumerate(self.classes):
             per_channel = states_per_channel(self.spans, choice.rows, choice.states)
             if per_channel:
-                channels = (self.channel_class == number).nonzero().flatten()
+                channels = (self.channel_class == class_index).nonzero().flatten()
                 found.append(ClassBlock(choice, channels, first, per_channel))
                 first += found[-1].num_states
         return tuple(found)
@@ -123,8 +123,8 @@ class Plan:
         return sum(block.num_states for block in self.blocks)
 
     @cached_property
-    def num_scales(self) -> int:
-        """Channels that hold states."""
+    def num_active(self) -> int:
+        """Channels that hold states; each has one scale."""
         return sum(len(block.channels) for block in self.blocks)
 
     @property
@@ -139,7 +139,7 @@ class Plan:
             device: Of the tensors.
             filled: With zeros; otherwise with whatever the memory held.
         """
-        sizes = {"codes": self.num_states, "scales": self.num_scales, "scale_base": 1}
+        sizes = {"codes": self.num_states, "scales": self.num_active, "scale_base": 1}
         if self.config.output_scale:
             sizes |= {"output_scales": self.shape[0], "output_scale_base": 1}
         make = torch.zeros if filled else torch.empty
@@ -149,23 +149,23 @@ class Plan:
         }
 
     def rotation(self, span: Span) -> int:
-        """Rotation of channel 0 in the first group of a span; the next channel turns :attr:`turns` further."""
-        return (first_rotation(self.key, span.size) + self.turns * span.first_group * self.shape[1]) % span.size
+        """Rotation of channel 0 in a span's first group; the next channel's is :attr:`rotation_step` further."""
+        return (first_rotation(self.key, span.size) + self.rotation_step * span.first_group * self.shape[1]) % span.size
 
     @property
-    def turns(self) -> int:
+    def rotation_step(self) -> int:
         """How much further the next channel is rotated, and after the last one the first of the next group: 0 or 1."""
-        return int(HASHES[self.config.hash].turns)
+        return int(HASHES[self.config.hash].rotates)
 
     @cached_property
     def channel_order(self) -> Tensor:
-        """Channels that hold states, by class and number, int64 [channels]."""
+        """Channels that hold states in storage order, by class, then by channel; int64 [num_active]."""
         return (
             torch.cat([block.channels for block in self.blocks]) if self.blocks else torch.zeros(0, dtype=torch.int64)
         )
 
     def per_channel(self, values: Sequence[int]) -> Tensor:
-        """One number for each block as one for each channel with states, in storage order, int32 [channels]."""
+        """A number for each block, repeated for each of its channels, in storage order; int32 [num_active]."""
         counts = torch.tensor([len(block.channels) for block in self.blocks])
         return torch.tensor(values, dtype=torch.int32).repeat_interleave(counts)
 
@@ -216,6 +216,11 @@ class Plan:
                 counts = longer.clone()
                 counts[: len(shorter)] += shorter
         return counts
+
+    @property
+    def has_empty_states(self) -> bool:
+        """Whether the hash left a state without a member."""
+        return bool(self.load_counts[0])
 
     def occupancy(self) -> float:
         """Share of states with at least one member; 1.0 where there are no states."""

@@ -11,44 +11,42 @@ import torch
 from torch import Tensor
 
 from usllm.sketch.codec import States, channel_scales, store_output_scales
-from usllm.sketch.operators.absmaxmin import AbsMaxMin
 from usllm.sketch.plan import Plan
 from usllm.sketch.scale import OUTPUT_MANTISSA, decode_scale
+from usllm_kernels.compiled_operators import MINIMUM, TOTAL, combination, reduction
 from usllm_kernels.cpu.layout import layout
 from usllm_kernels.cpu.parallel import side_by_side
-from usllm_kernels.cpu.project import MEAN, MINIMUM, SUM, project_span
-from usllm_kernels.cpu.query import MAGNITUDE_MAX, MAGNITUDE_MIN, SIGNED_MAX, TOTAL, query_span
+from usllm_kernels.cpu.project import project_span
+from usllm_kernels.cpu.query import query_span
 from usllm_kernels.cpu.states import channel_sums, choose_scales, output_sums, quantize_states
 from usllm_kernels.cpu.stream import unpack_states
 from usllm_kernels.tables import best_scales, scale_ratios
 
-_REDUCTIONS = {"absmaxmin": MINIMUM, "countmin": SUM, "mean": MEAN}
-_COMBINATIONS = {"absmaxmin": MAGNITUDE_MAX, "countmin": MAGNITUDE_MIN, "mean": TOTAL}
 _EMPTY_KEY = 2**31 - 1
 _CPU = torch.device("cpu")
 _WIDER = {torch.int8: torch.int16, torch.int16: torch.int32}
 
 
-def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, winners: Tensor | None = None) -> States:
+def project(weight: Tensor, plan: Plan, second_moment: Tensor | None = None, winners: Tensor | None = None) -> States:
     """:func:`usllm.sketch.project` of an fp32 weight [out, in] on the CPU whose rows are contiguous."""
     if not plan.blocks:
         return plan.state_tensors()
     states = plan.state_tensors(filled=False)
-    keys = isinstance(plan.operator, AbsMaxMin)
+    keys = reduction(plan) == MINIMUM
     values = _values(weight, plan, keys, winners)
     tables = layout(plan)
-    channels = plan.num_scales
+    channels = plan.num_active
     largest, scales = torch.empty(2, channels).numpy()
     total, squares = torch.empty(2, channels, dtype=torch.int64).numpy()
     mask, nearest = 0x7FFFFFFE if keys else 0x7FFFFFFF, plan.config.rounding == "nearest"
-    channel_sums(values.numpy(), mask, tables.channel_block, largest.view("int32"), total, squares)
+    channel_sums(values.numpy(), mask, tables.class_sizes, largest.view("int32"), total, squares)
     choose_scales(
         values.numpy(),
         mask,
         largest,
         total,
         squares,
-        tables.channel_block,
+        tables.class_sizes,
         best_scales(plan.config.rounding, _CPU).numpy(),
         scale_ratios(_CPU).numpy(),
         nearest,
@@ -56,10 +54,10 @@ def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, winners: T
         states["scales"].numpy(),
         scales,
     )
-    quantize_states(values.numpy(), keys, tables.channel_block, scales, nearest, states["codes"].numpy())
+    quantize_states(values.numpy(), keys, tables.class_sizes, scales, nearest, states["codes"].numpy())
     if plan.config.output_scale:
         flat, pitch = _flat(weight)
-        of_channels = torch.ones(plan.shape[1]) if moment is None else moment.float().contiguous()
+        of_channels = torch.ones(plan.shape[1]) if second_moment is None else second_moment.float().contiguous()
         product, square = torch.empty(2, plan.shape[0], dtype=torch.float64)
         decoded = decode(states, plan).numpy()
         output_sums(flat.numpy(), pitch, decoded, of_channels.numpy(), product.numpy(), square.numpy())
@@ -73,10 +71,15 @@ def query(states: States, plan: Plan, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def project_query(
-    weight: Tensor, plan: Plan, moment: Tensor | None, dtype: torch.dtype, winners: Tensor | None, sums: Tensor | None
+    weight: Tensor,
+    plan: Plan,
+    second_moment: Tensor | None,
+    dtype: torch.dtype,
+    winners: Tensor | None,
+    sums: Tensor | None,
 ) -> tuple[States, Tensor]:
     """:func:`usllm_kernels.ops.project_query` of an fp32 weight [out, in] on the CPU."""
-    states = project(weight, plan, moment, winners)
+    states = project(weight, plan, second_moment, winners)
     if sums is None:
         return states, query(states, plan, dtype)
     sums.zero_()
@@ -99,7 +102,7 @@ def decode(
         plan: A plan.
         dtype: float32 and bfloat16 are written directly, others rounded from float32.
         weight: fp32 [out, in], rows contiguous, to compare with.
-        sums: fp32 [2, in], raised by the sums over outputs of the squared error and of the squared weight.
+        sums: fp32 [2, in]; the sums over outputs of the squared error and of the squared weight are added to it.
         output: Scales of the outputs, fp32 [out]; without them the weights are unscaled.
     """
     if output is None:
@@ -114,14 +117,14 @@ def decode(
     codes, scales = unpacked(states, plan), channel_scales(states, plan)
 
     def work(task: tuple[int, int, int]) -> None:
-        number, first, groups = task
-        span = plan.spans[number]
+        span_index, first, groups = task
+        span = plan.spans[span_index]
         row = span.start + first * span.size
-        decode_groups(codes, scales, output, plan, number, first, groups, decoded, row, weight, sums)
+        decode_groups(codes, scales, output, plan, span_index, first, groups, decoded, row, weight, sums)
 
     if sums is None:
         side_by_side(work, _tasks(plan, torch.get_num_threads() > 1))
-    else:  # what is summed up keeps its order
+    else:  # sums of floats are taken in one order, on one thread
         for task in _tasks(plan, False):
             work(task)
     return decoded
@@ -132,7 +135,7 @@ def decode_groups(
     scales: Tensor,
     output: Tensor,
     plan: Plan,
-    number: int,
+    span_index: int,
     first_group: int,
     groups: int,
     decoded: Tensor,
@@ -147,13 +150,13 @@ def decode_groups(
         scales: fp32 [in].
         output: fp32 [out].
         plan: A plan with states.
-        number: Of the span.
+        span_index: Of the span.
         first_group, groups: Which of its groups.
         decoded: Written.
         row: Where the first group goes, and where it lies in ``weight``.
         weight, sums: As for :func:`decode`.
     """
-    tables, span = layout(plan), plan.spans[number]
+    tables, span = layout(plan), plan.spans[span_index]
     latent, pitch = _flat(weight) if weight is not None else (torch.empty(0), 0)
     query_span(
         codes.numpy(),
@@ -164,12 +167,12 @@ def decode_groups(
         first_group,
         groups,
         plan.rotation(span),
-        plan.turns,
+        plan.rotation_step,
         combination(plan),
         tables.lane_channels,
         tables.lane_block,
-        tables.shapes[number],
-        tables.buckets[number],
+        tables.shapes[span_index],
+        tables.buckets[span_index],
         joined_codes(codes.dtype, plan),
         latent.numpy(),
         pitch,
@@ -184,11 +187,6 @@ def _output_factors(states: States, plan: Plan) -> Tensor | None:
     return decode_scale(states["output_scales"], states["output_scale_base"], OUTPUT_MANTISSA)
 
 
-def combination(plan: Plan) -> int:
-    """Number of the way in which the candidates of several rows are joined."""
-    return SIGNED_MAX if plan.config.query == "signed_max" else _COMBINATIONS[plan.config.operator]
-
-
 def joined_codes(dtype: torch.dtype, plan: Plan) -> Any:
     """An empty array of the type that joined codes of ``dtype`` need."""
     return torch.empty(0, dtype=_WIDER[dtype] if combination(plan) == TOTAL else dtype).numpy()
@@ -200,7 +198,7 @@ def unpacked(states: States, plan: Plan) -> Tensor:
     if codes.dtype != torch.uint8:
         return codes
     found = torch.empty(plan.num_states, dtype=plan.code_dtype)
-    unpack_states(codes.numpy(), layout(plan).channel_block, found.numpy())
+    unpack_states(codes.numpy(), layout(plan).class_sizes, found.numpy())
     return found
 
 
@@ -213,8 +211,8 @@ def _values(weight: Tensor, plan: Plan, keys: bool, winners: Tensor | None) -> T
     source = (flat.view(torch.int32) if keys else flat).numpy()
 
     def work(task: tuple[int, int, int]) -> None:
-        number, first, groups = task
-        span = plan.spans[number]
+        span_index, first, groups = task
+        span = plan.spans[span_index]
         project_span(
             source,
             pitch,
@@ -224,12 +222,12 @@ def _values(weight: Tensor, plan: Plan, keys: bool, winners: Tensor | None) -> T
             first,
             groups,
             plan.rotation(span),
-            plan.turns,
-            _REDUCTIONS[plan.config.operator],
+            plan.rotation_step,
+            reduction(plan),
             tables.lane_channels,
             tables.lane_block,
-            tables.shapes[number],
-            tables.slots[number],
+            tables.shapes[span_index],
+            tables.slots[span_index],
             plan.operator.pad,
             values.numpy(),
             members.numpy(),
@@ -238,14 +236,14 @@ def _values(weight: Tensor, plan: Plan, keys: bool, winners: Tensor | None) -> T
     side_by_side(work, _tasks(plan, torch.get_num_threads() > 1))
     if not keys:
         return values.view(torch.int32)
-    return values.masked_fill_(values == _EMPTY_KEY, 0) if plan.config.hash == "uniform" else values
+    return values.masked_fill_(values == _EMPTY_KEY, 0) if plan.has_empty_states else values
 
 
 def _tasks(plan: Plan, apart: bool) -> list[tuple[int, int, int]]:
-    """Number of the span, first group and number of groups of each piece of work: all groups of a span, or one each."""
+    """Span index, first group and number of groups of each task: one group each if ``apart``, else a whole span."""
     if apart:
-        return [(number, group, 1) for number, span in enumerate(plan.spans) for group in range(span.groups)]
-    return [(number, 0, span.groups) for number, span in enumerate(plan.spans)]
+        return [(span_index, group, 1) for span_index, span in enumerate(plan.spans) for group in range(span.groups)]
+    return [(span_index, 0, span.groups) for span_index, span in enumerate(plan.spans)]
 
 
 def _flat(weight: Tensor) -> tuple[Tensor, int]:

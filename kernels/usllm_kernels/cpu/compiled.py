@@ -1,7 +1,7 @@
-"""The one way in which loops here are compiled, and where their machine code is kept between processes.
+"""Compilation of the loops of this folder, and the cache of their machine code.
 
-Numba takes kept code for current while the file of its function is unchanged. These functions are compiled into each
-other across files, so the code is kept by a digest of all of them instead.
+Numba takes cached code for current while the file of its function is unchanged. These functions are compiled into each
+other across files, so the cache is keyed by a digest of all of them instead.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numba import njit
 
 from usllm.sketch import quantize, scale
 from usllm.system.cache import cache_root
+from usllm_kernels import compiled_operators
 
 numba_settings: Any = _config  # its names are made at run time
 _HERE = Path(__file__).parent
@@ -36,7 +37,7 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 @lru_cache(maxsize=8)
 def code_folder(sources: Path, asked: str = "") -> Path | None:
-    """Where machine code made of the sources of a folder, and of nothing else, is kept; made if it is not there.
+    """Folder of the machine code that was made of just these sources; created if it is missing.
 
     Args:
         sources: The folder with the sources.
@@ -44,11 +45,11 @@ def code_folder(sources: Path, asked: str = "") -> Path | None:
             where that cannot be written to.
 
     Returns:
-        The folder, or ``None`` where none can be made: each process then compiles for itself.
+        The folder, or ``None`` where none can be created: each process then compiles for itself.
     """
     digest = hashlib.blake2b(digest_size=8)
-    with_constants = [Path(scale.__file__), Path(quantize.__file__)]  # that are compiled in
-    for file in [*sorted(sources.glob("*.py")), *with_constants]:
+    elsewhere = (scale, quantize, compiled_operators)  # their constants are compiled in
+    for file in [*sorted(sources.glob("*.py")), *(Path(str(module.__file__)) for module in elsewhere)]:
         digest.update(file.name.encode() + file.read_bytes())
     places = [Path(asked)] if asked else [sources / "__pycache__", cache_root() / "compiled"]
     for place in places:

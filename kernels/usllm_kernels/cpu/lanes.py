@@ -4,6 +4,15 @@ Numba leaves vectors to LLVM's guesses, and LLVM does not guess table lookups of
 row of eight is a value of its own, so that a loop says what it means: ``accumulate = minimum(accumulate, load(a, i))``.
 LLVM lowers eight lanes to whatever registers the machine has (AVX2, AVX-512, NEON), at run time: no compiler has to be
 installed.
+
+Must stay bit-equal to :mod:`usllm.sketch.codec`:
+
+- every float operation is rounded on its own: no fast-math flag, no fused multiply-add;
+- of equal magnitudes ``smaller_magnitude`` keeps the first, as :class:`usllm.sketch.operators.countmin.CountMin` does,
+  and the condition of ``where_less`` is strict, so that the first of equal members wins;
+- integers wrap as two's complement.
+
+Nothing new is written in LLVM's instructions unless a benchmark pays for it.
 """
 
 from __future__ import annotations

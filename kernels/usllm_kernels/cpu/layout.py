@@ -1,4 +1,4 @@
-"""A plan's integers as the compiled loops read them: NumPy arrays, made once a plan."""
+"""A plan's integers as the compiled loops read them: NumPy arrays, made once for each plan."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from usllm.sketch.plan import Plan
 from usllm_kernels.cpu.lanes import LANES
+from usllm_kernels.plan_cache import cached_by_plan
 from usllm_kernels.tables import class_tables
 
 
@@ -16,43 +17,37 @@ class Layout(NamedTuple):
 
     Attributes:
         lane_channels: Channels that lie side by side, int64 [lane blocks, 8]; unused lanes repeat the first.
-        lane_block: Class, lanes in use, first state, states per channel, number of the first channel in storage order,
-            first bit in the packed stream, bits a state, int64 [lane blocks, 7].
-        channel_block: Channels, first state, states per channel, bits of each class, int64 [classes, 4].
+        lane_block: Index of the class, lanes in use, first state, states per channel, active index of the first
+            channel, first bit in the packed stream, bits a state; int64 [lane blocks, 7].
+        class_sizes: Channels, first state, states per channel, bits of each class, int64 [classes, 4].
         shapes: For each span: rows, depth, states, offsets in slots and buckets, first state within a channel of each
             class, int64 [classes, 6].
         slots: For each span: members of the buckets of all classes, uint16.
-        buckets: For each span: bucket of each rotated position, counted on from row to row, uint16.
+        buckets: For each span: bucket of each rotated position, row r's from r * K on, uint16.
     """
 
     lane_channels: Any
     lane_block: Any
-    channel_block: Any
+    class_sizes: Any
     shapes: list[Any]
     slots: list[Any]
     buckets: list[Any]
 
 
+@cached_by_plan
 def layout(plan: Plan) -> Layout:
-    """The tables of a plan, kept with it."""
-    kept: Layout | None = plan.__dict__.get("_cpu_layout")
-    if kept is None:
-        kept = plan.__dict__["_cpu_layout"] = _layout(plan)
-    return kept
-
-
-def _layout(plan: Plan) -> Layout:
+    """The tables of a plan with states."""
     channels, blocks = [], []
-    in_order = bit = 0
-    for number, block in enumerate(plan.blocks):
+    active_index = bit = 0
+    for class_index, block in enumerate(plan.blocks):
         first, bits, each = block.first_state, block.choice.bits, block.states_per_channel
         for of_part in block.channels.split(LANES):
             lanes = len(of_part)
             channels.append(torch.cat([of_part, of_part[:1].expand(LANES - lanes)]))
-            blocks.append((number, lanes, first, each, in_order, bit, bits))
-            in_order, first, bit = in_order + lanes, first + lanes * each, bit + lanes * each * bits
+            blocks.append((class_index, lanes, first, each, active_index, bit, bits))
+            active_index, first, bit = active_index + lanes, first + lanes * each, bit + lanes * each * bits
     per_class = [(len(b.channels), b.first_state, b.states_per_channel, b.choice.bits) for b in plan.blocks]
-    spans = [class_tables(plan, number) for number in range(len(plan.spans))]
+    spans = [class_tables(plan, span_index) for span_index in range(len(plan.spans))]
     return Layout(
         torch.stack(channels).numpy(),
         torch.tensor(blocks).numpy(),

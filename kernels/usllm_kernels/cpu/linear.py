@@ -1,7 +1,7 @@
-"""Products with the decoded weight on the CPU, which is never written as a whole; only channels that hold states count.
+"""Products with the decoded weight on the CPU, without channels that hold no states; no whole weight is written.
 
-A few tokens are multiplied with weights that do not leave the first-level cache; more of them by the library, with the
-decoded weights of a few groups of outputs at a time.
+For a few tokens, weights do not leave the first-level cache. For more, torch multiplies with the decoded weights of a
+few groups of outputs at a time.
 """
 
 from __future__ import annotations
@@ -14,24 +14,28 @@ from torch import Tensor
 
 from usllm.sketch import Plan
 from usllm.sketch.codec import States
-from usllm_kernels.cpu.codec import combination, joined_codes
+from usllm_kernels.compiled_operators import combination
+from usllm_kernels.cpu.codec import joined_codes
 from usllm_kernels.cpu.layout import layout
 from usllm_kernels.cpu.parallel import side_by_side
 from usllm_kernels.cpu.product import product_span, weights_by_channel
 
-FEW_TOKENS = 4  # beyond, one decoding and the library are faster
+FEW_TOKENS = 4  # beyond, decoding once and torch's product are faster
 _PADDING = 64
-_LEAST_SHARED = 1 << 21  # weights; handing over fewer to a second thread takes longer than multiplying them
+_LEAST_SHARED = 1 << 21  # weights; below, starting a second thread takes longer than it saves
 
 
 def sketch_linear(x: Tensor, states: States, plan: Plan) -> Tensor:
-    """``x Ŵᵀ``, [tokens, out], in the dtype of ``x`` [tokens, in]; other numbers of threads add up in other orders."""
+    """``x Ŵᵀ``, [tokens, out], in the dtype of ``x`` [tokens, in].
+
+    The order of summation depends on the number of threads.
+    """
     if not plan.blocks or not len(x):
         return x.new_zeros(len(x), plan.shape[0])
     if len(x) <= FEW_TOKENS and x.dtype in (torch.float32, torch.bfloat16):
         return _few_tokens(x, states, plan)
     held = x.new_zeros(len(x), _padded(plan))
-    held[:, : plan.num_scales] = x.index_select(1, plan.channel_order)
+    held[:, : plan.num_active] = x.index_select(1, plan.channel_order)
     return torch.cat([product for _, part in _parts(states, plan, x.dtype) for product in held @ part], 1)
 
 
@@ -41,15 +45,15 @@ def input_gradient(gradient: Tensor, states: States, plan: Plan) -> Tensor:
     if plan.blocks:
         total = torch.zeros(len(gradient), _padded(plan))
         for start, part in _parts(states, plan, gradient.dtype):
-            for number, weights in enumerate(part):
-                first = start + number * weights.shape[1]
+            for group, weights in enumerate(part):
+                first = start + group * weights.shape[1]
                 total += gradient[:, first : first + weights.shape[1]] @ weights.t()
-        found.index_copy_(1, plan.channel_order, total[:, : plan.num_scales])
+        found.index_copy_(1, plan.channel_order, total[:, : plan.num_active])
     return found.to(gradient.dtype)
 
 
 class _Stored(NamedTuple):
-    """States as the compiled loops take them: what is not there is empty."""
+    """States as the compiled loops take them: absent tensors are passed as empty ones."""
 
     stream: Any
     codes: Any
@@ -75,12 +79,12 @@ def _stored(states: States, plan: Plan) -> _Stored:
 def _few_tokens(x: Tensor, states: States, plan: Plan) -> Tensor:
     tables, stored, joined = layout(plan), _stored(states, plan), joined_codes(plan.code_dtype, plan)
     lanes = len(tables.lane_block)
-    threads = min(torch.get_num_threads(), lanes) if plan.shape[0] * plan.num_scales >= _LEAST_SHARED else 1
+    threads = min(torch.get_num_threads(), lanes) if plan.shape[0] * plan.num_active >= _LEAST_SHARED else 1
     parts = torch.zeros(threads, len(x), plan.shape[0])
     tokens = x.float().contiguous().numpy()
 
     def work(part: int) -> None:
-        for number, span in enumerate(plan.spans):
+        for span_index, span in enumerate(plan.spans):
             product_span(
                 tokens,
                 parts[part].numpy(),
@@ -90,14 +94,14 @@ def _few_tokens(x: Tensor, states: States, plan: Plan) -> Tensor:
                 span.size,
                 span.groups,
                 plan.rotation(span),
-                plan.turns,
+                plan.rotation_step,
                 combination(plan),
                 lanes * part // threads,
                 lanes * (part + 1) // threads,
                 tables.lane_channels,
                 tables.lane_block,
-                tables.shapes[number],
-                tables.buckets[number],
+                tables.shapes[span_index],
+                tables.buckets[span_index],
                 joined,
             )
 
@@ -110,15 +114,15 @@ def _parts(states: States, plan: Plan, dtype: torch.dtype) -> Iterator[tuple[int
     tables, stored, joined = layout(plan), _stored(states, plan), joined_codes(plan.code_dtype, plan)
     threads = torch.get_num_threads()
     written = dtype if dtype == torch.bfloat16 else torch.float32
-    for number, span in enumerate(plan.spans):
+    for span_index, span in enumerate(plan.spans):
         buffer = torch.empty(min(threads, span.groups), _padded(plan), span.size, dtype=written)
-        buffer[:, plan.num_scales :] = 0.0
+        buffer[:, plan.num_active :] = 0.0
         into = (buffer.view(torch.int16) if written == torch.bfloat16 else buffer).numpy()
         for first in range(0, span.groups, threads):
             groups = range(first, min(first + threads, span.groups))
 
-            def work(group: int, number: int = number, first: int = first, into: Any = into) -> None:
-                span = plan.spans[number]
+            def work(group: int, span_index: int = span_index, first: int = first, into: Any = into) -> None:
+                span = plan.spans[span_index]
                 weights_by_channel(
                     into[group - first],
                     *stored,
@@ -126,13 +130,13 @@ def _parts(states: States, plan: Plan, dtype: torch.dtype) -> Iterator[tuple[int
                     span.size,
                     group,
                     plan.rotation(span),
-                    plan.turns,
+                    plan.rotation_step,
                     plan.shape[1],
                     combination(plan),
                     tables.lane_channels,
                     tables.lane_block,
-                    tables.shapes[number],
-                    tables.buckets[number],
+                    tables.shapes[span_index],
+                    tables.buckets[span_index],
                     joined,
                 )
 
@@ -143,6 +147,6 @@ def _parts(states: States, plan: Plan, dtype: torch.dtype) -> Iterator[tuple[int
 def _padded(plan: Plan) -> int:
     """Channels with states, and some more so that layers have few different shapes.
 
-    The library keeps compiled code for every shape that it has multiplied, some 0.6 MB for each.
+    torch's library keeps compiled code for every shape that it has multiplied, some 0.6 MB for each.
     """
-    return -(-plan.num_scales // _PADDING) * _PADDING
+    return -(-plan.num_active // _PADDING) * _PADDING

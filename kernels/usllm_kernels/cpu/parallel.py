@@ -1,4 +1,4 @@
-"""Groups of one layer side by side, where the layers are not."""
+"""Threads for the groups of one layer, where the layers themselves run one after another."""
 
 from __future__ import annotations
 

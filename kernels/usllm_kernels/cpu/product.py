@@ -1,9 +1,9 @@
 """Compiled loops of products: weights are decoded in the first-level cache, eight channels at a time.
 
-For a few tokens they are multiplied there and never leave it. The sums of a group are kept in an order that is turned
-with each channel instead of turning the channel's weights: they have room for two groups, and what lies in the second
-is added to the first at the end. For more tokens the library multiplies, and the weights of a group are written channel
-by channel, as they are decoded.
+For a few tokens they are multiplied there and never leave it. Weights stay in hash order: each channel adds its
+products to the group's sums from its own rotation on. The sums have room for two groups, and the second half is added
+to the first at the end. For more tokens torch multiplies, and a group's weights are written channel by channel as they
+are decoded.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import numpy as np
 from numba import njit
 
 from usllm.sketch.scale import CHANNEL_MANTISSA, OUTPUT_MANTISSA
+from usllm_kernels.compiled_operators import TOTAL
 from usllm_kernels.cpu.compiled import compiled
 from usllm_kernels.cpu.lanes import LANES, add, fill, load, multiply, store
-from usllm_kernels.cpu.query import TOTAL, combine, gather_candidates
+from usllm_kernels.cpu.query import combine, gather_candidates
 from usllm_kernels.cpu.stream import unpack_side_by_side
-from usllm_kernels.cpu.tiles import as_floats, nearest_bfloat16, store_lanes, turn_tile
+from usllm_kernels.cpu.tiles import as_floats, nearest_bfloat16, store_lanes, transpose_tile
 
 
 @compiled
@@ -36,14 +37,14 @@ def product_span(
     n: int,
     groups: int,
     rotation: int,  # of channel 0 in the span's first group
-    turns: int,  # how much further the next channel is rotated, 0 or 1
-    combination: int,  # see :mod:`usllm_kernels.cpu.query`
-    first_lane: int,  # of the blocks of lanes to multiply
-    last_lane: int,
+    rotation_step: int,  # how much further the next channel is rotated, 0 or 1
+    combination: int,  # see :mod:`usllm_kernels.compiled_operators`
+    first_block: int,  # of the lane blocks to multiply
+    last_block: int,
     lane_channels: Any,  # int64 [lane blocks, 8]
     lane_block: Any,  # int64 [lane blocks, 7] (:mod:`usllm_kernels.cpu.layout`)
     shape: Any,  # int64 [classes, 6]: rows, depth, states, offsets in slots and buckets, first state in a channel
-    buckets: Any,  # uint16: [rows, n] of every class, counted on from row to row
+    buckets: Any,  # uint16: [rows, n] of every class, row r's from r * K on
     joined: Any,  # an array of the type that joined codes need, read for its type alone
 ) -> None:
     """What some channels add to the products with one span's weights."""
@@ -56,24 +57,24 @@ def product_span(
         first_row = start + group * n
         sums[:] = np.float32(0.0)
         _output_factors(output_scales, output_scale_base, first_row, n, factors)
-        for number in range(first_lane, last_lane):
-            rows = shape[lane_block[number, 0], 0]
-            where = group, n, combination, number, lane_block, shape, buckets
+        for block in range(first_block, last_block):
+            rows = shape[lane_block[block, 0], 0]
+            where = group, n, combination, block, lane_block, shape, buckets
             _code_panel(stream, codes, *where, places, candidates, best, panel)
-            for lane in range(lane_block[number, 1]):
-                channel = lane_channels[number, lane]
-                turn = (rotation + turns * (group * width + channel)) % n
-                scale = channel_scale(scales[lane_block[number, 4] + lane], scale_base[0], rows, combination)
+            for lane in range(lane_block[block, 1]):
+                channel = lane_channels[block, lane]
+                place = (rotation + rotation_step * (group * width + channel)) % n
+                scale = channel_scale(scales[lane_block[block, 4] + lane], scale_base[0], rows, combination)
                 unit, origin, value = fill(sums, scale), lane * pitch, fill(sums, x[0, channel])
                 for q in range(0, n, LANES):
                     weight = multiply(as_floats(load(panel, origin + q), sums), unit)
                     if factors.size:
-                        weight = multiply(weight, load(factors, turn + q))
+                        weight = multiply(weight, load(factors, place + q))
                     if bfloat16:
                         weight = nearest_bfloat16(weight)
-                    store(sums, turn + q, add(load(sums, turn + q), multiply(value, weight)))
+                    store(sums, place + q, add(load(sums, place + q), multiply(value, weight)))
                     for token in range(1, tokens):
-                        at = token * (n + pitch) + turn + q
+                        at = token * (n + pitch) + place + q
                         store(sums, at, add(load(sums, at), multiply(fill(sums, x[token, channel]), weight)))
         for token in range(tokens):
             for i in range(n):
@@ -93,7 +94,7 @@ def weights_by_channel(
     n: int,
     group: int,  # within the span
     rotation: int,
-    turns: int,
+    rotation_step: int,
     width: int,  # input channels
     combination: int,
     lane_channels: Any,
@@ -108,19 +109,19 @@ def weights_by_channel(
     factors = np.zeros(n + pitch if output_scales.size else 0, np.float32)
     like, few = np.empty(0, np.float32), np.empty(LANES, weights.dtype)
     _output_factors(output_scales, output_scale_base, first_row, n, factors)
-    for number in range(lane_block.shape[0]):
-        rows = shape[lane_block[number, 0], 0]
-        where = group, n, combination, number, lane_block, shape, buckets
+    for block in range(lane_block.shape[0]):
+        rows = shape[lane_block[block, 0], 0]
+        where = group, n, combination, block, lane_block, shape, buckets
         _code_panel(stream, codes, *where, places, candidates, best, panel)
-        for lane in range(lane_block[number, 1]):
-            turn = (rotation + turns * (group * width + lane_channels[number, lane])) % n
-            row = lane_block[number, 4] + lane
+        for lane in range(lane_block[block, 1]):
+            place = (rotation + rotation_step * (group * width + lane_channels[block, lane])) % n
+            row = lane_block[block, 4] + lane
             unit, origin = fill(like, channel_scale(scales[row], scale_base[0], rows, combination)), lane * pitch
             for q in range(0, n, LANES):
                 weight = multiply(as_floats(load(panel, origin + q), like), unit)
                 if factors.size:
-                    weight = multiply(weight, load(factors, turn + q))
-                to = turn + q - n if turn + q >= n else turn + q
+                    weight = multiply(weight, load(factors, place + q))
+                to = place + q - n if place + q >= n else place + q
                 if max(to, q) + LANES <= n:
                     store_lanes(weights, row * n + to, weight)
                 else:  # over the end of the channel, or of the group
@@ -131,10 +132,10 @@ def weights_by_channel(
 
 @compiled
 def _room(shape: Any, n: int, joined: Any) -> Any:
-    """Candidates, joined codes in hash order, the same channel by channel, and eight offsets."""
+    """Buffers for one group: candidates, joined codes in hash order, joined codes by channel, eight offsets."""
     largest = LANES
-    for block in range(shape.shape[0]):
-        largest = max(largest, shape[block, 0] * shape[block, 2])
+    for class_index in range(shape.shape[0]):
+        largest = max(largest, shape[class_index, 0] * shape[class_index, 2])
     return (
         np.zeros((largest + LANES, LANES), joined.dtype),
         np.empty((n + LANES, LANES), joined.dtype),
@@ -145,7 +146,7 @@ def _room(shape: Any, n: int, joined: Any) -> Any:
 
 @compiled
 def _output_factors(output_scales: Any, base: Any, first_row: int, n: int, factors: Any) -> None:
-    """Output scales of one group, twice."""
+    """Output scales of one group, written twice in a row, so that a channel reads them from its rotation on."""
     if output_scales.size:
         bits = factors.view(np.int32)
         for i in range(n):
@@ -160,33 +161,33 @@ def _code_panel(
     group: int,
     n: int,
     combination: int,
-    number: int,  # of the block of lanes
+    block: int,  # of lanes
     lane_block: Any,
     shape: Any,
     buckets: Any,
     places: Any,
     candidates: Any,
     best: Any,
-    panel: Any,  # [8, n + 8], written: codes of each channel in hash order, and eight zeros
+    panel: Any,  # [8, n + 8], written: codes of each channel in hash order, then eight zeros
 ) -> None:
     """Joined codes of up to eight channels in one group."""
-    block, lanes, first, stride = (
-        lane_block[number, 0],
-        lane_block[number, 1],
-        lane_block[number, 2],
-        lane_block[number, 3],
+    class_index, lanes, first, stride = (
+        lane_block[block, 0],
+        lane_block[block, 1],
+        lane_block[block, 2],
+        lane_block[block, 3],
     )
-    rows, states = shape[block, 0], shape[block, 2]
-    within = shape[block, 5] + group * rows * states
+    rows, states = shape[class_index, 0], shape[class_index, 2]
+    within = shape[class_index, 5] + group * rows * states
     if stream.size:
-        bits = lane_block[number, 6]
-        at = lane_block[number, 5] + within * bits
+        bits = lane_block[block, 6]
+        at = lane_block[block, 5] + within * bits
         unpack_side_by_side(stream, at, stride * bits, lanes, bits, rows * states, places, candidates)
     else:
         gather_candidates(codes, first + within, lanes, stride, rows * states, places, candidates)
-    combine(candidates, buckets, shape[block, 4], rows, states, n, combination, best)
+    combine(candidates, buckets, shape[class_index, 4], rows, states, n, combination, best)
     for q in range(0, n, LANES):
-        turn_tile(best, q * LANES, panel, q, n + LANES)
+        transpose_tile(best, q * LANES, panel, q, n + LANES)
     for lane in range(LANES):
         store(panel, lane * (n + LANES) + n, fill(panel, 0))
 

@@ -1,7 +1,7 @@
 """Compiled loops of projection: a span's weights -> values of its states, before quantisation.
 
-All channels of one class look into the same table once they are turned into hash order, so eight of them lie side by
-side: a bucket's minimum is a minimum of rows of eight, and a table entry is read once for eight weights.
+In hash order, all channels of a class look into the same table. Eight of them lie side by side: a bucket's minimum is
+a minimum of rows of eight, and a table entry is read once for eight weights.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from usllm_kernels.compiled_operators import MEAN, MINIMUM
 from usllm_kernels.cpu.compiled import compiled
 from usllm_kernels.cpu.lanes import LANES, add, divide, fill, load, minimum, store, where_less
 from usllm_kernels.cpu.tiles import encode_element, encode_tile, gather_tile
 
-_STRIP = 512  # channels that are turned together: their half-written lines stay in the second-level cache
-
-MINIMUM, SUM, MEAN = 0, 1, 2
+_STRIP = 512  # channels that are transposed together: their half-written lines stay in the second-level cache
 
 
 @compiled
@@ -29,8 +28,8 @@ def project_span(
     first_group: int,  # of those to project, within the span
     groups: int,
     rotation: int,  # of channel 0 in the span's first group
-    turns: int,  # how much further the next channel is rotated, 0 or 1
-    reduction: int,  # MINIMUM, SUM or MEAN
+    rotation_step: int,  # how much further the next channel is rotated, 0 or 1
+    reduction: int,  # see :mod:`usllm_kernels.compiled_operators`
     lane_channels: Any,  # int64 [lane blocks, 8]
     lane_block: Any,  # int64 [lane blocks, 7] (:mod:`usllm_kernels.cpu.layout`)
     shape: Any,  # int64 [classes, 6]: rows, depth, states, offsets in slots and buckets, first state in a channel
@@ -42,40 +41,40 @@ def project_span(
     """Value of every state in one span, and the position of the member that it keeps."""
     columns = np.empty((width, n + LANES), weight.dtype)
     largest = 0
-    for block in range(shape.shape[0]):
-        largest = max(largest, shape[block, 0] * shape[block, 2])
+    for class_index in range(shape.shape[0]):
+        largest = max(largest, shape[class_index, 0] * shape[class_index, 2])
     members = np.empty((n + LANES, LANES), weight.dtype)
     reduced = np.empty((largest, LANES), weight.dtype)
     kept = np.empty((largest, LANES), np.int32)
     places = np.empty(LANES, np.int64)
     for group in range(first_group, first_group + groups):
-        _turn(weight, pitch, width, start + (group - first_group) * n, n, columns)
-        turn = rotation + turns * group * width
-        for number in range(lane_block.shape[0]):
-            block, lanes, first = lane_block[number, 0], lane_block[number, 1], lane_block[number, 2]
-            rows, depth, states = shape[block, 0], shape[block, 1], shape[block, 2]
-            interleave(columns, lane_channels[number], turn, turns, n, places, members)
+        _by_channel(weight, pitch, width, start + (group - first_group) * n, n, columns)
+        of_group = rotation + rotation_step * group * width
+        for block in range(lane_block.shape[0]):
+            class_index, lanes, first = lane_block[block, 0], lane_block[block, 1], lane_block[block, 2]
+            rows, depth, states = shape[class_index, 0], shape[class_index, 1], shape[class_index, 2]
+            interleave(columns, lane_channels[block], of_group, rotation_step, n, places, members)
             store(members, n * LANES, fill(members, pad))
-            table = slots[shape[block, 3] : shape[block, 3] + rows * depth * states]
+            table = slots[shape[class_index, 3] : shape[class_index, 3] + rows * depth * states]
             if winners.size:
                 _reduce_with_winners(members, table, rows, depth, states, n, pad, reduced, kept)
             elif reduction == MINIMUM:
                 _reduce_minimum(members, table, rows, depth, states, reduced)
             else:
                 _reduce_sum(members, table, rows, depth, states, n, reduction == MEAN, reduced)
-            place = first + shape[block, 5] + group * rows * states
+            place = first + shape[class_index, 5] + group * rows * states
             for lane in range(lanes):
                 for k in range(rows * states):
                     values[place + k] = reduced[k, lane]
                 if winners.size:
                     for k in range(rows * states):
                         winners[place + k] = np.int16(kept[k, lane])
-                place += lane_block[number, 3]
+                place += lane_block[block, 3]
 
 
 @compiled
-def _turn(weight: Any, pitch: int, width: int, start: int, n: int, columns: Any) -> None:
-    """A group's weights channel by channel, encoded; the first eight again behind the last, for reads that wrap."""
+def _by_channel(weight: Any, pitch: int, width: int, start: int, n: int, columns: Any) -> None:
+    """A group's weights by channel, encoded; the first eight are repeated after the last, for reads that wrap."""
     step = n + LANES
     whole = n // LANES * LANES
     for first in range(0, width, _STRIP):
@@ -92,10 +91,15 @@ def _turn(weight: Any, pitch: int, width: int, start: int, n: int, columns: Any)
 
 
 @compiled
-def interleave(columns: Any, channels: Any, turn: int, turns: int, n: int, places: Any, members: Any) -> None:
-    """Eight channels side by side in hash order: row q of ``members`` holds position q + rotation of each."""
+def interleave(
+    columns: Any, channels: Any, of_group: int, rotation_step: int, n: int, places: Any, members: Any
+) -> None:
+    """Eight channels side by side in hash order: row q of ``members`` holds position q + rotation of each.
+
+    ``of_group`` is the rotation of channel 0 in this group.
+    """
     for lane in range(LANES):
-        places[lane] = (turn + turns * channels[lane]) % n
+        places[lane] = (of_group + rotation_step * channels[lane]) % n
     for q in range(0, n, LANES):
         for lane in range(LANES):
             places[lane] += channels[lane] * (n + LANES)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from usllm_kernels.compiled_operators import MAGNITUDE_MAX, MAGNITUDE_MIN, SIGNED_MAX
 from usllm_kernels.cpu.compiled import compiled
 from usllm_kernels.cpu.lanes import LANES, add, largest_bits, load, maximum, smaller_magnitude, store
 from usllm_kernels.cpu.tiles import (
@@ -20,8 +21,6 @@ from usllm_kernels.cpu.tiles import (
 
 _STRIP = 256  # channels that are written together
 
-MAGNITUDE_MAX, SIGNED_MAX, MAGNITUDE_MIN, TOTAL = 0, 1, 2, 3
-
 
 @compiled
 def query_span(
@@ -33,36 +32,36 @@ def query_span(
     first_group: int,  # of those to decode, within the span
     groups: int,
     rotation: int,  # of channel 0 in the span's first group
-    turns: int,  # how much further the next channel is rotated, 0 or 1
-    combination: int,  # one of the four above
+    rotation_step: int,  # how much further the next channel is rotated, 0 or 1
+    combination: int,  # see :mod:`usllm_kernels.compiled_operators`
     lane_channels: Any,  # int64 [lane blocks, 8]
     lane_block: Any,  # int64 [lane blocks, 7] (:mod:`usllm_kernels.cpu.layout`)
     shape: Any,  # int64 [classes, 6]: rows, depth, states, offsets in slots and buckets, first state in a channel
-    buckets: Any,  # uint16: [rows, n] of every class, counted on from row to row
+    buckets: Any,  # uint16: [rows, n] of every class, row r's from r * K on
     joined: Any,  # an array of the type that joined codes need, read for its type alone
     latent: Any,  # float32 flat, to compare with, or empty
     pitch: int,  # elements from one latent row to the next
-    sums: Any,  # float32 [2, in], raised by the squares of error and latent, or empty
+    sums: Any,  # float32 [2, in], squares of error and latent are added to it; or empty
     decoded: Any,  # float32, or int16 for the bits of bfloat16, [rows, in], written
 ) -> None:
     """Decoded weights of one span."""
     width = decoded.shape[1]
     panel = np.zeros((width, n + LANES), joined.dtype)
     largest = LANES
-    for block in range(shape.shape[0]):
-        largest = max(largest, shape[block, 0] * shape[block, 2])
+    for class_index in range(shape.shape[0]):
+        largest = max(largest, shape[class_index, 0] * shape[class_index, 2])
     candidates = np.zeros((largest + LANES, LANES), joined.dtype)
     best = np.empty((n + LANES, LANES), joined.dtype)
     places = np.empty(LANES, np.int64)
     for group in range(first_group, first_group + groups):
-        turn = rotation + turns * group * width
-        for number in range(lane_block.shape[0]):
-            block, lanes, first = lane_block[number, 0], lane_block[number, 1], lane_block[number, 2]
-            rows, states = shape[block, 0], shape[block, 2]
-            first += shape[block, 5] + group * rows * states
-            gather_candidates(codes, first, lanes, lane_block[number, 3], rows * states, places, candidates)
-            combine(candidates, buckets, shape[block, 4], rows, states, n, combination, best)
-            straighten(best, lane_channels[number], turn, turns, n, places, panel)
+        of_group = rotation + rotation_step * group * width
+        for block in range(lane_block.shape[0]):
+            class_index, lanes, first = lane_block[block, 0], lane_block[block, 1], lane_block[block, 2]
+            rows, states = shape[class_index, 0], shape[class_index, 2]
+            first += shape[class_index, 5] + group * rows * states
+            gather_candidates(codes, first, lanes, lane_block[block, 3], rows * states, places, candidates)
+            combine(candidates, buckets, shape[class_index, 4], rows, states, n, combination, best)
+            straighten(best, lane_channels[block], of_group, rotation_step, n, places, panel)
         _write(panel, scales, factors, start + (group - first_group) * n, n, latent, pitch, sums, decoded)
 
 
@@ -87,11 +86,11 @@ def gather_candidates(
 def combine(
     candidates: Any, buckets: Any, table: int, rows: int, states: int, n: int, combination: int, best: Any
 ) -> None:
-    """Join the candidates of all rows at every position; the first eight positions again behind the last.
+    """Join the candidates of all rows at every position; the first eight positions are repeated after the last.
 
     The class's ``buckets`` begin at offset ``table``.
     """
-    if rows == 1:  # one candidate is joined with nothing, whatever the way
+    if rows == 1:  # a single candidate is the result, however candidates are joined
         for q in range(n):
             store(best, q * LANES, load(candidates, np.intp(buckets[np.uint64(table + q)]) * LANES))
     elif combination == MAGNITUDE_MAX:
@@ -125,16 +124,16 @@ def combine(
                 else:
                     found = add(found, other)
             store(best, q * LANES, found)
-    for i in range(LANES):  # a tile that reaches over the end writes what belongs at the beginning
+    for i in range(LANES):  # tiles that cross the end continue at the beginning
         best[n + i] = best[i]
 
 
 @compiled
-def straighten(best: Any, channels: Any, turn: int, turns: int, n: int, places: Any, panel: Any) -> None:
-    """Positions in hash order back into output order, channel by channel."""
+def straighten(best: Any, channels: Any, of_group: int, rotation_step: int, n: int, places: Any, panel: Any) -> None:
+    """Positions in hash order back into output order, channel by channel; ``of_group`` is the rotation of channel 0."""
     step = n + LANES
     for lane in range(LANES):
-        places[lane] = (turn + turns * channels[lane]) % n
+        places[lane] = (of_group + rotation_step * channels[lane]) % n
     for q in range(0, n, LANES):
         crossing = False
         for lane in range(LANES):

@@ -35,16 +35,16 @@ _LARGEST_SHIFT = np.int32(24)
 def channel_sums(
     values: Any,  # int32 [states], magnitudes as float32 bit patterns under the mask
     mask: int,
-    channel_block: Any,  # int64 [blocks, 4]: channels, first state, states per channel, bits
+    class_sizes: Any,  # int64 [classes, 4]: channels, first state, states per channel, bits
     largest: Any,  # int32 [channels], written: bit patterns
     total: Any,  # int64 [channels], written
     squares: Any,  # int64 [channels], written
 ) -> None:
     """What :func:`usllm.sketch.quantize.channel_sums` gives; sums of integers, so that no order matters."""
-    number = 0
-    for block in range(channel_block.shape[0]):
-        place, count = channel_block[block, 1], channel_block[block, 2]
-        for _ in range(channel_block[block, 0]):
+    active_index = 0
+    for class_index in range(class_sizes.shape[0]):
+        place, count = class_sizes[class_index, 1], class_sizes[class_index, 2]
+        for _ in range(class_sizes[class_index, 0]):
             part = values[place : place + count]
             most = np.int32(0)
             for k in range(count):
@@ -58,9 +58,9 @@ def channel_sums(
                 magnitude = np.int64(((bits & _MANTISSA) | _HIDDEN) >> shift)
                 one += magnitude
                 two += magnitude * magnitude
-            largest[number], total[number], squares[number] = most, one, two
+            largest[active_index], total[active_index], squares[active_index] = most, one, two
             place += count
-            number += 1
+            active_index += 1
 
 
 @compiled
@@ -70,9 +70,9 @@ def choose_scales(
     largest: Any,  # float32 [channels]
     total: Any,  # int64 [channels]
     squares: Any,  # int64 [channels]
-    channel_block: Any,  # int64 [blocks, 4]: channels, first state, states per channel, bits
-    best: Any,  # float32 [17, 2]: factors of the mean by width (usllm.sketch.quantize), 0 where nothing is clipped
-    ratios: Any,  # float32 [3]: rms / mean of normal magnitudes, what exponential ones have more, slope beyond
+    class_sizes: Any,  # int64 [classes, 4]: channels, first state, states per channel, bits
+    best: Any,  # float32 [17, 2] (:func:`usllm_kernels.tables.best_scales`)
+    ratios: Any,  # float32 [3] (:func:`usllm_kernels.tables.scale_ratios`)
     nearest: bool,
     base: Any,  # uint8 [1], written
     stored: Any,  # uint8 [channels], written
@@ -82,30 +82,30 @@ def choose_scales(
     channels = largest.shape[0]
     bits = largest.view(np.int32)
     most = np.int32(0)
-    for number in range(channels):
-        most = max(most, bits[number])
+    for active_index in range(channels):
+        most = max(most, bits[active_index])
     lowest = max(((most + _UP) >> np.int32(23)) - np.int32((256 >> CHANNEL_MANTISSA) - 1), np.int32(0))
     lowest = min(lowest, np.int32(254))
     base[0] = lowest
     first_top = lowest << _TOP_MANTISSA
     longest = 0
-    for block in range(channel_block.shape[0]):
-        longest = max(longest, channel_block[block, 2])
+    for class_index in range(class_sizes.shape[0]):
+        longest = max(longest, class_sizes[class_index, 2])
     whole = np.empty(longest, np.float32)
     unit_bits = np.empty(1, np.int64)
     unit = unit_bits.view(np.float64)
     chosen = np.empty(1, np.float32)
     chosen_bits, decoded = chosen.view(np.int32), scales.view(np.int32)
-    number = 0
-    for block in range(channel_block.shape[0]):
-        place, count, width = channel_block[block, 1], channel_block[block, 2], channel_block[block, 3]
+    active_index = 0
+    for class_index in range(class_sizes.shape[0]):
+        place, count, width = class_sizes[class_index, 1], class_sizes[class_index, 2], class_sizes[class_index, 3]
         limit = np.float32(max((1 << (width - 1)) - 1, 1))
         normal, more = best[width, 0], best[width, 1]
-        for _ in range(channel_block[block, 0]):
-            unit_bits[0] = np.int64(max(bits[number] >> np.int32(23), _LEAST) - 150 + _DROPPED + 1023) << 52
-            mean = np.float32(np.float64(total[number]) / np.float64(count) * unit[0])
-            rms = np.float32(np.sqrt(np.float64(squares[number]) / np.float64(count)) * unit[0])
-            chosen[0] = largest[number] / limit
+        for _ in range(class_sizes[class_index, 0]):
+            unit_bits[0] = np.int64(max(bits[active_index] >> np.int32(23), _LEAST) - 150 + _DROPPED + 1023) << 52
+            mean = np.float32(np.float64(total[active_index]) / np.float64(count) * unit[0])
+            rms = np.float32(np.sqrt(np.float64(squares[active_index]) / np.float64(count)) * unit[0])
+            chosen[0] = largest[active_index] / limit
             fitting = min(max(((chosen_bits[0] + _UP) >> _TOP_SHIFT) - first_top, np.int32(0)), np.int32(255))
             if width == 1:
                 chosen[0] = mean
@@ -117,14 +117,14 @@ def choose_scales(
             top = (chosen_bits[0] + (_UP if width >= 8 else _HALF)) >> _TOP_SHIFT
             code = min(max(top - first_top, np.int32(0)), np.int32(255))
             if width > 1:
-                exponent = max(bits[number] >> np.int32(23), _LEAST)
+                exponent = max(bits[active_index] >> np.int32(23), _LEAST)
                 _whole_magnitudes(values[place : place + count], mask, exponent, whole)
                 floor = fitting if width >= UNCLIPPED_BITS else np.int32(0)
                 code = _least_error(whole[:count], exponent, code, fitting, floor, first_top, limit, nearest)
-            stored[number] = code
-            decoded[number] = (code + first_top) << _TOP_SHIFT
+            stored[active_index] = code
+            decoded[active_index] = (code + first_top) << _TOP_SHIFT
             place += count
-            number += 1
+            active_index += 1
 
 
 @compiled
@@ -148,8 +148,8 @@ def _least_error(
         error = _squared_error(whole, exponent, candidate + first_top, limit, half)
         if error < least:
             chosen, least = candidate, error
-    for number in range(STEPS_OF_LONG_CHANNEL if whole.shape[0] >= LONG_CHANNEL else len(STEPS_FROM_GUESS)):
-        candidate = np.int32(min(max(guess + STEPS_FROM_GUESS[number], floor), 255))
+    for tried in range(STEPS_OF_LONG_CHANNEL if whole.shape[0] >= LONG_CHANNEL else len(STEPS_FROM_GUESS)):
+        candidate = np.int32(min(max(guess + STEPS_FROM_GUESS[tried], floor), 255))
         error = _squared_error(whole, exponent, candidate + first_top, limit, half)
         if error < least:
             chosen, least = candidate, error
@@ -175,7 +175,7 @@ def _squared_error(whole: Any, exponent: int, top: int, limit: Any, half: Any) -
 def quantize_states(
     values: Any,  # int32 [states]: keys (magnitude above, sign in the lowest bit) or float32 bit patterns
     keys: bool,
-    channel_block: Any,  # int64 [blocks, 4]
+    class_sizes: Any,  # int64 [classes, 4]
     scales: Any,  # float32 [channels]
     nearest: bool,
     codes: Any,  # int8 or int16 [states], written
@@ -186,12 +186,12 @@ def quantize_states(
             value = values[k]
             values[k] = (value & np.int32(0x7FFFFFFE)) | (value << np.int32(31))
     numbers = values.view(np.float32)
-    number = 0
-    for block in range(channel_block.shape[0]):
-        place, count, width = channel_block[block, 1], channel_block[block, 2], channel_block[block, 3]
+    active_index = 0
+    for class_index in range(class_sizes.shape[0]):
+        place, count, width = class_sizes[class_index, 1], class_sizes[class_index, 2], class_sizes[class_index, 3]
         limit = np.float32((1 << (width - 1)) - 1)
-        for _ in range(channel_block[block, 0]):
-            scale = scales[number]
+        for _ in range(class_sizes[class_index, 0]):
+            scale = scales[active_index]
             part, to = numbers[place : place + count], codes[place : place + count]
             if width == 1:
                 for k in range(count):
@@ -203,7 +203,7 @@ def quantize_states(
                 for k in range(count):
                     to[k] = np.int32(min(max(part[k] / scale, -limit), limit))
             place += count
-            number += 1
+            active_index += 1
 
 
 @compiled
@@ -211,7 +211,7 @@ def output_sums(
     weight: Any,  # float32, flat
     pitch: int,  # elements from one output row to the next
     decoded: Any,  # float32 [out, in]
-    moment: Any,  # float32 [in]
+    second_moment: Any,  # float32 [in]
     product: Any,  # float64 [out], written
     square: Any,  # float64 [out], written
 ) -> None:
@@ -223,7 +223,7 @@ def output_sums(
         products, squares = load(zeros, 0), load(zeros, 0)
         for channel in range(0, whole, LANES):
             made = load(decoded, row * width + channel)
-            weighted = multiply(made, load(moment, channel))
+            weighted = multiply(made, load(second_moment, channel))
             latent = load(weight, row * pitch + channel)
             products = add(products, as_floats(multiply(weighted, latent), zeros))
             squares = add(squares, as_floats(multiply(weighted, made), zeros))
@@ -233,6 +233,6 @@ def output_sums(
         square[row] = eight.sum()
         for channel in range(whole, width):
             made_one = decoded[row, channel]
-            weighted_one = made_one * moment[channel]
+            weighted_one = made_one * second_moment[channel]
             product[row] += np.float64(weighted_one * weight[row * pitch + channel])
             square[row] += np.float64(weighted_one * made_one)

@@ -1,4 +1,9 @@
-"""Codes of the packed stream, eight at a time: two's complement of few bits, the sign alone in one."""
+"""Codes of the packed stream, unpacked eight at a time.
+
+Must stay bit-equal to :func:`usllm_kernels.ops.query.reference.unpacked`, for every width of the format and at every
+bit offset: codes are two's complement, lowest bit first; of one bit, 0 is 1 and 1 is -1. Nothing behind the stream's
+last byte is read: windows of 8 bytes are taken where they fit, single bytes at the end.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +16,8 @@ from numba import njit, types
 from usllm_kernels.cpu.compiled import compiled
 from usllm_kernels.cpu.lanes import LANES, Builder, intrinsic
 
-_WIDE, _BYTES = ir.IntType(64), 8  # of a window, which holds the codes and the seven bits before them
-_MOST = 7  # bits of a code of which eight fit into a window; of twice as many four do
+_WIDE, _BYTES = ir.IntType(64), 8  # bits and bytes of a window: the codes, and up to seven bits before them
+_MOST = 7  # widest code of which eight fit into a window; of codes twice as wide, four fit
 
 
 def _eight(builder: Any, value: Any) -> Any:
@@ -29,7 +34,7 @@ def _window(builder: Any, data: Any, bit: Any) -> Any:
 
 
 class _Signed:
-    """From the low bits of eight numbers to codes: two's complement, or 0 and 1 to 1 and -1 where there is one bit."""
+    """Codes from the low bits of eight integers: two's complement; of one bit, 0 is 1 and 1 is -1."""
 
     def __init__(self, builder: Any, width: Any, element: Any) -> None:
         one, zero, all_bits = (ir.Constant(_WIDE, number) for number in (1, 0, -1))
@@ -40,8 +45,8 @@ class _Signed:
         self.mask, self.sign, self.doubled = (_eight(builder, builder.trunc(number, element)) for number in numbers)
 
     def __call__(self, value: Any) -> Any:
-        turned = self.builder.xor(self.builder.and_(value, self.mask), self.sign)
-        return self.builder.sub(self.builder.add(turned, self.builder.and_(turned, self.doubled)), self.sign)
+        flipped = self.builder.xor(self.builder.and_(value, self.mask), self.sign)
+        return self.builder.sub(self.builder.add(flipped, self.builder.and_(flipped, self.doubled)), self.sign)
 
 
 @intrinsic
@@ -91,8 +96,8 @@ def _unpack_rows(count: int) -> Any:
     return operation
 
 
-# Rows of eight channels, from ``ahead`` bits behind eight bit offsets (int64 [8]) on: eight codes of up to seven bits
-# each, or four of up to fourteen.
+# Rows of eight channels. Each channel is read ``ahead`` bits after its bit offset in ``places``, int64 [8]: eight codes
+# of up to seven bits, or four of up to fourteen.
 unpack_eight_rows, unpack_four_rows = _unpack_rows(LANES), _unpack_rows(LANES // 2)
 
 
@@ -160,13 +165,13 @@ def unpack_side_by_side(
 @compiled
 def unpack_states(
     stream: Any,  # uint8
-    channel_block: Any,  # int64 [classes, 4]: channels, first state, states per channel, bits
+    class_sizes: Any,  # int64 [classes, 4]: channels, first state, states per channel, bits
     codes: Any,  # int8 or int16 [states], written
 ) -> None:
     """All codes of a layer."""
     bit = 0
-    for block in range(channel_block.shape[0]):
-        first, width = channel_block[block, 1], channel_block[block, 3]
-        count = channel_block[block, 0] * channel_block[block, 2]
+    for class_index in range(class_sizes.shape[0]):
+        first, width = class_sizes[class_index, 1], class_sizes[class_index, 3]
+        count = class_sizes[class_index, 0] * class_sizes[class_index, 2]
         unpack_run(stream, bit, width, count, codes, first)
         bit += count * width

@@ -1,6 +1,15 @@
-"""Tiles of 8x8 that are turned while they are moved, and the codings that are applied on the way.
+"""Tiles of 8x8 that are transposed while they are moved, and the codings that are applied on the way.
 
 All offsets and strides count elements of contiguous arrays; strides are between rows of a tile.
+
+Must stay bit-equal to the reference:
+
+- keys of weights and of codes, and back: :mod:`usllm.sketch.operators.absmaxmin`, which also settles ties;
+- a decoded weight is code times channel scale, rounded, times output scale, rounded, in this order
+  (:func:`usllm.sketch.codec.query`);
+- bfloat16 is rounded to nearest, ties to even, as torch does; decoded weights are finite, so NaN is not provided for.
+
+Sums of squared error and weight are compared with a tolerance, and are the same for every number of threads.
 """
 
 from __future__ import annotations
@@ -17,7 +26,7 @@ _MAGNITUDE = 0x7FFFFFFE  # of a float32 without its last bit, which the sign tak
 
 @intrinsic
 def encode_tile(typing: Any, source: Any, at: Any, stride: Any, target: Any, to: Any, step: Any) -> Any:
-    """Turn a tile. int32 sources are float32 bit patterns and become keys that order by magnitude, then sign."""
+    """Transpose a tile. int32 sources are float32 bit patterns and become keys that order by magnitude, then sign."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         b = Builder(context, builder)
@@ -52,7 +61,7 @@ def encode_element(typing: Any, source: Any, at: Any) -> Any:
 
 @intrinsic
 def gather_tile(typing: Any, source: Any, places: Any, target: Any, to: Any, step: Any) -> Any:
-    """Turn eight rows that start at eight offsets (int64 [8]) into a tile, converted to the target's integers."""
+    """Transpose eight rows that start at eight offsets (int64 [8]) into a tile, converted to the target's integers."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         b = Builder(context, builder)
@@ -73,8 +82,8 @@ def gather_tile(typing: Any, source: Any, places: Any, target: Any, to: Any, ste
 
 
 @intrinsic
-def turn_tile(typing: Any, source: Any, at: Any, target: Any, to: Any, step: Any) -> Any:
-    """Turn eight successive rows of eight into rows that lie ``step`` apart."""
+def transpose_tile(typing: Any, source: Any, at: Any, target: Any, to: Any, step: Any) -> Any:
+    """Transpose eight successive rows of eight into rows that lie ``step`` apart."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         b = Builder(context, builder)
@@ -89,7 +98,7 @@ def turn_tile(typing: Any, source: Any, at: Any, target: Any, to: Any, step: Any
 
 @intrinsic
 def scatter_tile(typing: Any, source: Any, at: Any, target: Any, places: Any) -> Any:
-    """Turn eight successive rows of eight into rows that start at eight offsets (int64 [8])."""
+    """Transpose eight successive rows of eight into rows that start at eight offsets (int64 [8])."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         b = Builder(context, builder)
@@ -228,7 +237,7 @@ def decode_tile(
     to: Any,
     step: Any,
 ) -> Any:
-    """Turn a tile of joined codes [8 channels, 8 outputs] into weights: code times the scales of channel and output.
+    """Transpose a tile of joined codes [8 channels, 8 outputs] and decode it: code times channel and output scale.
 
     ``factors`` [out], float32, hold the output's scales, the first output's at ``first``. ``target`` is float32, or
     int16 for the bits of bfloat16.

@@ -15,7 +15,7 @@ from usllm.sketch.bits import CLASS_BITS, HEADER_BITS
 from usllm.sketch.hash import HASH_VERSION
 from usllm.sketch.layer_bytes import pack_layer, read_plan
 from usllm.sketch.quantize import largest_code
-from usllm_kernels import packed_states, project, project_query, query, sketch_linear
+from usllm_kernels import choice_problem, packed_states, project, project_query, query, sketch_linear
 
 FORMAT_KEYS = ("operator", "query", "hash", "group_size", "output_scale", "seed")
 """Fields of :class:`usllm.sketch.SketchConfig` that give stored bytes their meaning."""
@@ -104,7 +104,7 @@ class SketchPlan(Plan, LayerPlan):
         return {
             "states": Fact(self.num_states, "states"),
             "states_per_weight": Fact(self.num_states / (self.shape[0] * self.shape[1]), drawn=True),
-            "channels_with_states": Fact(self.num_scales / self.shape[1], drawn=True),
+            "channels_with_states": Fact(self.num_active / self.shape[1], drawn=True),
             "occupancy": Fact(self.occupancy(), least=0.98),
             "load_min": Fact(fewest, "weights per state"),
             "load_mean": Fact(mean, "weights per state"),
@@ -183,6 +183,10 @@ class SketchCompressor(Compressor):
         if weights > 1 << 20:  # small layers may be empty
             least = max(least, -(-weights // _MAX_WEIGHTS_PER_BYTE))
         return least, _MAX_BITS_PER_WEIGHT * weights // 8 + 64
+
+    def problems(self) -> list[str]:
+        problem = choice_problem(self.options)
+        return [] if problem is None else [problem]
 
 
 def computing(plan: Plan) -> SketchPlan:

@@ -21,7 +21,6 @@ class AbsMaxMin:
     """
 
     keeps_member: bool = True
-    linear: bool = False
     pad: int | float = 2**31 - 1
 
     def encode(self, weights: Tensor) -> Tensor:

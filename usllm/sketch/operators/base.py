@@ -14,12 +14,10 @@ class Operator(Protocol):
 
     Attributes:
         keeps_member: Whether a state is one of its members, so that a bucket has a winner.
-        linear: Whether decoding is linear in the states, so that products may be folded (`docs/method.md` §3).
         pad: Encoded value that leaves :meth:`reduce` unchanged; fills the slots of buckets that are one short.
     """
 
     keeps_member: bool
-    linear: bool
     pad: int | float
 
     def encode(self, weights: Tensor) -> Tensor:

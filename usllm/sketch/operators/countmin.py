@@ -14,7 +14,6 @@ class CountMin:
     """Signed sum in, minimum magnitude out; of two equal magnitudes a query takes the first row's."""
 
     keeps_member: bool = False
-    linear: bool = False
     pad: int | float = 0.0
 
     def encode(self, weights: Tensor) -> Tensor:

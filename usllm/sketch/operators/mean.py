@@ -12,7 +12,6 @@ class Mean:
     """Mean of the members in, mean of the rows out."""
 
     keeps_member: bool = False
-    linear: bool = True
     pad: int | float = 0.0
 
     def encode(self, weights: Tensor) -> Tensor:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from usllm.sketch import Plan
 from usllm.sketch.codec import States, check_shape
-from usllm_kernels.dispatch import choose, running_on
-from usllm_kernels.ops.project import reference
-from usllm_kernels.plans import empty, fake_states, flatten, list_states, name_states, unflatten
+from usllm_kernels.dispatch import implementation, running_on
+from usllm_kernels.plans import PlanNumbers, absent, fake_states, flatten, list_states, name_states, unflatten
 
 
 def project(
     weight: Tensor,
     plan: Plan,
-    moment: Tensor | None = None,
+    second_moment: Tensor | None = None,
     *,
     winners: Tensor | None = None,
     backend: str | None = None,
@@ -25,57 +26,38 @@ def project(
     Args:
         weight: [out, in], any float dtype; computed in fp32.
         plan: The layer's plan.
-        moment: E[a²] per input channel, [in]: weights the fit of the output scale, if the plan has one.
+        second_moment: E[a²] per input channel, [in]: weights the fit of the output scale, if the plan has one.
         winners: int16 [states], written: the rotated position within its group of the member that each state keeps.
         backend: See :func:`usllm_kernels.dispatch.choose`.
 
     Raises:
-        ValueError: The weight's shape is not the plan's, or the backend cannot run.
+        ValueError: The weight's shape is not the plan's, or the back end cannot run.
     """
     check_shape(weight, plan)
-    *states, kept = project_op(weight.detach(), moment, *flatten(plan), winners is not None, backend or "")
+    states, found = project_op(weight.detach(), second_moment, *flatten(plan), winners is not None, backend or "")
     if winners is not None:
-        winners.copy_(kept)
+        winners.copy_(found)
     return name_states(states)
 
 
 @torch.library.custom_op("usllm::project", mutates_args=())
 def project_op(
     weight: Tensor,
-    moment: Tensor | None,
-    classes: Tensor,
-    channel_class: Tensor,
+    second_moment: Tensor | None,
+    plan: list[Tensor],
     numbers: list[int],
     winners: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Codes, scales, their base, output scales, their base, winners; see :mod:`usllm_kernels.plans`."""
-    plan, device = unflatten(classes, channel_class, numbers), weight.device
-    chosen = choose(device, backend)
-    kept = torch.empty(plan.num_states, dtype=torch.int16, device=device) if winners else None
-    if chosen == "numba":
-        from usllm_kernels.cpu import codec
-
-        states = codec.project(weight.float(), plan, moment, kept)
-    elif chosen == "triton":
-        from usllm_kernels.ops.project import triton
-
-        with running_on(device):
-            states = triton.project(weight, plan, moment, kept)
-    else:
-        states = reference.project(weight, plan, moment, winners=kept)
-    return *list_states(states), empty(torch.int16, device) if kept is None else kept
+) -> tuple[list[Tensor], Tensor]:
+    """States and winners; see :mod:`usllm_kernels.plans`."""
+    of, device = unflatten(plan, numbers), weight.device
+    found = torch.empty(of.num_states, dtype=torch.int16, device=device) if winners else None
+    with running_on(device):
+        states = implementation("project", of, device, backend).project(weight, of, second_moment, found)
+    return list_states(states), absent(torch.int16, device) if found is None else found
 
 
 @project_op.register_fake
-def _(
-    weight: Tensor,
-    moment: Tensor | None,
-    classes: Tensor,
-    channel_class: Tensor,
-    numbers: list[int],
-    winners: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kept = torch.empty(numbers[2] if winners else 0, dtype=torch.int16, device=weight.device)
-    return *fake_states(numbers, weight.device), kept
+def _(weight: Tensor, second_moment: Any, plan: Any, numbers: list[int], winners: bool, backend: str) -> Any:
+    size = PlanNumbers(*numbers).num_states if winners else 0
+    return fake_states(numbers, weight.device), torch.empty(size, dtype=torch.int16, device=weight.device)

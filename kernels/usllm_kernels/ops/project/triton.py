@@ -1,9 +1,9 @@
 """Projection on CUDA: latent weight -> states, in four kernels.
 
-The first brings the weights into hash order, channel by channel, reading and writing whole lines; the second reduces
-every bucket of a channel and group, whose members lie in two kilobytes. They take turns on a few groups at a time, in
-one buffer that the second-level cache holds: each weight is read once from memory, and what is ordered need never get
-there. The other two (:mod:`usllm_kernels.ops.project.triton_states`) choose scales and quantise.
+The first brings the weights into hash order, channel by channel, reading and writing whole lines. The second reduces
+every bucket of a channel and group, whose members lie within two kilobytes. Both alternate, a few groups at a time, on
+one buffer that fits the second-level cache: each weight is read once from memory, and the ordered ones stay in the
+cache. The other two (:mod:`usllm_kernels.ops.project.triton_states`) choose scales and quantise.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -18,22 +18,23 @@ from torch import Tensor
 
 from usllm.sketch import Plan
 from usllm.sketch.codec import States, store_output_scales
+from usllm_kernels import compiled_operators
 from usllm_kernels.cards import launch_parameters
+from usllm_kernels.compiled_operators import reduction, supports
 from usllm_kernels.launch import power_of_two
 from usllm_kernels.ops.project.triton_output_sums import output_sums
 from usllm_kernels.ops.project.triton_states import MAGNITUDE, store_states
 from usllm_kernels.tables import Tables, tables
-from usllm_kernels.triton_tile import rotated
+from usllm_kernels.triton_tile import CLASS_COLUMNS, rotated
+
+__all__ = ["project", "supports"]
 
 ORDERED_BYTES = 1 << 24  # of the buffer: well below the 40 MB or more of second-level cache of large cards
 
-_MINIMUM = tl.constexpr(0)
-_SUM = tl.constexpr(1)
-_MEAN = tl.constexpr(2)
-_REDUCTIONS = {"absmaxmin": 0, "countmin": 1, "mean": 2}
+_MINIMUM = tl.constexpr(compiled_operators.MINIMUM)
+_MEAN = tl.constexpr(compiled_operators.MEAN)
 
 _EMPTY = tl.constexpr(2**31 - 1)
-_SHAPE = tl.constexpr(6)
 
 
 @triton.jit
@@ -42,14 +43,14 @@ def order_kernel(
     row_stride,
     column_stride,
     ordered,  # int32 keys or float32 [groups, channels with states, n], written
-    position,
+    active_index_of,  # int32 [in], -1 for channels without states
     first_group,  # of these groups, within the span
-    numbers,  # channels with states
+    num_active,  # channels that hold states
     start,
     n,
     rotation,
     width,
-    STEP: tl.constexpr,
+    ROTATION_STEP: tl.constexpr,
     KEYS: tl.constexpr,
     CHANNELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -63,10 +64,10 @@ def order_kernel(
     mask = (i < n)[:, None] & (channel < width)[None, :]
     place = weight + row[:, None] * row_stride + channel.to(tl.int64)[None, :] * column_stride
     value = tl.trans(tl.load(place, mask=mask, other=0.0).to(tl.float32))  # [CHANNELS, OUTPUTS]
-    number = tl.load(position + channel, mask=channel < width, other=-1)
-    q = rotated(i, channel, group, n, rotation, width, STEP)
-    target = ordered + ((here * numbers + number).to(tl.int64) * n)[:, None] + q
-    live = (number >= 0)[:, None] & (i < n)[None, :]
+    active_index = tl.load(active_index_of + channel, mask=channel < width, other=-1)
+    q = rotated(i, channel, group, n, rotation, width, ROTATION_STEP)
+    target = ordered + ((here * num_active + active_index).to(tl.int64) * n)[:, None] + q
+    live = (active_index >= 0)[:, None] & (i < n)[None, :]
     if KEYS:
         bits = value.to(tl.int32, bitcast=True)
         tl.store(target, (bits & MAGNITUDE) - (bits >> 31), mask=live)
@@ -79,24 +80,24 @@ def reduce_kernel(
     ordered,
     values,  # int32 keys or float32 [states], written
     winners,  # int16 [states], written
-    block,
+    class_index,  # int32 [channels with states]
     first_state,
     shape,
     slots,
     first_group,
-    numbers,
+    num_active,
     n,
     REDUCTION: tl.constexpr,
     WINNERS: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    number, here = tl.program_id(0), tl.program_id(1)
+    active_index, here = tl.program_id(0), tl.program_id(1)
     group = first_group + here
-    row_of = tl.load(block + number) * _SHAPE
+    row_of = tl.load(class_index + active_index) * CLASS_COLUMNS
     rows, depth = tl.load(shape + row_of), tl.load(shape + row_of + 1)
     states, table = tl.load(shape + row_of + 2), tl.load(shape + row_of + 3)
-    first = tl.load(first_state + number) + tl.load(shape + row_of + 5) + group * rows * states
-    source = ordered + (here * numbers + number).to(tl.int64) * n
+    first = tl.load(first_state + active_index) + tl.load(shape + row_of + 5) + group * rows * states
+    source = ordered + (here * num_active + active_index).to(tl.int64) * n
     for part in range(rows * tl.cdiv(states, STATES)):
         row = part // tl.cdiv(states, STATES)
         k = part % tl.cdiv(states, STATES) * STATES + tl.arange(0, STATES)
@@ -126,63 +127,63 @@ def reduce_kernel(
             tl.store(winners + first + row * states + k, winner.to(tl.int16), mask=mask)
 
 
-def project(weight: Tensor, plan: Plan, moment: Tensor | None = None, winners: Tensor | None = None) -> States:
+def project(weight: Tensor, plan: Plan, second_moment: Tensor | None = None, winners: Tensor | None = None) -> States:
     """States of a latent weight [out, in] of any strides and float type."""
     device = weight.device
     if not plan.blocks:
         return plan.state_tensors(device)
     states, known = plan.state_tensors(device, filled=False), tables(plan, device)
-    keys = plan.config.operator == "absmaxmin"
+    keys = reduction(plan) == compiled_operators.MINIMUM
     store_states(_values(weight, plan, known, keys, winners), plan, known, states, keys=keys)
     if plan.config.output_scale:
-        store_output_scales(states, *output_sums(weight, states, plan, moment))
+        store_output_scales(states, *output_sums(weight, states, plan, second_moment))
     return states
 
 
 def _values(weight: Tensor, plan: Plan, known: Tables, keys: bool, winners: Tensor | None) -> Tensor:
     dtype, device = torch.int32 if keys else torch.float32, weight.device
-    width, numbers = plan.shape[1], plan.num_scales
+    width, num_active = plan.shape[1], plan.num_active
     values = torch.empty(plan.num_states, dtype=dtype, device=device)
-    kept = values if winners is None else winners
+    into = values if winners is None else winners  # nothing is written unless winners are asked for
     parameters = launch_parameters("order", device)
     for span in known.spans:
-        step = min(max(ORDERED_BYTES // (4 * numbers * span.size), 1), span.groups)
-        ordered = torch.empty(step, numbers, span.size, dtype=dtype, device=device)
+        step = min(max(ORDERED_BYTES // (4 * num_active * span.size), 1), span.groups)
+        ordered = torch.empty(step, num_active, span.size, dtype=dtype, device=device)
         channels, outputs = parameters["channels"], power_of_two(span.size, 16, parameters["outputs"])
-        block = power_of_two(known.states, 16, 256)
+        states = power_of_two(known.states, 16, 256)
         for first in range(0, span.groups, step):
             groups = min(step, span.groups - first)
             order_kernel[triton.cdiv(width, channels), groups * triton.cdiv(span.size, outputs)](
                 weight,
                 *weight.stride(),
                 ordered,
-                known.position,
+                known.active_index_of,
                 first,
-                numbers,
+                num_active,
                 span.start,
                 span.size,
                 span.rotation,
                 width,
-                STEP=plan.turns,
+                ROTATION_STEP=plan.rotation_step,
                 KEYS=keys,
                 CHANNELS=channels,
                 OUTPUTS=outputs,
                 num_warps=parameters["num_warps"],
             )
-            reduce_kernel[numbers, groups](
+            reduce_kernel[num_active, groups](
                 ordered,
                 values,
-                kept,
-                known.block,
+                into,
+                known.class_index,
                 known.first_state,
                 span.shape,
                 span.slots,
                 first,
-                numbers,
+                num_active,
                 span.size,
-                REDUCTION=_REDUCTIONS[plan.config.operator],
+                REDUCTION=reduction(plan),
                 WINNERS=winners is not None,
-                STATES=block,
-                num_warps=max(block // 64, 1),
+                STATES=states,
+                num_warps=max(states // 64, 1),
             )
     return values

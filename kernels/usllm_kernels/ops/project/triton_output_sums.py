@@ -1,4 +1,4 @@
-"""What output scales are fitted from, on CUDA: the decoded weight is made and multiplied where it is needed."""
+"""Sums from which output scales are fitted, on CUDA; weights are decoded where they are used."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # Annotations mean something else to Triton.
@@ -24,11 +24,11 @@ def output_sums_kernel(
     weight,  # [out, in], any float type
     row_stride,
     column_stride,
-    moment,  # float32 [in]
+    second_moment,  # float32 [in]
     products,  # float64 [splits, out], written
     squares,  # float64 [splits, out], written
     outputs,
-    numbers_each,  # channels of one split, a multiple of CHANNELS
+    channels_each,  # of one split, a multiple of CHANNELS
     sketch,
     span,
     CHANNELS: tl.constexpr,
@@ -41,38 +41,40 @@ def output_sums_kernel(
     row = span.start + group * span.n + i
     product = tl.zeros((OUTPUTS,), tl.float64)
     square = tl.zeros((OUTPUTS,), tl.float64)
-    last = tl.minimum((split + 1) * numbers_each, sketch.numbers)
-    for first in range(split * numbers_each, last, CHANNELS):
-        number = first + tl.arange(0, CHANNELS)
-        held = number < sketch.numbers
-        decoded = tl.trans(decoded_tile(sketch, span, number, i, group))  # [OUTPUTS, CHANNELS]
-        channel = tl.load(sketch.channel + number, mask=held, other=0)
+    last = tl.minimum((split + 1) * channels_each, sketch.num_active)
+    for first in range(split * channels_each, last, CHANNELS):
+        active_index = first + tl.arange(0, CHANNELS)
+        held = active_index < sketch.num_active
+        decoded = tl.trans(decoded_tile(sketch, span, active_index, i, group))  # [OUTPUTS, CHANNELS]
+        channel = tl.load(sketch.channel + active_index, mask=held, other=0)
         place = weight + row.to(tl.int64)[:, None] * row_stride + channel.to(tl.int64)[None, :] * column_stride
         latent = tl.load(place, mask=(i < span.n)[:, None] & held[None, :], other=0.0).to(tl.float32)
-        weighted = decoded * tl.load(moment + channel, mask=held, other=0.0)[None, :]
+        weighted = decoded * tl.load(second_moment + channel, mask=held, other=0.0)[None, :]
         product += tl.sum((weighted * latent).to(tl.float64), 1)
         square += tl.sum((weighted * decoded).to(tl.float64), 1)
     tl.store(products + split.to(tl.int64) * outputs + row, product, mask=i < span.n)
     tl.store(squares + split.to(tl.int64) * outputs + row, square, mask=i < span.n)
 
 
-def output_sums(weight: Tensor, states: States, plan: Plan, moment: Tensor | None) -> tuple[Tensor, Tensor]:
+def output_sums(weight: Tensor, states: States, plan: Plan, second_moment: Tensor | None) -> tuple[Tensor, Tensor]:
     """:func:`usllm.sketch.codec.output_sums`, float64 [out] each.
 
     Args:
         weight: [out, in], of any strides and float type.
         states: Of the plan, without output scales yet.
         plan: A plan with states.
-        moment: E[a²] per input channel, [in]; ``None`` takes all as equal.
+        second_moment: E[a²] per input channel, [in]; ``None`` takes all as equal.
     """
     device, outputs = weight.device, plan.shape[0]
     known, sketch = sketch_argument(states, plan, output_scale=False)
-    of_channels = torch.ones(plan.shape[1], device=device) if moment is None else moment.float().contiguous()
+    of_channels = (
+        torch.ones(plan.shape[1], device=device) if second_moment is None else second_moment.float().contiguous()
+    )
     size = max(power_of_two(span.size, 16, 32) for span in known.spans)
     tiles = sum(span.groups * triton.cdiv(span.size, size) for span in known.spans)
-    splits = max(min(_PROGRAMS // tiles, triton.cdiv(plan.num_scales, 2 * _CHANNELS)), 1)
-    each = triton.cdiv(triton.cdiv(plan.num_scales, splits), _CHANNELS) * _CHANNELS
-    splits = triton.cdiv(plan.num_scales, each)
+    splits = max(min(_PROGRAMS // tiles, triton.cdiv(plan.num_active, 2 * _CHANNELS)), 1)
+    each = triton.cdiv(triton.cdiv(plan.num_active, splits), _CHANNELS) * _CHANNELS
+    splits = triton.cdiv(plan.num_active, each)
     products, squares = torch.empty(2, splits, outputs, dtype=torch.float64, device=device)
     for span in known.spans:
         output_sums_kernel[span.groups * triton.cdiv(span.size, size), splits](

@@ -1,4 +1,4 @@
-"""From the values of states to codes and scales on CUDA, in two kernels and no step on the host.
+"""Codes and scales from the values of states on CUDA, in two kernels and no step on the host.
 
 The first sums up each channel in whole numbers, so that no result depends on an order, and finds the layer's largest
 magnitude; the second chooses the channel's scale as :func:`usllm.sketch.codec.store_scales` does, and quantises.
@@ -80,8 +80,8 @@ def sums_kernel(
     KEYS: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    number = tl.program_id(0)
-    first, states = tl.load(first_state + number), tl.load(count + number)
+    active_index = tl.program_id(0)
+    first, states = tl.load(first_state + active_index), tl.load(count + active_index)
     most = tl.zeros((STATES,), tl.int32)
     for part in range(tl.cdiv(states, STATES)):
         k = part * STATES + tl.arange(0, STATES)
@@ -98,10 +98,10 @@ def sums_kernel(
         magnitude = tl.where(live, magnitude, 0).to(tl.int64)
         one += magnitude
         two += magnitude * magnitude
-    tl.store(largest + number, peak)
+    tl.store(largest + active_index, peak)
     tl.atomic_max(highest, peak)
-    tl.store(total + number, tl.sum(one, 0))
-    tl.store(squares + number, tl.sum(two, 0))
+    tl.store(total + active_index, tl.sum(one, 0))
+    tl.store(squares + active_index, tl.sum(two, 0))
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def best_scale(largest, total, squares, states, width, best, ratios):
     fitting = tl.div_rn(largest.to(tl.float32, bitcast=True), limit)
     normal, more = tl.load(best + 2 * width), tl.load(best + 2 * width + 1)
     first, between, slope = tl.load(ratios), tl.load(ratios + 1), tl.load(ratios + 2)
-    # Triton 3.6 takes so small a number for a float64: brought back, it is the same one.
+    # Triton 3.6 takes so small a active_index for a float64: brought back, it is the same one.
     ratio = tl.div_rn(rms, tl.maximum(mean, _LEAST_MEAN).to(tl.float32))
     tail = tl.maximum(tl.div_rn(ratio - first, between), 0.0)
     tail += slope * tl.maximum(tail - 1.0, 0.0)
@@ -174,9 +174,9 @@ def least_error(
     base = lowest << _MANTISSA
     chosen = guess
     least = squared_error(values, first, states, exponent, guess + base, limit, KEYS, NEAREST, STATES)
-    for number in range(tl.where(states >= _LONG_CHANNEL, _TRIED_OF_LONG_CHANNEL, _TRIED)):
-        start = tl.where(number < _BELOW_FITTING, fitting, guess)
-        candidate = tl.minimum(tl.maximum(start + tl.load(steps + number), floor), 255)
+    for tried in range(tl.where(states >= _LONG_CHANNEL, _TRIED_OF_LONG_CHANNEL, _TRIED)):
+        start = tl.where(tried < _BELOW_FITTING, fitting, guess)
+        candidate = tl.minimum(tl.maximum(start + tl.load(steps + tried), floor), 255)
         error = squared_error(values, first, states, exponent, candidate + base, limit, KEYS, NEAREST, STATES)
         chosen = tl.where(error < least, candidate, chosen)
         least = tl.minimum(error, least)
@@ -203,14 +203,16 @@ def quantize_kernel(
     NEAREST: tl.constexpr,
     STATES: tl.constexpr,
 ):
-    number = tl.program_id(0)
-    states, width = tl.load(count + number), tl.load(bits + number)
-    first = tl.load(first_state + number)
+    active_index = tl.program_id(0)
+    states, width = tl.load(count + active_index), tl.load(bits + active_index)
+    first = tl.load(first_state + active_index)
     lowest = tl.minimum(tl.maximum(((tl.load(highest) + _UP) >> 23) - _OCTAVES + 1, 0), 254)
-    if number == 0:
+    if active_index == 0:
         tl.store(scale_base, lowest.to(tl.uint8))
-    peak = tl.load(largest + number)
-    chosen = best_scale(peak, tl.load(total + number), tl.load(squares + number), states, width, best, ratios)
+    peak = tl.load(largest + active_index)
+    chosen = best_scale(
+        peak, tl.load(total + active_index), tl.load(squares + active_index), states, width, best, ratios
+    )
     limit = tl.maximum((1 << (width - 1)) - 1, 1).to(tl.float32)
     stored = scale_code(chosen, lowest, width >= 8)
     if width > 1:
@@ -230,7 +232,7 @@ def quantize_kernel(
             NEAREST,
             STATES,
         )
-    tl.store(scales + number, stored.to(tl.uint8))
+    tl.store(scales + active_index, stored.to(tl.uint8))
     scale = stored_scale(stored, lowest, _MANTISSA)
     for part in range(tl.cdiv(states, STATES)):
         k = part * STATES + tl.arange(0, STATES)
@@ -261,11 +263,11 @@ def store_states(values: Tensor, plan: Plan, known: Tables, states: States, *, k
         keys: Whether values are keys: the magnitude's bits above, the sign in the lowest.
     """
     device = values.device
-    total, squares = torch.empty(2, plan.num_scales, dtype=torch.int64, device=device)
-    largest = torch.empty(plan.num_scales, dtype=torch.int32, device=device)
+    total, squares = torch.empty(2, plan.num_active, dtype=torch.int64, device=device)
+    largest = torch.empty(plan.num_active, dtype=torch.int32, device=device)
     highest = torch.zeros(1, dtype=torch.int32, device=device)
     block = power_of_two(max(block.states_per_channel for block in plan.blocks), 16, 1024)
-    grid = (plan.num_scales,)
+    grid = (plan.num_active,)
     places = known.first_state, known.sizes
     sums_kernel[grid](values, *places, largest, highest, total, squares, KEYS=keys, STATES=block)
     quantize_kernel[grid](

@@ -9,17 +9,14 @@ from torch import Tensor
 
 from usllm.sketch import Plan
 from usllm.sketch.codec import States, check_shape
-from usllm_kernels.dispatch import choose, running_on
-from usllm_kernels.ops.project_query import reference
-from usllm_kernels.plans import empty, fake_states, flatten, list_states, name_states, unflatten
-
-_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+from usllm_kernels.dispatch import implementation, running_on
+from usllm_kernels.plans import PlanNumbers, absent, fake_states, flatten, list_states, name_states, unflatten
 
 
 def project_query(
     weight: Tensor,
     plan: Plan,
-    moment: Tensor | None = None,
+    second_moment: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     winners: Tensor | None = None,
@@ -33,87 +30,91 @@ def project_query(
     Args:
         weight: [out, in], any float dtype; computed in fp32.
         plan: The layer's plan.
-        moment: E[a²] per input channel, [in]: weights the fit of the output scale, if the plan has one.
+        second_moment: E[a²] per input channel, [in]: weights the fit of the output scale, if the plan has one.
         dtype: Of the decoded weight: float32, bfloat16 or float16.
         winners: As for :func:`usllm_kernels.ops.project`.
         sums: fp32 [2, in], written: over the outputs, the squared error of the decoded weight, and the squared weight.
         backend: See :func:`usllm_kernels.dispatch.choose`.
 
     Raises:
-        ValueError: The weight's shape is not the plan's, or the backend cannot run.
+        ValueError: The weight's shape is not the plan's, or the back end cannot run.
     """
     check_shape(weight, plan)
     wanted = winners is not None, sums is not None
-    decoded, *states, kept, found = project_query_op(weight, moment, *flatten(plan), dtype, *wanted, backend or "")
+    arguments = second_moment, *flatten(plan), dtype, *wanted, backend or ""
+    if torch.is_grad_enabled() and weight.requires_grad:
+        decoded, members, squares, *states = _StraightThrough.apply(weight, *arguments)
+    else:
+        decoded, states, members, squares = project_query_op(weight, *arguments)
     if winners is not None:
-        winners.copy_(kept)
+        winners.copy_(members)
     if sums is not None:
-        sums.copy_(found)
+        sums.copy_(squares)
     return name_states(states), decoded
 
 
 @torch.library.custom_op("usllm::project_query", mutates_args=())
 def project_query_op(
     weight: Tensor,
-    moment: Tensor | None,
-    classes: Tensor,
-    channel_class: Tensor,
+    second_moment: Tensor | None,
+    plan: list[Tensor],
     numbers: list[int],
     dtype: torch.dtype,
     winners: bool,
     sums: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Decoded weight, codes, scales, their base, output scales, their base, winners, sums."""
-    plan, device = unflatten(classes, channel_class, numbers), weight.device
-    chosen = choose(device, backend)
-    kept = torch.empty(plan.num_states, dtype=torch.int16, device=device) if winners else None
-    found = torch.empty(2, plan.shape[1], device=device) if sums else None
-    arguments = plan, moment, dtype, kept, found
-    if chosen == "numba":
-        from usllm_kernels.cpu import codec
-
-        states, decoded = codec.project_query(weight.float(), *arguments)
-    elif chosen == "triton":
-        from usllm_kernels.ops.project_query import triton
-
-        with running_on(device):
-            states, decoded = triton.project_query(weight, *arguments)
-    else:
-        states, decoded = reference.project_query(weight, *arguments)
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """Decoded weight, states, winners and sums; see :mod:`usllm_kernels.plans`."""
+    of, device = unflatten(plan, numbers), weight.device
+    members = torch.empty(of.num_states, dtype=torch.int16, device=device) if winners else None
+    squares = torch.empty(2, of.shape[1], device=device) if sums else None
+    with running_on(device):
+        computing = implementation("project_query", of, device, backend)
+        states, decoded = computing.project_query(weight, of, second_moment, dtype, members, squares)
     return (
         decoded,
-        *list_states(states),
-        empty(torch.int16, device) if kept is None else kept,
-        empty(torch.float32, device) if found is None else found,
+        list_states(states),
+        absent(torch.int16, device) if members is None else members,
+        absent(torch.float32, device) if squares is None else squares,
     )
 
 
 @project_query_op.register_fake
 def _(
     weight: Tensor,
-    moment: Tensor | None,
-    classes: Tensor,
-    channel_class: Tensor,
+    second_moment: Any,
+    plan: Any,
     numbers: list[int],
     dtype: torch.dtype,
     winners: bool,
     sums: bool,
     backend: str,
-) -> _Outputs:
-    device = weight.device
-    kept = torch.empty(numbers[2] if winners else 0, dtype=torch.int16, device=device)
-    found = torch.empty((2, numbers[1]) if sums else (0,), device=device)
-    decoded = torch.empty(numbers[0], numbers[1], dtype=dtype, device=device)
-    return decoded, *fake_states(numbers, device), kept, found
+) -> Any:
+    sizes, device = PlanNumbers(*numbers), weight.device
+    return (
+        torch.empty(sizes.out_features, sizes.in_features, dtype=dtype, device=device),
+        fake_states(numbers, device),
+        torch.empty(sizes.num_states if winners else 0, dtype=torch.int16, device=device),
+        torch.empty((2, sizes.in_features) if sums else (0,), device=device),
+    )
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.dtype = inputs[0].dtype
+class _StraightThrough(torch.autograd.Function):
+    """The custom op, whose decoded weight hands its gradient to the latent weight.
 
+    Not registered with the custom op, for the reason that :mod:`usllm_kernels.ops.sketch_linear.op` gives.
+    """
 
-def _straight_through(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    return None if gradient is None else gradient.to(ctx.dtype), *[None] * 8
+    @staticmethod
+    def forward(weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        decoded, states, members, squares = project_query_op(weight, *arguments)
+        return decoded, members, squares, *states
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.dtype, ctx.others = inputs[0].dtype, len(inputs) - 1
+        ctx.mark_non_differentiable(*output[1:])
 
-project_query_op.register_autograd(_straight_through, setup_context=_remember)
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return gradient.to(ctx.dtype), *[None] * ctx.others

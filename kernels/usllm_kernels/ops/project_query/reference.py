@@ -1,4 +1,4 @@
-"""The truth about both in one: one after the other, in plain torch."""
+"""The truth about projection and query in one: one after the other, in plain torch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from usllm.sketch import Plan
 from usllm.sketch.codec import States
 
 
+def supports(plan: Plan) -> None:
+    """Every plan."""
+
+
 def project_query(
     weight: Tensor,
     plan: Plan,
-    moment: Tensor | None,
+    second_moment: Tensor | None,
     dtype: torch.dtype,
     winners: Tensor | None,
     sums: Tensor | None,
 ) -> tuple[States, Tensor]:
     """States, and the decoded weight [out, in], computed in fp32 and rounded to ``dtype``."""
-    states = sketch.project(weight, plan, moment, winners=winners)
+    states = sketch.project(weight, plan, second_moment, winners=winners)
     decoded = sketch.query(states, plan)
     if sums is not None:
         add_up_(sums, weight, decoded)

@@ -10,22 +10,25 @@ from torch import Tensor
 
 from usllm.sketch import Plan
 from usllm.sketch.codec import States
+from usllm_kernels.compiled_operators import supports
 from usllm_kernels.ops.project.triton import project
 from usllm_kernels.ops.project_query.reference import add_up_
 from usllm_kernels.ops.project_query.triton_sums import error_sums
 from usllm_kernels.ops.query.triton import query
 
+__all__ = ["project_query", "supports"]
+
 
 def project_query(
     weight: Tensor,
     plan: Plan,
-    moment: Tensor | None,
+    second_moment: Tensor | None,
     dtype: torch.dtype,
     winners: Tensor | None,
     sums: Tensor | None,
 ) -> tuple[States, Tensor]:
     """States, and the decoded weight [out, in]."""
-    states = project(weight, plan, moment, winners)
+    states = project(weight, plan, second_moment, winners)
     decoded = query(states, plan, dtype)
     if sums is not None:
         if plan.blocks:

@@ -1,4 +1,4 @@
-"""Squared error and energy of every channel on CUDA, without the decoded weight or any other copy of the layer."""
+"""Squared error and energy of every channel on CUDA, without a decoded weight or any other copy of the layer."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # Annotations mean something else to Triton.
@@ -25,7 +25,7 @@ def error_sums_kernel(
     column_stride,
     parts,  # float32 [groups of all spans, 2, in], written
     first_part,  # of the span
-    position,  # int32 [in]: number of each channel, -1 without states
+    active_index_of,  # int32 [in], -1 for channels without states
     sketch,
     span,
     CHANNELS: tl.constexpr,
@@ -34,12 +34,12 @@ def error_sums_kernel(
     group = tl.program_id(1)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < sketch.width
-    number = tl.load(position + channel, mask=inside, other=-1)
+    active_index = tl.load(active_index_of + channel, mask=inside, other=-1)
     error = tl.zeros((CHANNELS,), tl.float32)
     energy = tl.zeros((CHANNELS,), tl.float32)
     for first in range(0, span.n, OUTPUTS):
         i = first + tl.arange(0, OUTPUTS)
-        decoded = tl.trans(decoded_tile(sketch, span, number, i, group))  # [OUTPUTS, CHANNELS]
+        decoded = tl.trans(decoded_tile(sketch, span, active_index, i, group))  # [OUTPUTS, CHANNELS]
         row = (span.start + group * span.n + i).to(tl.int64)
         place = weight + row[:, None] * row_stride + channel.to(tl.int64)[None, :] * column_stride
         latent = tl.load(place, mask=(i < span.n)[:, None] & inside[None, :], other=0.0).to(tl.float32)
@@ -70,7 +70,7 @@ def error_sums(weight: Tensor, states: States, plan: Plan) -> Tensor:
             *weight.stride(),
             parts,
             first,
-            known.position,
+            known.active_index_of,
             sketch,
             groups_argument(span),
             CHANNELS=_CHANNELS,

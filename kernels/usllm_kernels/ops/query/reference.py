@@ -11,6 +11,10 @@ from usllm.sketch.bitstream import unpack
 from usllm.sketch.codec import States
 
 
+def supports(plan: Plan) -> None:
+    """Every plan."""
+
+
 def query(states: States, plan: Plan, dtype: torch.dtype = torch.float32) -> Tensor:
     """Decoded weight [out, in], computed in fp32 and rounded to ``dtype``."""
     codes = states["codes"]

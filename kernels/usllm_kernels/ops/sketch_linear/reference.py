@@ -9,6 +9,10 @@ from usllm.sketch.codec import States
 from usllm_kernels.ops.query.reference import query
 
 
+def supports(plan: Plan) -> None:
+    """Every plan."""
+
+
 def sketch_linear(x: Tensor, states: States, plan: Plan) -> Tensor:
     """``x Ŵᵀ``, [tokens, out], in the dtype of ``x`` [tokens, in]."""
     return x @ query(states, plan, x.dtype).t()

@@ -1,8 +1,8 @@
 """Products with the decoded weight on CUDA; only channels that hold states are multiplied.
 
-Up to eight tokens, and up to one tile of tokens, each weight is decoded where it is used and never written. Beyond,
-every tile of tokens would decode all weights: there they are decoded once, a slab at a time, and multiplied by the
-library. Slabs are cut along what is not summed up, so that no rounded parts are added.
+There are three ways, by the number of tokens. Up to eight, and up to one tile, each weight is decoded where it is used
+and never written. Beyond, every tile of tokens would decode all weights: instead they are decoded once, a slab at a
+time, and torch multiplies. A slab holds all terms of its sums, so that no rounded partial sums are added.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -15,11 +15,14 @@ from torch import Tensor
 
 from usllm.sketch import Plan
 from usllm.sketch.codec import States
+from usllm_kernels.compiled_operators import supports
 from usllm_kernels.ops.query.triton import query_groups
 from usllm_kernels.ops.sketch_linear.triton_few_tokens import few_tokens
 from usllm_kernels.ops.sketch_linear.triton_input_gradient import few_tokens_gradient
 from usllm_kernels.ops.sketch_linear.triton_many_tokens import many_tokens
 from usllm_kernels.tables import tables
+
+__all__ = ["input_gradient", "sketch_linear", "supports"]
 
 FEW_TOKENS = 8
 TILE_TOKENS = 128
@@ -37,12 +40,12 @@ def sketch_linear(x: Tensor, states: States, plan: Plan) -> Tensor:
         return many_tokens(x, states, plan, TILE_TOKENS)
     held = x.index_select(1, tables(plan, x.device).channel)
     out = x.new_empty(tokens, outputs)
-    for number, span in enumerate(plan.spans):
-        step = max(SLAB // (span.size * plan.num_scales), 1)
+    for span_index, span in enumerate(plan.spans):
+        step = max(SLAB // (span.size * plan.num_active), 1)
         for first in range(0, span.groups, step):
             groups = range(first, min(first + step, span.groups))
-            slab = x.new_empty(len(groups) * span.size, plan.num_scales)
-            query_groups(states, plan, number, groups, slab, range(plan.num_scales))
+            slab = x.new_empty(len(groups) * span.size, plan.num_active)
+            query_groups(states, plan, span_index, groups, slab, range(plan.num_active))
             start = span.start + first * span.size
             torch.mm(held, slab.t(), out=out[:, start : start + len(slab)])
     return out
@@ -50,7 +53,7 @@ def sketch_linear(x: Tensor, states: States, plan: Plan) -> Tensor:
 
 def input_gradient(gradient: Tensor, states: States, plan: Plan) -> Tensor:
     """``dy Ŵ``, [tokens, in], in the dtype of ``gradient`` [tokens, out]; accumulated in float32."""
-    gradient = gradient.contiguous()  # that of a sum is one number expanded
+    gradient = gradient.contiguous()  # that of a sum is one span_index expanded
     tokens, outputs = gradient.shape
     found = gradient.new_zeros(tokens, plan.shape[1])
     if not plan.blocks or not tokens:
@@ -60,11 +63,11 @@ def input_gradient(gradient: Tensor, states: States, plan: Plan) -> Tensor:
         held = few_tokens_gradient(gradient, states, plan, TILE_TOKENS).to(gradient.dtype)
         return found.index_copy_(1, channel.long(), held)
     step = max(SLAB // outputs, 1)
-    for first in range(0, plan.num_scales, step):
-        numbers = range(first, min(first + step, plan.num_scales))
-        slab = gradient.new_empty(outputs, len(numbers))
-        for number, span in enumerate(plan.spans):
+    for first in range(0, plan.num_active, step):
+        active = range(first, min(first + step, plan.num_active))
+        slab = gradient.new_empty(outputs, len(active))
+        for span_index, span in enumerate(plan.spans):
             rows = slab[span.start : span.start + span.groups * span.size]
-            query_groups(states, plan, number, range(span.groups), rows, numbers)
-        found.index_copy_(1, channel[first : numbers.stop].long(), gradient @ slab)
+            query_groups(states, plan, span_index, range(span.groups), rows, active)
+        found.index_copy_(1, channel[first : active.stop].long(), gradient @ slab)
     return found

@@ -1,6 +1,6 @@
-"""Products of up to eight tokens on CUDA: every weight is made where it is used, and used for all tokens.
+"""Products of up to eight tokens on CUDA: each weight is decoded where it is used, once for all tokens.
 
-The channels are split over programs, so that enough of them read states; their parts are added up in a fixed order.
+The channels are split over programs, so that enough programs run; their partial sums are added in a fixed order.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -26,7 +26,7 @@ def few_tokens_kernel(
     parts,  # float32 [splits, tokens, out], written
     tokens,
     outputs,
-    numbers_each,  # channels of one split, a multiple of CHANNELS
+    channels_each,  # of one split, a multiple of CHANNELS
     sketch,
     span,
     TOKENS: tl.constexpr,
@@ -39,12 +39,14 @@ def few_tokens_kernel(
     split = tl.program_id(1)
     token = tl.arange(0, TOKENS)
     total = tl.zeros((TOKENS, OUTPUTS), tl.float32)
-    last = tl.minimum((split + 1) * numbers_each, sketch.numbers)
-    for first in range(split * numbers_each, last, CHANNELS):
-        number = first + tl.arange(0, CHANNELS)
-        weight = as_multiplied(decoded_tile(sketch, span, number, i, group), x.dtype.element_ty)  # [CHANNELS, OUTPUTS]
-        held = number < sketch.numbers
-        channel = tl.load(sketch.channel + number, mask=held, other=0)
+    last = tl.minimum((split + 1) * channels_each, sketch.num_active)
+    for first in range(split * channels_each, last, CHANNELS):
+        active_index = first + tl.arange(0, CHANNELS)
+        weight = as_multiplied(
+            decoded_tile(sketch, span, active_index, i, group), x.dtype.element_ty
+        )  # [CHANNELS, OUTPUTS]
+        held = active_index < sketch.num_active
+        channel = tl.load(sketch.channel + active_index, mask=held, other=0)
         live = (token < tokens)[:, None] & held[None, :]
         place = x + token.to(tl.int64)[:, None] * sketch.width + channel[None, :]
         value = tl.load(place, mask=live, other=0.0).to(tl.float32)
@@ -61,9 +63,9 @@ def few_tokens(x: Tensor, states: States, plan: Plan) -> Tensor:
     parameters = launch_parameters("few_tokens", x.device)
     channels = parameters["channels"]
     tiles = sum(span.groups * triton.cdiv(span.size, parameters["outputs"]) for span in known.spans)
-    splits = max(min(parameters["programs"] // tiles, triton.cdiv(plan.num_scales, 4 * channels)), 1)
-    each = triton.cdiv(triton.cdiv(plan.num_scales, splits), channels) * channels
-    splits = triton.cdiv(plan.num_scales, each)
+    splits = max(min(parameters["programs"] // tiles, triton.cdiv(plan.num_active, 4 * channels)), 1)
+    each = triton.cdiv(triton.cdiv(plan.num_active, splits), channels) * channels
+    splits = triton.cdiv(plan.num_active, each)
     parts = torch.empty(splits, tokens, outputs, dtype=torch.float32, device=x.device)
     for span in known.spans:
         size = power_of_two(span.size, 16, parameters["outputs"])

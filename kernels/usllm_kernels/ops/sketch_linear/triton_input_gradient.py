@@ -31,10 +31,10 @@ def input_gradient_kernel(
     CHANNELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
-    number = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    active_index = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-    place = total_in + token[:, None] * sketch.numbers + number[None, :]
-    kept = (token < tokens)[:, None] & (number < sketch.numbers)[None, :]
+    place = total_in + token[:, None] * sketch.num_active + active_index[None, :]
+    kept = (token < tokens)[:, None] & (active_index < sketch.num_active)[None, :]
     if FIRST_SPAN:
         total = tl.zeros((TOKENS, CHANNELS), tl.float32)
     else:
@@ -43,7 +43,7 @@ def input_gradient_kernel(
     for tile in range(groups * tiles):
         group = tile // tiles
         i = tile % tiles * OUTPUTS + tl.arange(0, OUTPUTS)
-        weight = decoded_tile(sketch, span, number, i, group)  # [CHANNELS, OUTPUTS]
+        weight = decoded_tile(sketch, span, active_index, i, group)  # [CHANNELS, OUTPUTS]
         live = (token < tokens)[:, None] & (i < span.n)[None, :]
         output = span.start + group * span.n + i
         value = tl.load(gradient + token[:, None] * outputs + output[None, :], mask=live, other=0.0)
@@ -66,10 +66,10 @@ def few_tokens_gradient(gradient: Tensor, states: States, plan: Plan, tile: int)
     """
     tokens, outputs = gradient.shape
     known, sketch = sketch_argument(states, plan)
-    total = torch.empty(tokens, plan.num_scales, dtype=torch.float32, device=gradient.device)
-    rows, channels = power_of_two(tokens, 16, tile), power_of_two(plan.num_scales, 16, 32)
-    for number, span in enumerate(known.spans):
-        input_gradient_kernel[triton.cdiv(tokens, rows), triton.cdiv(plan.num_scales, channels)](
+    total = torch.empty(tokens, plan.num_active, dtype=torch.float32, device=gradient.device)
+    rows, channels = power_of_two(tokens, 16, tile), power_of_two(plan.num_active, 16, 32)
+    for span_index, span in enumerate(known.spans):
+        input_gradient_kernel[triton.cdiv(tokens, rows), triton.cdiv(plan.num_active, channels)](
             gradient,
             total,
             tokens,
@@ -77,7 +77,7 @@ def few_tokens_gradient(gradient: Tensor, states: States, plan: Plan, tile: int)
             span.groups,
             sketch,
             groups_argument(span),
-            FIRST_SPAN=number == 0,
+            FIRST_SPAN=span_index == 0,
             FLOAT32=dot_in_float32() or gradient.dtype not in (torch.bfloat16, torch.float16),
             TOKENS=rows,
             CHANNELS=channels,

@@ -1,4 +1,4 @@
-"""Products of one tile of tokens on CUDA: tiles of the decoded weight are made where they are multiplied."""
+"""Products of one tile of tokens on CUDA: tiles of the weight are decoded where they are multiplied."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # Annotations mean something else to Triton.
@@ -36,11 +36,11 @@ def many_tokens_kernel(
     i = tl.program_id(1) % tiles * OUTPUTS + tl.arange(0, OUTPUTS)
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     total = tl.zeros((TOKENS, OUTPUTS), tl.float32)
-    for first in range(0, sketch.numbers, CHANNELS):
-        number = first + tl.arange(0, CHANNELS)
-        weight = decoded_tile(sketch, span, number, i, group)  # [CHANNELS, OUTPUTS]
-        live = (token < tokens)[:, None] & (number < sketch.numbers)[None, :]
-        value = tl.load(x + token[:, None] * sketch.numbers + number[None, :], mask=live, other=0.0)
+    for first in range(0, sketch.num_active, CHANNELS):
+        active_index = first + tl.arange(0, CHANNELS)
+        weight = decoded_tile(sketch, span, active_index, i, group)  # [CHANNELS, OUTPUTS]
+        live = (token < tokens)[:, None] & (active_index < sketch.num_active)[None, :]
+        value = tl.load(x + token[:, None] * sketch.num_active + active_index[None, :], mask=live, other=0.0)
         if FLOAT32:
             weight = as_multiplied(weight, x.dtype.element_ty)
             total += tl.dot(value.to(tl.float32), weight, input_precision="ieee")
@@ -52,7 +52,10 @@ def many_tokens_kernel(
 
 
 def many_tokens(x: Tensor, states: States, plan: Plan, tile: int) -> Tensor:
-    """``x Ŵᵀ``, [tokens, out], of ``x`` [tokens, in] and a plan with states; at most ``tile`` tokens decode once."""
+    """``x Ŵᵀ``, [tokens, out], of ``x`` [tokens, in] and a plan with states.
+
+    Every ``tile`` tokens decode the weight once.
+    """
     known, sketch = sketch_argument(states, plan)
     held = x.index_select(1, known.channel)
     tokens, outputs = len(x), plan.shape[0]
