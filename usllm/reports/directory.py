@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from usllm.reports.curves import read_curves
-from usllm.reports.runs import FAILED, FINISHED, INTERRUPTED, RUNNING, Run, record, with_short_names
+from usllm.reports.labels import with_short_names
+from usllm.reports.runs import FAILED, FINISHED, INTERRUPTED, RUNNING, Run, record
 from usllm.system.errors import UserError
 from usllm.system.files import read_json
 from usllm.system.run_files import CHECKPOINT_FOLDER, FAILURE_FILE, REPORT_FILE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from usllm.reports.runs import Perplexities, Run, TestText
@@ -12,6 +13,15 @@ from usllm.reports.runs import Perplexities, Run, TestText
 _SILENT = ("name", "run_dir", "output_root", "resume", "study", "logger", "evaluation", "hydra")
 _SHOWN = ("sketch.bits_per_weight", "sketch.rows", "allocation.name")  # part of every label
 _MORE = 2  # settings added to a label before the run's name serves better
+
+
+def with_short_names(runs: Sequence[Run]) -> list[Run]:
+    """The runs named by their folders below the deepest folder that all share; a single run keeps its last one."""
+    parts = [run.name.split("/") for run in runs]
+    shared = 0
+    while all(len(names) > shared + 1 for names in parts) and len({names[shared] for names in parts}) == 1:
+        shared += 1
+    return [replace(run, name="/".join(names[shared:])) for run, names in zip(runs, parts, strict=True)]
 
 
 def by_model(runs: Sequence[Run]) -> dict[str, list[Run]]:

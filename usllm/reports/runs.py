@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -246,15 +246,6 @@ def model_name(config: Mapping[str, Any]) -> str:
     model = _mapping(config.get("model"))
     name = str(model.get("name") or model.get("file") or "unknown model")
     return f"{name} ({model['revision']})" if model.get("revision") else name
-
-
-def with_short_names(runs: Sequence[Run]) -> list[Run]:
-    """The runs named by their folders below the deepest folder that all share; a single run keeps its last one."""
-    parts = [run.name.split("/") for run in runs]
-    shared = 0
-    while all(len(names) > shared + 1 for names in parts) and len({names[shared] for names in parts}) == 1:
-        shared += 1
-    return [replace(run, name="/".join(names[shared:])) for run, names in zip(runs, parts, strict=True)]
 
 
 def _layer(entry: Mapping[str, Any]) -> Layer:

@@ -12,8 +12,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from usllm.reports.figures import Reference
-from usllm.reports.labels import by_model, texts_of
-from usllm.reports.runs import Run, TestText, with_short_names
+from usllm.reports.labels import by_model, texts_of, with_short_names
+from usllm.reports.runs import Run, TestText
 from usllm.system.errors import UserError
 from usllm.system.files import read_json
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from usllm.reports.curve_figures import TRAINING, VALIDATION
 from usllm.reports.curves import Curve, add_points, curves_of
-from usllm.reports.runs import FAILED, FINISHED, INTERRUPTED, RUNNING, Run, record, with_short_names
+from usllm.reports.labels import with_short_names
+from usllm.reports.runs import FAILED, FINISHED, INTERRUPTED, RUNNING, Run, record
 from usllm.system.errors import UserError
 
 STEP = "trainer/global_step"  # what Lightning's logger draws over
