@@ -149,6 +149,17 @@ def check_keys(model_config: Mapping[str, Any], stored: Checksums) -> None:
         raise PackedFormatError(f"{name}{value}: {what} after the model was stored; download the file again")
 
 
+def refuse_other_models(checksums: Mapping[str, Checksums]) -> None:
+    """Refuse weight files that were not stored together; ``checksums`` by name of the file.
+
+    Raises:
+        PackedFormatError: The configuration meant something else to the writer of one; the file is named.
+    """
+    for file, stored in checksums.items():
+        if stored.meaning != next(iter(checksums.values())).meaning:
+            raise PackedFormatError(f"{file}: was stored with another model than {next(iter(checksums))}")
+
+
 def check_tensors(path: Path, stored: Checksums, packed: PackedConfig) -> None:
     """Check every tensor of one weight file; the file is mapped, not loaded.
 

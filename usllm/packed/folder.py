@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from usllm.packed.checksums import Checksums, check_keys, check_tensors
+from usllm.packed.checksums import Checksums, check_keys, check_tensors, refuse_other_models
 from usllm.packed.config import QUANT_METHOD, PackedConfig, is_name
 from usllm.system.errors import PackedFormatError
 
@@ -133,10 +133,9 @@ def open_folder(path: str | Path) -> PackedFolder:
         tensors |= found
     folder = PackedFolder(path, model_config, packed, tensors, header_bytes, checksums)
     _check_tensors(folder)
-    for file, stored in checksums.items():
+    for stored in checksums.values():
         check_keys(model_config, stored)
-        if stored.meaning != next(iter(checksums.values())).meaning:
-            raise PackedFormatError(f"{file}: was stored with another model than {next(iter(checksums))}")
+    refuse_other_models(checksums)
     return folder
 
 

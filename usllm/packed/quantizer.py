@@ -198,11 +198,10 @@ def _without_prefix(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
 def _find(
     model: PreTrainedModel, name: str, shape: tuple[int, int], kinds: tuple[type[nn.Module], ...]
 ) -> tuple[str, Any]:
-    modules = dict(model.named_modules())
-    path = name
-    if path not in modules:  # AutoModel loads the base model alone, whose names have no prefix
+    path, module = name, _submodule(model, name)
+    if module is None:  # AutoModel loads the base model alone, whose names have no prefix
         path = name.removeprefix(f"{model.base_model_prefix}.")
-    module = modules.get(path)
+        module = _submodule(model, path)
     if not isinstance(module, kinds):
         raise PackedFormatError(
             f"{name}: {type(model).__name__} has no {' or '.join(kind.__name__ for kind in kinds)} of that name"
@@ -211,6 +210,13 @@ def _find(
     if found != shape:
         raise PackedFormatError(f"{name}: is {shape[0]}x{shape[1]} in the file, {found[0]}x{found[1]} in the model")
     return path, module
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _block_module(module: nn.Module, entry: BlockEntry, dtype: torch.dtype) -> BlockEmbedding | BlockLinear:

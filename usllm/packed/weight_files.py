@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from usllm.packed.checksums import Checksums, check_keys, check_tensors
+from usllm.packed.checksums import Checksums, check_keys, check_tensors, refuse_other_models
 from usllm.packed.config import PackedConfig
 from usllm.packed.folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_json, weight_files
 from usllm.packed.meaning import difference
@@ -49,6 +49,8 @@ def files_of(model: PreTrainedModel, told: Sequence[str] | None) -> list[Path]:
         if found is None:
             return []
         folder = Path(found).parent
+    if not any((folder / file).is_file() for file in (WEIGHTS_FILE, INDEX_FILE)):
+        return []  # a variant of another name
     return [folder / file for file in weight_files(folder)]
 
 
@@ -85,17 +87,17 @@ def check_files(files: Sequence[Path], packed: PackedConfig, model: PreTrainedMo
 def _check(files: Sequence[Path], packed: PackedConfig, model: PreTrainedModel) -> None:
     configuration = files[0].parent / CONFIG_FILE
     model_config = read_json(configuration) if configuration.is_file() else None
-    stored = None
-    for file in files:
-        stored = _checksums(file)
+    checksums = {file: _checksums(file) for file in files}
+    for file, stored in checksums.items():
         if model_config is not None:
             check_keys(model_config, stored)
         check_tensors(file, stored, packed)
-    assert stored is not None
-    if what := difference(stored.meaning, model):
+    refuse_other_models({file.name: stored for file, stored in checksums.items()})
+    meaning = checksums[files[0]].meaning
+    if what := difference(meaning, model):
         # The caller may have asked for other settings, which is not the folder's fault: it is asked alone.
         plain = None if model_config is None else _understood_alone(configuration.parent, model)
-        if plain is None or (what := difference(stored.meaning, plain)):
+        if plain is None or (what := difference(meaning, plain)):
             raise PackedFormatError(f"{CONFIG_FILE}: {what}")
 
 
