@@ -98,6 +98,11 @@ def test_sketch_that_is_no_object(value: Any) -> None:
     refused(changed(("sketch",), value), r"^quantization_config\.sketch: keys are missing or unknown")
 
 
+@pytest.mark.parametrize("key", ["price_list", "price_exponent"])
+def test_folder_from_before_an_option_was_there_is_read(key: str) -> None:
+    assert PackedConfig.from_dict(changed(("sketch", key), MISSING)) == CONFIG
+
+
 def test_missing_and_unknown_keys_are_named() -> None:
     refused(changed(("sketch", "seed"), MISSING), "seed")
     refused(changed(("sketch", "speed"), 1), "speed")
