@@ -31,6 +31,29 @@ def config_of(text: Path, *overrides: str) -> Any:
         (["sketch=littlebit", "sketch.bits_per_weight=1"], LittleBitConfig(bits_per_weight=1.0)),
         (["sketch=littlebit", "allocation.layer_budget=importance"], LittleBitConfig(layer_budget="importance")),
         (["sketch=absmaxmin", "sketch.rows=1"], SketchConfig(rows=1)),
+        (
+            ["sketch=sign"],
+            SketchConfig(
+                operator="mean",
+                rows=1,
+                state_bits=1,
+                rounding="nearest",
+                output_scale=True,
+                allocation="waterfill",
+                price_list="trained",
+            ),
+        ),
+        (
+            ["sketch=mean", "allocation=trained", "allocation.price_exponent=2"],
+            SketchConfig(
+                operator="mean",
+                rows=1,
+                rounding="nearest",
+                allocation="waterfill",
+                price_list="trained",
+                price_exponent=2.0,
+            ),
+        ),
         (["allocation=uniform"], SketchConfig(bits_per_weight=1.0, rows=2, group_size=64, allocation="uniform")),
     ],
 )
@@ -100,6 +123,16 @@ def test_configuration_without_a_method_is_that_of_a_sketch() -> None:
             {"method": "littlebit"},
             AllocationConfig(name=None, layer_budget="more"),
             "allocation.layer_budget='more' is unknown: choose one of equal, importance",
+        ),
+        (
+            {"method": "rounding"},
+            AllocationConfig(name=None, price_list="trained"),
+            "allocation.price_list='trained': method rounding shares nothing out over channels; pass allocation=none",
+        ),
+        (
+            {"rows": 1},
+            AllocationConfig(price_list="trained"),
+            "allocation.price_list='trained' is read by waterfill alone",
         ),
         ({}, NONE, "allocation.name=None is unknown: choose one of "),
         ({"method": "rounding", "bits": "four"}, NONE, "sketch.bits=four: Value 'four' of type 'str'"),

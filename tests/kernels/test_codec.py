@@ -26,6 +26,17 @@ def test_states_and_winners(name: str, backend: str, device: torch.device) -> No
     assert not keeps or torch.equal(*winners)
 
 
+@pytest.mark.parametrize("size", [1e-42, 1e18, 1e38])
+@pytest.mark.parametrize("name", ["mixed-widths", "countmin", "mean", "random-buckets", "16-bit"])
+def test_states_of_weights_near_the_ends_of_float32(name: str, size: float, backend: str, device: torch.device) -> None:
+    layer = case(name, device)
+    weight = (layer.weight * size).clamp(-3.4e38, 3.4e38)
+    expected = sketch.project(weight, layer.plan, layer.moment)
+    states = project(weight, layer.plan, layer.moment, backend=backend)
+    assert all(torch.equal(states[key], expected[key]) for key in expected)
+    assert bool(torch.isfinite(sketch.query(states, layer.plan)).all())
+
+
 @every_case
 def test_decoded_weight_from_states_and_from_their_packed_form(name: str, backend: str, device: torch.device) -> None:
     layer = case(name, device)

@@ -75,15 +75,14 @@ def plan_or_least_rate(layer: Layer) -> Plan | None:
     try:
         return build_plan(layer.shape, layer.importance, layer.config, "layer")
     except ValueError as error:
-        named = re.search(r"too little for .* take ([0-9.e+-]+)\. Raise", str(error))
-        if named is None:
-            raise AssertionError(f"{layer}: {error}") from error
-        least = float(named[1])
-        assert least > layer.config.bits_per_weight, layer
-        raised = replace(layer.config, bits_per_weight=least)
-        plan = build_plan(layer.shape, layer.importance, raised, "layer")
-        assert plan.num_states, layer
-        return None
+        message = str(error)
+    named = re.search(r"too little for .* take ([0-9.e+-]+)\. Raise", message)
+    assert named, f"{layer}: {message}"
+    least = float(named[1])
+    assert least > layer.config.bits_per_weight, layer
+    raised = replace(layer.config, bits_per_weight=least)
+    assert build_plan(layer.shape, layer.importance, raised, "layer").num_states, layer
+    return None
 
 
 def check(layer: Layer, plan: Plan) -> None:

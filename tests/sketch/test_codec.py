@@ -7,6 +7,8 @@ from torch import Tensor
 
 from usllm.sketch import Plan, SketchConfig, build_plan, channel_scales, project, query
 from usllm.sketch.hash import first_rotation
+from usllm.sketch.layer_bytes import pack_layer, read_plan
+from usllm.sketch.operators import OPERATORS
 
 
 def slow_query(weight: Tensor, plan: Plan) -> Tensor:
@@ -202,6 +204,19 @@ def test_degenerate_weights_decode_to_something_finite(config: SketchConfig, kin
     assert bool(torch.isfinite(decoded).all())
     if kind == 0 and config.state_bits > 1 and config.allocation != "waterfill":
         assert not bool(decoded.any())
+
+
+@pytest.mark.parametrize("size", [1e18, 1e25, 1e37, 1e38, 3.4e38])
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_sums_beyond_float32_decode_to_something_finite(operator: str, bits: int, size: float) -> None:
+    sign = torch.randn(48, 20, generator=torch.Generator().manual_seed(0)).sign()
+    weight = size * (0.5 + 0.5 * torch.rand(48, 20, generator=torch.Generator().manual_seed(1))) * sign
+    config = SketchConfig(bits_per_weight=8.0, rows=2, operator=operator, state_bits=bits, output_scale=True)
+    plan = build_plan((48, 20), None, config, "layer")
+    states = project(weight, plan)
+    assert bool(torch.isfinite(query(states, plan)).all())
+    assert read_plan(pack_layer(plan, states), plan.shape, config, "layer").classes == plan.classes
 
 
 def test_shape_mismatch_names_both_shapes() -> None:

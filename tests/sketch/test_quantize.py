@@ -3,7 +3,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usllm.sketch.quantize import best_scale, channel_statistics, channel_sums, largest_code, quantize
+from usllm.sketch.config import STATE_BITS
+from usllm.sketch.quantize import (
+    UNCLIPPED_BITS,
+    best_scale,
+    channel_statistics,
+    channel_sums,
+    largest_code,
+    quantize,
+    scale_codes,
+)
 from usllm.sketch.scale import CHANNEL_MANTISSA, OUTPUT_MANTISSA, base_exponent, decode_scale, encode_scale
 
 UNIFORM = (torch.arange(20000) + 0.5) / 20000
@@ -29,6 +38,50 @@ def test_the_scale_is_within_two_percent_of_the_least_error(law: str, bits: int,
         squared_error(values, chosen * factor, bits, rounding) for factor in torch.linspace(0.4, 2.5, 200).tolist()
     )
     assert squared_error(values, chosen, bits, rounding) <= 1.02 * least
+
+
+CHANNELS = 96
+
+
+def channels_of(law: str, states: int) -> torch.Tensor:
+    """States of one law, [channels, states]; channels lie evenly between two powers of two, as do their scales."""
+    generator = torch.Generator().manual_seed(states)
+    normal = torch.randn(CHANNELS, states, generator=generator)
+    drawn = torch.rand(CHANNELS, states, generator=generator).clamp_min(1e-9)
+    values = {
+        "normal": normal,
+        "exponential": -drawn.log() * normal.sign(),
+        "heavy": normal * (0.7 * torch.randn(CHANNELS, states, generator=generator)).exp(),
+        "least of three": torch.randn(CHANNELS, states, 3, generator=generator).abs().amin(2) * normal.sign(),
+        "even": 2 * drawn - 1,
+    }[law]
+    return values * 2 ** torch.linspace(0, 1, CHANNELS)[:, None]
+
+
+def errors_of(values: torch.Tensor, code: torch.Tensor, base: torch.Tensor, bits: int, rounding: str) -> torch.Tensor:
+    scale = decode_scale(code, base, CHANNEL_MANTISSA)[:, None]
+    return (quantize(values, scale, bits, rounding).float() * scale - values).double().square().sum(1)
+
+
+@pytest.mark.parametrize("states", [32, 200, 600])
+@pytest.mark.parametrize("bits", STATE_BITS)
+@pytest.mark.parametrize("rounding", ["toward_zero", "nearest"])
+def test_the_stored_scale_is_within_three_percent_of_the_best_byte(rounding: str, bits: int, states: int) -> None:
+    for law in ("normal", "exponential", "heavy", "least of three", "even"):
+        values = channels_of(law, states)
+        base = base_exponent(values.abs().amax(), CHANNEL_MANTISSA)
+        found = errors_of(values, scale_codes(values, channel_sums(values), base, bits, rounding), base, bits, rounding)
+        every = [errors_of(values, torch.full((CHANNELS,), b), base, bits, rounding) for b in range(60, 256)]
+        excess = found / torch.stack(every).amin(0)
+        assert float(excess.mean()) <= 1.03, law
+
+
+def test_the_widest_states_are_stored_unclipped() -> None:
+    values = channels_of("heavy", 300)
+    base = base_exponent(values.abs().amax(), CHANNEL_MANTISSA)
+    codes = scale_codes(values, channel_sums(values), base, UNCLIPPED_BITS, "nearest")
+    scale = decode_scale(codes, base, CHANNEL_MANTISSA)[:, None]
+    assert bool((values.abs() <= scale * largest_code(UNCLIPPED_BITS)).all())
 
 
 @given(st.integers(-60, 60), st.integers(0, 1000))

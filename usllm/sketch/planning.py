@@ -10,7 +10,7 @@ from torch import Tensor
 
 from usllm.sketch.allocation import ALLOCATIONS, LARGEST, SMALLEST, AllocationProblem, AllocationTable
 from usllm.sketch.bits import available_bits, whole_bytes
-from usllm.sketch.classes import MAX_CLASSES, ChannelClass
+from usllm.sketch.classes import EMPTY, MAX_CLASSES, ChannelClass
 from usllm.sketch.config import SketchConfig
 from usllm.sketch.layer_bytes import MAX_DIMENSION, pack_layer, read_plan
 from usllm.sketch.plan import Plan
@@ -62,8 +62,12 @@ def build_plan(
             " or leave the layer out of model.patterns"
         )
     problem = replace(problem, budget_bits=budget)
-    fits = problem.available(2) >= problem.channel_bits(_smallest(problem))
-    classes, channel_class = ALLOCATIONS[config.allocation](problem) if fits else _one_class(problem)
+    if budget >= _most_bits(problem):
+        classes, channel_class = _full(problem)
+    elif problem.available(2) >= problem.channel_bits(_smallest(problem)):
+        classes, channel_class = ALLOCATIONS[config.allocation](problem)
+    else:
+        classes, channel_class = _one_class(problem)
     plan = Plan(name, shape, config, classes, channel_class)
     check_plan(plan, budget)
     return plan
@@ -84,8 +88,7 @@ def bit_range(shape: tuple[int, int], config: SketchConfig) -> tuple[int, int]:
     """
     problem = _problem(shape, None, replace(config, min_importance=0.0), "layer", None)
     least = _least_bits(problem, everywhere=not config.min_importance)
-    full = _table_bits(problem, 1) + whole_bytes(problem.channel_bits(_largest(problem)) * shape[1])
-    return least, max(full, least)
+    return least, max(_most_bits(problem), least)
 
 
 def check_plan(plan: Plan, budget_bits: int) -> None:
@@ -113,7 +116,8 @@ def check_plan(plan: Plan, budget_bits: int) -> None:
         read = read_plan(pack_layer(plan, plan.state_tensors()), plan.shape, plan.config, plan.name)
     except (PackedFormatError, RuntimeError, IndexError, ValueError) as error:
         raise fail(f"cannot be read from its own bytes ({error})") from error
-    if read.classes != plan.classes or not torch.equal(read.channel_class, plan.channel_class):
+    same = plan.channel_class.dtype == torch.uint8 and plan.classes == read.classes
+    if not (same and torch.equal(read.channel_class, plan.channel_class)):
         raise fail("is another one when it is read from its own bytes")
 
 
@@ -175,6 +179,21 @@ def _least_bits(problem: AllocationProblem, *, everywhere: bool) -> int:
     if everywhere:
         least = min(least, _table_bits(problem, 1) + whole_bytes(smallest * problem.shape[1]))
     return least
+
+
+def _most_bits(problem: AllocationProblem) -> int:
+    """Bits of the plan whose kept channels all have the largest class."""
+    kept = int(problem.kept.sum())
+    stored = problem.channel_bits(_largest(problem)) * kept
+    return _table_bits(problem, 1 if kept == problem.shape[1] else 2) + whole_bytes(stored)
+
+
+def _full(problem: AllocationProblem) -> AllocationTable:
+    """The largest class for all kept channels."""
+    largest = _largest(problem)
+    if bool(problem.kept.all()):
+        return AllocationTable((largest,), torch.zeros(problem.shape[1], dtype=torch.uint8))
+    return AllocationTable((EMPTY, largest), problem.kept.to(torch.uint8))
 
 
 def _least_rate(bits: int, weights: int) -> float:
