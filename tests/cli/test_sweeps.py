@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,12 @@ def test_sweep_started_again_skips_what_is_finished_and_resumes_what_was_interru
     assert shown.count("Perplexity, tiny") == 1
     done = reports(tmp_path)
     assert sorted(report["config"]["sketch"]["rows"] for report in done.values()) == [1, 2]
-    assert all("-m" not in report["command"].split() for report in done.values())
+    assert all("-m" not in shlex.split(report["command"]) for report in done.values())
 
     # The same job by itself finds the same directory: it is the run that the sweep has finished.
     trained.clear()
     command = next(r["command"] for r in done.values() if r["config"]["sketch"]["rows"] == 2)
-    monkeypatch.setattr(sys, "argv", [*command.split(), "resume=true"])
+    monkeypatch.setattr(sys, "argv", [*shlex.split(command), "resume=true"])
     train.main()
     assert trained == []
 

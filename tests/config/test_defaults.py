@@ -128,15 +128,20 @@ def of_command(command: str) -> list[Pair]:
     return list(pairs_in(COMMANDS[command], OmegaConf.to_container(composed(command=command))))  # type: ignore[arg-type]
 
 
-def of_option(group: str, option: str) -> list[Pair]:
-    """Pairs of an option of a group; where it stands on another option, without the keys that it is there for."""
+def chosen_keys(group: str, option: str) -> set[str]:
+    """Keys that an option is there for: its own, where it stands on another one, and what that one is there for."""
     own = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
     assert isinstance(own, dict)
-    stands_on_another = any(isinstance(base, str) and base != "_self_" for base in own.get("defaults", []))
+    bases = [base for base in own.get("defaults", []) if isinstance(base, str) and base != "_self_"]
+    return set().union(set(own) if bases else set(), *(chosen_keys(group, base) for base in bases))
+
+
+def of_option(group: str, option: str) -> list[Pair]:
+    """Pairs of an option of a group; where it stands on another option, without the keys that it is there for."""
     node = OmegaConf.to_container(composed(f"{group}={option}")[group])
     assert isinstance(node, dict)
     source = source_of(group, node) or section_in(typing.get_type_hints(TrainConfig)[group])
-    chosen = {"name"} | (set(own) if stands_on_another else set())
+    chosen = {"name"} | chosen_keys(group, option)
     return [pair for pair in pairs_in(source, node) if pair[0].partition(".")[0] not in chosen]
 
 

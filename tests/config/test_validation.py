@@ -51,7 +51,8 @@ def test_experiment_composes_and_is_valid(name: str, tiny_text: Path, data_folde
     ],
 )
 def test_option_composes_and_is_valid(choice: str, tiny_text: Path) -> None:
-    check_train(composed(*tiny(tiny_text, choice)))
+    one_row = ["sketch.rows=1"] if choice == "allocation=trained" else []
+    check_train(composed(*tiny(tiny_text, choice), *one_row))
 
 
 def test_evaluation_composes_and_is_valid(tiny_text: Path) -> None:

@@ -18,6 +18,7 @@ from usllm.config import AllocationConfig, DataConfig, EvaluationConfig
 from usllm.sketch import SketchConfig
 from usllm.training import OptimizerConfig
 
+OF_ALLOCATION = ("allocation", "layer_budget", "min_importance", "price_list", "price_exponent")
 CONF = Path(__file__).parents[2] / "conf"
 
 SIX = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
@@ -126,6 +127,8 @@ NOT_DECISIVE = {
     "evaluation.test_sets": "given by the option",
     "evaluation.batch_size": "speed",
     "evaluation.window_start": "follows data.window_start",
+    "allocation.price_list": "read by water-filling alone, whose option names it",
+    "allocation.price_exponent": "read by the price list `trained` alone, whose option names it",
     "evaluation.allow_shared": "lets a run begin, changes no figure",
 }
 SECTIONS = {
@@ -190,7 +193,7 @@ def test_no_option_is_forgotten(experiment: str) -> None:
             continue  # a study without training or without perplexities
         keys = {f"{section}.{field.name}" for field in dataclasses.fields(cls)} - NOT_DECISIVE.keys()
         if section == "sketch":  # these are in the group allocation
-            keys -= {f"sketch.{name}" for name in ("allocation", "layer_budget", "min_importance")}
+            keys -= {f"sketch.{name}" for name in OF_ALLOCATION}
         if "objective.name" not in decisive:
             keys -= {"data.batch_size"}
         if "data.validation.name" in decisive:

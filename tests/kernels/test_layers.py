@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from usllm.compress import CompressedLinear
-from usllm.compress.methods.sketch import SketchPlan, computing
-from usllm.packed import linear as packed_linear
+from usllm.compress.methods.sketch import SketchCompressor, SketchPlan, computing
 from usllm.packed.config import PackedLayerEntry
 from usllm.packed.linear import PackedLinear
 from usllm.sketch import SketchConfig, build_plan
@@ -81,11 +80,11 @@ def test_packed_layers_compute_straight_from_their_bytes(
     assert made.plan is not None
     packed = pack_layer(made.plan, {name: value.cpu() for name, value in made.states.items()})
     entry = PackedLayerEntry(shape=SHAPE, bytes=packed.numel())
-    inference = PackedLinear(entry, CONFIG, "layer", bias=True, dtype=dtype).to(device)
+    inference = PackedLinear(entry, SketchCompressor(CONFIG), "layer", bias=True, dtype=dtype).to(device)
     inference.packed.copy_(packed)
     assert made.bias is not None and inference.bias is not None
     inference.bias.data.copy_(made.bias)
-    monkeypatch.setattr(packed_linear, "decodes_first", lambda device, dtype: False)
+    monkeypatch.setattr(SketchPlan, "decodes_on", frozenset())
     monkeypatch.setattr(inference, "decoded_weight", None)  # calling it would raise
     x = torch.randn(1, tokens, SHAPE[1], generator=torch.Generator().manual_seed(1)).to(device, dtype)
     with torch.no_grad():

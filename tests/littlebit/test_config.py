@@ -16,7 +16,6 @@ from usllm.littlebit import LittleBitConfig
         ({"paths": 3}, "sketch.paths=3"),
         ({"paths": True}, "sketch.paths=True"),
         ({"slope": -1.0}, "sketch.slope=-1.0"),
-        ({"layer_budget": "more"}, "sketch.layer_budget='more'"),
     ],
 )
 def test_bad_option_is_named(options: dict[str, object], named: str) -> None:

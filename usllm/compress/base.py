@@ -230,7 +230,7 @@ class LayerPlan(ABC):
         return {}
 
     def channel_rates(self) -> Tensor | None:
-        """Bits per weight that each input channel stores, fp32 [in], for pictures; ``None`` where all store alike."""
+        """Bits per weight of each input channel, float64 [in], for pictures; ``None`` where all store alike."""
         return None
 
     def normalised_codes(self, states: Mapping[str, Tensor]) -> Tensor | None:

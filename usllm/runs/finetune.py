@@ -6,6 +6,7 @@ Only composition happens here; what is composed lives in ``models``, ``data``, `
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -240,8 +241,9 @@ def next_commands(config: TrainConfig, command: str) -> list[str]:
     commands = [f"{program('usllm-eval')} ckpt={config.run_dir}"]
     rate = compressor_of(config.sketch, config.allocation).options.bits_per_weight
     if rate is not None:
-        words = [word for word in command.split()[1:] if not word.startswith(("sketch.bits_per_weight=", "resume="))]
-        commands.append(" ".join([program("usllm-train"), *words, f"sketch.bits_per_weight={rate / 2:g}"]))
+        changed = ("sketch.bits_per_weight=", "resume=")
+        words = [word for word in shlex.split(command)[1:] if not word.startswith(changed)]
+        commands.append(shlex.join([program("usllm-train"), *words, f"sketch.bits_per_weight={rate / 2:g}"]))
     return commands
 
 

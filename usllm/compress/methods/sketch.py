@@ -113,7 +113,7 @@ class SketchPlan(Plan, LayerPlan):
         }
 
     def channel_rates(self) -> Tensor:
-        rates = torch.zeros(self.shape[1])
+        rates = torch.zeros(self.shape[1], dtype=torch.float64)
         for block in self.blocks:
             rates[block.channels] = block.states_per_channel * block.choice.bits / self.shape[0]
         return rates
