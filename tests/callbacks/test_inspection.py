@@ -151,7 +151,8 @@ def test_picture_holds_the_bits_that_the_plans_hold(model: Any) -> None:
     assert grid.shape == (12, 160)
     for row, plan in zip(grid, plans.values(), strict=True):
         assert np.isnan(row[plan.shape[1] :]).all()
-        assert row[: plan.shape[1]].sum() * plan.shape[0] == pytest.approx(plan.bit_breakdown()["states"])
+        held = row[: plan.shape[1]].sum() * plan.shape[0]
+        assert 0 <= plan.bit_breakdown()["states"] - held < 8  # whole bytes are stored
         np.testing.assert_allclose(row[: plan.shape[1]], plan.channel_rates())
     # Neighbours are averaged where there are more channels than columns.
     np.testing.assert_allclose(allocation_grid(plans, 80)[5], grid[5].reshape(80, 2).mean(1))
