@@ -103,11 +103,11 @@ def choice_problem(config: SketchConfig) -> str | None:
     """Why ``USLLM_KERNELS`` cannot compute sketches of a configuration; ``None`` if it can, or is ``auto``.
 
     It is known before there is a plan or a tensor; whether a back end runs on a device is :func:`choose`'s to say.
-
-    Raises:
-        ValueError: ``USLLM_KERNELS`` is unknown.
     """
-    asked, source = _asked(None)
+    try:
+        asked, source = _asked(None)
+    except ValueError as error:
+        return str(error)
     if asked == "auto" or not (asked == "torch" or installed(asked)):
         return None
     plan = Plan("", (1, 1), config, (EMPTY,), torch.zeros(1, dtype=torch.uint8))

@@ -168,6 +168,8 @@ def test_a_choice_is_refused_before_any_plan_is_made(backend: str, monkeypatch: 
     assert choice_problem(SketchConfig()) is None
     problems = SketchCompressor(config).problems()
     assert problems == [] if backend == "torch" else f"USLLM_KERNELS={backend} cannot compute" in problems[0]
+    monkeypatch.setenv(dispatch.VARIABLE, "fortran")
+    assert str(choice_problem(config)).startswith("USLLM_KERNELS=fortran is unknown")
 
 
 def test_another_operator_of_a_known_name_is_not_computed_by_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

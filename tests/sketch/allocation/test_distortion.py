@@ -73,7 +73,7 @@ def test_trained_prices_share_where_untrained_ones_drop() -> None:
     for price_list in ("untrained", "trained"):
         plan = build_plan((576, 576), importance, replace(TRAINED, price_list=price_list), "layer")
         assert 0.495 <= plan.bits_per_weight <= 0.5
-        stored[price_list] = plan.num_scales / 576
+        stored[price_list] = plan.num_active / 576
         shares = torch.tensor([0 < choice.states < 288 for choice in plan.classes])[plan.channel_class.long()]
         assert (int(shares.sum()) > 200) == (price_list == "trained")  # one channel's class may be cut to fit
     assert stored["trained"] > 1.3 * stored["untrained"]
@@ -84,7 +84,7 @@ def test_a_larger_exponent_shares_more() -> None:
     held = []
     for exponent in (1.0, 1.5, 3.0):
         plan = build_plan((512, 256), importance, replace(TRAINED, price_exponent=exponent), "layer")
-        held.append(plan.num_scales)
+        held.append(plan.num_active)
     assert held[0] < held[1] < held[2]
 
 
