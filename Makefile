@@ -19,7 +19,7 @@ test: $(VENV)/.tools ## the tests that take seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-oldest: $(OLDEST)/.tools ## what depends on transformers, under the oldest release of it that pyproject.toml names
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 tests/packed tests/models tests/compress tests/cli/test_packed.py $(ARGS)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 tests/packed tests/models tests/compress tests/docs/test_examples.py tests/cli/test_packed.py $(ARGS)
 
 test-slow: $(VENV)/.tools ## all tests, those that take minutes included
 	$(BIN)/python -m pytest -m '' $(ARGS)

@@ -128,21 +128,21 @@ def of_command(command: str) -> list[Pair]:
     return list(pairs_in(COMMANDS[command], OmegaConf.to_container(composed(command=command))))  # type: ignore[arg-type]
 
 
-def chosen_keys(group: str, option: str) -> set[str]:
-    """Keys that an option is there for: its own, where it stands on another one, and what that one is there for."""
-    own = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
-    assert isinstance(own, dict)
-    bases = [base for base in own.get("defaults", []) if isinstance(base, str) and base != "_self_"]
-    return set().union(set(own) if bases else set(), *(chosen_keys(group, base) for base in bases))
-
-
 def of_option(group: str, option: str) -> list[Pair]:
     """Pairs of an option of a group; where it stands on another option, without the keys that it is there for."""
     node = OmegaConf.to_container(composed(f"{group}={option}")[group])
     assert isinstance(node, dict)
     source = source_of(group, node) or section_in(typing.get_type_hints(TrainConfig)[group])
-    chosen = {"name"} | chosen_keys(group, option)
+    chosen = {"name"} | there_for(group, option)
     return [pair for pair in pairs_in(source, node) if pair[0].partition(".")[0] not in chosen]
+
+
+def there_for(group: str, option: str) -> set[str]:
+    """Keys by which an option differs from the one that it stands on, and that one from the next."""
+    node = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
+    assert isinstance(node, dict)
+    below = [base for base in node.get("defaults", []) if isinstance(base, str) and base != "_self_"]
+    return set(node).union(*(there_for(group, base) for base in below)) if below else set()
 
 
 def of_objects(file: str) -> list[Pair]:
@@ -210,6 +210,24 @@ def test_all_places_are_looked_at() -> None:
     groups = {path.name for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("_")}
     assert groups - elsewhere == set(SECTIONS) | set(OBJECTS)
     assert sum(differing(place)[1] for place in PLACES) > 300
+
+
+def test_every_setting_stands_in_yaml() -> None:
+    """A field that no file shows could be set by nobody who has not read the source."""
+    for command, cls in COMMANDS.items():
+        assert {field.name for field in dataclasses.fields(cls)} - set(composed(command=command)) == set(), command
+    for group in set(SECTIONS) - {"sketch", "objective"}:
+        section = section_in(typing.get_type_hints(TrainConfig)[group])
+        shown = {key for _, name in options(group) if name != "base" for key in composed(f"{group}={name}")[group]}
+        assert {field.name for field in dataclasses.fields(section)} - shown == set(), group
+    in_allocation = {field.name for field in dataclasses.fields(AllocationConfig)} | {"allocation"}
+    for _, name in options("sketch"):
+        node = composed(f"sketch={name}").sketch
+        fields = {field.name for field in dataclasses.fields(source_of("sketch", node))}
+        assert fields - in_allocation - set(node) == set(), f"sketch={name}"
+    for _, name in options("objective"):
+        node = composed(f"objective={name}").objective
+        assert python_defaults(source_of("objective", node)).keys() - set(node) == set(), f"objective={name}"
 
 
 def test_differences_on_purpose_are_still_there() -> None:

