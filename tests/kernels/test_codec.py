@@ -26,7 +26,7 @@ def test_states_and_winners(name: str, backend: str, device: torch.device) -> No
     assert not keeps or torch.equal(*winners)
 
 
-@pytest.mark.parametrize("size", [1e-42, 1e18, 1e38])
+@pytest.mark.parametrize("size", [0.0, 1e-42, 1e18, 1e38])
 @pytest.mark.parametrize("name", ["mixed-widths", "countmin", "mean", "random-buckets", "16-bit"])
 def test_states_of_weights_near_the_ends_of_float32(name: str, size: float, backend: str, device: torch.device) -> None:
     layer = case(name, device)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from usllm.sketch.config import STATE_BITS
@@ -85,6 +85,7 @@ def test_the_widest_states_are_stored_unclipped() -> None:
 
 
 @given(st.integers(-60, 60), st.integers(0, 1000))
+@settings(deadline=None)
 def test_statistics_are_those_of_the_magnitudes_in_any_order(exponent: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(4, 60, generator=generator) * 2.0**exponent
@@ -110,6 +111,7 @@ def test_wide_states_are_never_clipped(bits: int) -> None:
 
 
 @given(st.floats(1e-6, 1e3), st.sampled_from([1, 2, 3, 4, 8, 16]), st.sampled_from(["toward_zero", "nearest"]))
+@settings(deadline=None)
 def test_codes_fit_their_width(scale: float, bits: int, rounding: str) -> None:
     codes = quantize(torch.linspace(-50, 50, 101), torch.tensor(scale), bits, rounding)
     assert int(codes.abs().max()) <= largest_code(bits)
@@ -119,6 +121,7 @@ def test_codes_fit_their_width(scale: float, bits: int, rounding: str) -> None:
 
 
 @given(st.floats(1e-6, 1e6), st.sampled_from([CHANNEL_MANTISSA, OUTPUT_MANTISSA]))
+@settings(deadline=None)
 def test_a_stored_scale_is_the_nearest_one(value: float, mantissa: int) -> None:
     scale = torch.tensor([value], dtype=torch.float32)
     base = base_exponent(scale[0], mantissa)
@@ -127,6 +130,14 @@ def test_a_stored_scale_is_the_nearest_one(value: float, mantissa: int) -> None:
     )
     up = float(decode_scale(encode_scale(scale, base, mantissa, up=True), base, mantissa))
     assert value * (1 - 1e-6) <= up <= value * (1 + 2.0**-mantissa)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1e-40, 1e-30])
+def test_every_stored_scale_is_a_positive_normal_number(value: float) -> None:
+    largest = torch.tensor(value)
+    base = base_exponent(largest, CHANNEL_MANTISSA)
+    codes = torch.arange(256)
+    assert float(decode_scale(codes, base, CHANNEL_MANTISSA).min()) >= torch.finfo(torch.float32).tiny
 
 
 def test_scales_far_below_the_largest_are_clamped_not_wrapped() -> None:

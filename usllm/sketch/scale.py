@@ -17,10 +17,13 @@ SCALE_BITS = 8
 
 
 def base_exponent(largest: Tensor, mantissa: int) -> Tensor:
-    """Smallest base exponent whose byte range still reaches ``largest``; uint8 [1]."""
+    """Smallest base exponent whose byte range still reaches ``largest``; uint8 [1].
+
+    It is at least 1, so that every scale is a positive normal number, also where all there is to scale is zero.
+    """
     octaves = 256 >> mantissa
     top = _tops(largest.reshape(1), mantissa, up=True) >> mantissa
-    return (top - (octaves - 1)).clamp(0, 254).to(torch.uint8)
+    return (top - (octaves - 1)).clamp(1, 254).to(torch.uint8)
 
 
 def encode_scale(value: Tensor, base: Tensor, mantissa: int, up: bool = False) -> Tensor:

@@ -84,7 +84,7 @@ def choose_scales(
     most = np.int32(0)
     for active_index in range(channels):
         most = max(most, bits[active_index])
-    lowest = max(((most + _UP) >> np.int32(23)) - np.int32((256 >> CHANNEL_MANTISSA) - 1), np.int32(0))
+    lowest = max(((most + _UP) >> np.int32(23)) - np.int32((256 >> CHANNEL_MANTISSA) - 1), np.int32(1))
     lowest = min(lowest, np.int32(254))
     base[0] = lowest
     first_top = lowest << _TOP_MANTISSA

@@ -206,7 +206,7 @@ def quantize_kernel(
     active_index = tl.program_id(0)
     states, width = tl.load(count + active_index), tl.load(bits + active_index)
     first = tl.load(first_state + active_index)
-    lowest = tl.minimum(tl.maximum(((tl.load(highest) + _UP) >> 23) - _OCTAVES + 1, 0), 254)
+    lowest = tl.minimum(tl.maximum(((tl.load(highest) + _UP) >> 23) - _OCTAVES + 1, 1), 254)
     if active_index == 0:
         tl.store(scale_base, lowest.to(tl.uint8))
     peak = tl.load(largest + active_index)
