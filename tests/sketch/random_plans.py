@@ -17,6 +17,7 @@ from usllm.sketch.classes import MAX_CLASSES
 from usllm.sketch.config import PRICE_LISTS, STATE_BITS
 from usllm.sketch.hash import HASHES
 from usllm.sketch.layer_bytes import pack_layer, read_plan
+from usllm.sketch.layout import states_per_channel
 from usllm.sketch.operators import OPERATORS
 
 LARGE_LAYER = 1 << 16  # weights
@@ -106,25 +107,27 @@ def check(layer: Layer, plan: Plan) -> None:
 
 def could_hold_more(layer: Layer, plan: Plan) -> bool:
     """Whether a class more, for one channel with one state more in each group, would fit."""
-    if plan.total_bits >= USED * bit_range(layer.shape, layer.config)[1]:
-        return False
     count, output_scale = len(plan.classes), layer.config.output_scale
     budget = int(layer.config.bits_per_weight * layer.shape[0] * layer.shape[1])
-    growth = available_bits(layer.shape, output_scale, count, budget) - available_bits(
-        layer.shape, output_scale, min(count + 1, MAX_CLASSES), budget
+    room, room_beside_one_more, of_one_class = (
+        available_bits(layer.shape, output_scale, classes, budget) for classes in (count, min(count + 1, 16), 1)
     )
-    left = budget - plan.total_bits - growth
-    values = layer.importance.double()
-    open_to_states = values >= layer.config.min_importance * values.mean()
-    if values.any():
-        open_to_states &= values > 0
+    left = budget - plan.total_bits - (room - room_beside_one_more)
+    largest = (bit_range(layer.shape, layer.config)[1] - budget + of_one_class) // layer.shape[1]
     groups = sum(span.groups for span in plan.spans)
-    fewest = min(layer.config.state_bits, 2) if layer.config.allocation != "waterfill" else 1
-    for choice, channels in zip(plan.classes, torch.bincount(plan.channel_class, minlength=count), strict=True):
-        number = plan.classes.index(choice)
-        mine = open_to_states & (plan.channel_class == number)
-        if channels and bool(mine.any()) and choice.states < plan.spans[0].size:
-            width, scale = (choice.bits, 0) if choice.rows else (fewest, 8)
-            if left >= groups * width * (choice.rows or 1) + scale:
-                return True
+    narrowest = min(layer.config.state_bits, 2) if layer.config.allocation != "waterfill" else 1
+    for number, choice in enumerate(plan.classes):
+        stored = states_per_channel(plan.spans, choice.rows, choice.states) * choice.bits + 8 * bool(choice.rows)
+        step = groups * choice.rows * choice.bits if choice.rows else groups * narrowest + 8
+        growing = choice.states < plan.spans[0].size and stored + step <= largest
+        if growing and left >= step and bool((may_hold_states(layer) & (plan.channel_class == number)).any()):
+            return True
     return False
+
+
+def may_hold_states(layer: Layer) -> Tensor:
+    """Channels above the threshold and of any importance, or all where none has any; bool [in]."""
+    values = layer.importance.double()
+    if not values.any():
+        return torch.ones(len(values)) > 0
+    return (values > 0) & (values >= layer.config.min_importance * values.mean())
