@@ -29,6 +29,7 @@ SWEEPS = Path(__file__).parents[2] / "conf" / "sweep"
 NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 TRIALS: dict[str, dict[str, Any]] = {
     "grid": {"sketch.bits_per_weight": 0.5, "sketch.rows": 2},
+    "methods": {"sketch": "littlebit", "sketch.bits_per_weight": 1.0},
     "bayes": {
         "optimizer.lr": 0.00031622776601683794,
         "objective.kl_weight": 1.25,

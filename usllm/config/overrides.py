@@ -50,9 +50,10 @@ def evaluation_beside(run: Mapping[str, Any], composed: EvaluationConfig, given:
     if _GROUP in keys:
         return values
     changed: dict[str, Any] = copy.deepcopy(dict(run))
-    new = {f"{_GROUP}.{_TEST_SETS}.{name}" for name in values[_TEST_SETS]}
-    for test_set in new & {key.removesuffix(".kind") for key in keys if key.endswith(".kind")}:
-        _set(changed, values, test_set.split(".")[1:])
+    with_kind = {key.removesuffix(".kind") for key in keys if key.endswith(".kind")}
+    for test_set in (f"{_GROUP}.{_TEST_SETS}.{name}" for name in values[_TEST_SETS]):  # in the order that was typed
+        if test_set in with_kind:
+            _set(changed, values, test_set.split(".")[1:])
     for key in keys:
         _set(changed, values, key.split(".")[1:])
     return changed
