@@ -28,6 +28,8 @@ from usllm.packed.inspection import inspect_folder
 from usllm.system.errors import PackedFormatError
 
 LAYER = "model.layers.0.mlp.up_proj"
+# Of a process whose address space is bounded: each thread that allocates would reserve 64 MiB of it for itself.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,7 @@ def test_twenty_thousand_mutations(valid: Path, tmp_path: Path) -> None:
     """In a process of its own: a crash, a hang, an allocation beyond the bound or a silent change would be told."""
     counts = {"layers": 16_000, "folders": 2_600, "loads": 5_200}
     arguments = [sys.executable, fuzzing.__file__, str(valid), str(tmp_path), *map(str, counts.values()), "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | ONE_THREAD
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -169,7 +171,8 @@ def test_allocation_beyond_the_bound_would_be_told(valid: Path, tmp_path: Path) 
         "inspection.inspect_folder = lambda path: greedy() if calls else calls.append(real(path))\n"
         "fuzzing.main(sys.argv[1], sys.argv[2], 0, 2, 0, 0)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(fuzzing.__file__).parent), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(fuzzing.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | ONE_THREAD | {"PYTHONPATH": path}
     arguments = [sys.executable, "-c", script, str(valid), str(tmp_path)]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=250)
     failures = json.loads(done.stdout.splitlines()[-1])["failures"]
