@@ -17,6 +17,7 @@ from usllm.compress import (
     Compressor,
     LayerPlan,
     Statistics,
+    allocate_,
     as_compressor,
     compress_,
     compressed_layers,
@@ -193,6 +194,32 @@ def test_continued_from_a_checkpoint_it_computes_the_same_bits(name: str, option
     assert torch.equal(other(x), model(x))
     for key, state in compressed_layers(other)["up_proj"].current_states().items():
         assert torch.equal(state, layer.current_states()[key])
+
+
+@cases
+def test_plan_of_another_rate_takes_the_place_of_the_one_that_was_prepared(name: str, options: dict[str, Any]) -> None:
+    """``fit(ckpt_path=…)`` prepares first and then restores: latents may have other shapes by then."""
+    saved, _ = compressed(name, options)
+    rate = {"bits": 2} if name == "rounding" else {"bits_per_weight": 2.5}
+    model, _ = compressed(name, options | rate)
+    load_plans_(model, save_plans(saved), compressor_of(name, options))
+    model.load_state_dict(saved.state_dict())
+    x = random(4, 41)
+    assert torch.equal(model(x), saved(x))
+
+
+@cases
+def test_layer_that_was_started_is_started_again_only_where_its_weight_is_still_there(
+    name: str, options: dict[str, Any]
+) -> None:
+    model, layer = compressed(name, options)
+    if [*layer.latents] == ["weight"]:
+        before = layer.decoded_weight()
+        allocate_(model, compressor_of(name, options))
+        assert torch.equal(layer.decoded_weight(), before)
+    else:
+        with pytest.raises(RuntimeError, match="up_proj: its latents are"):
+            allocate_(model, compressor_of(name, options))
 
 
 @cases

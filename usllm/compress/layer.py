@@ -109,9 +109,8 @@ class CompressedLinear(nn.Module):
 
     def _set_latents(self, plan: LayerPlan, latents: Mapping[str, Tensor] | None) -> None:
         specs = plan.latent_specs()
-        if latents is None and tuple(specs) == self._latent_names:
-            return
-        if latents is not None and latents.get("weight") is self.weight:
+        present = {name: tuple(latent.shape) for name, latent in self.latents.items()}
+        if latents is None and present == {name: spec.shape for name, spec in specs.items()}:
             return
         device = self.get_parameter(self._latent_names[0]).device
         for name in self._latent_names:

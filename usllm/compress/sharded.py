@@ -36,8 +36,8 @@ class Turn(NamedTuple):
 
 
 def is_sharded(layers: Mapping[str, CompressedLinear]) -> bool:
-    """Whether the latent weights are spread over ranks."""
-    return any(isinstance(layer.weight, DTensor) for layer in layers.values())
+    """Whether the latents are spread over ranks."""
+    return any(isinstance(latent, DTensor) for layer in layers.values() for latent in layer.latents.values())
 
 
 def reproject_sharded(layers: Mapping[str, CompressedLinear]) -> dict[str, Reprojection]:

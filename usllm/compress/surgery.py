@@ -98,7 +98,7 @@ def plan_layers(model: nn.Module, compressor: Compressor, statistics: Mapping[st
     for name, layer in layers.items():
         known = statistics[name]
         if known.weight_energy is None and compressor.needs:
-            known = replace(known, weight_energy=energies[name] if energies else channel_energy(layer.weight))
+            known = replace(known, weight_energy=energies[name] if energies else channel_energy(layer.latent_weight()))
         try:
             plans[name] = compressor.plan(layer.shape, name, known, bits[name])
         except ValueError as error:
@@ -110,7 +110,8 @@ def start_(model: nn.Module, plans: Mapping[str, LayerPlan], statistics: Mapping
     """Give all compressed layers their plans, first latents and states; in place.
 
     Raises:
-        RuntimeError: If the model is sharded and the method has latents of its own, which exist before that.
+        RuntimeError: If the model is sharded and the method has latents of its own, which exist before that, or the
+            layers were started before with such latents: the dense weights are gone.
     """
     layers = compressed_layers(model)
     sharded = is_sharded(layers)
@@ -119,7 +120,7 @@ def start_(model: nn.Module, plans: Mapping[str, LayerPlan], statistics: Mapping
         if set(plan.latent_specs()) != {"weight"}:
             if sharded:
                 raise RuntimeError(f"{name}: latents of {plan.compressor.method} are started before a model is sharded")
-            latents = plan.start(layer.weight.detach(), statistics[name])
+            latents = plan.start(layer.latent_weight(), statistics[name])
         layer.set_plan(plan, statistics[name].energy, latents)
     reproject_(model)
 
