@@ -16,9 +16,6 @@ from usllm.system.ranks import ranks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 class Calibrate(Stage):
     """Streams the first sequences of the training text through the dense model, in the run's precision.

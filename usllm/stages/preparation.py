@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from usllm.compress import compressed_layers
+from usllm.compress import Statistics, compressed_layers
 from usllm.stages.base import Stage, Work
 from usllm.system.ranks import ranks
 from usllm.system.rng import preserved_rng
@@ -37,22 +37,23 @@ class Preparation:
         self.stages = list(stages)
         self.folder = folder
         self.observers = list(observers)
-        self._work: Work | None = None
+        self._statistics: dict[str, Statistics] = {}
 
     def look(self, module: SketchFinetuner, model: nn.Module) -> None:
         """Run what looks at the dense model, which all ranks hold a copy or a shard of."""
-        work = self._work = self._begin(module, model)
+        work = self._begin(module, model)
         with preserved_rng():
             for observe in self.observers:
                 observe("dense", model)
             for stage in self.stages:
                 if stage.on_dense:
                     stage.run(work)
+        self._statistics = work.statistics  # and nothing else: the shards of this model are given back
 
     def change(self, module: SketchFinetuner, model: nn.Module) -> None:
         """Run what changes the model; it holds all weights, and nothing in it is sharded."""
-        work = self._work or self._begin(module, model)
-        work.model = model
+        work = self._begin(module, model)
+        work.statistics, self._statistics = self._statistics, {}
         with preserved_rng():
             started = False
             for stage in self.stages:
@@ -64,12 +65,6 @@ class Preparation:
                     started = False
                 stage.run(work)
                 started = stage.name == "start"
-        self._work = None
-
-    @property
-    def compresses(self) -> bool:
-        """Whether the model is another one afterwards."""
-        return any(not stage.on_dense for stage in self.stages)
 
     def _begin(self, module: SketchFinetuner, model: nn.Module) -> Work:
         trainer = module.trainer

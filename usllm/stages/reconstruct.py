@@ -20,10 +20,8 @@ from usllm.stages.base import Stage, Work
 from usllm.stages.block_state import BlockStates
 from usllm.stages.blocks import capture, decoder_blocks, run_block
 from usllm.system.errors import UserError
+from usllm.system.modes import evaluating
 from usllm.system.results import tokens_digest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,11 +84,13 @@ class Reconstruct(Stage):
         if not tokens:
             raise UserError(f"stages.reconstruct.batch_size={self.batch_size}: the text has fewer sequences")
         teacher = work.load_dense().to(work.device).eval()
-        training = work.model.training
-        work.model.eval()  # the streams are those of a model that is measured, without dropout
         states = BlockStates(
             None if work.folder is None else work.folder / self.name, work.writes, self._key(work, tokens)
         )
+        with evaluating(work.model):  # the streams are those of a model that is measured, without dropout
+            self._run_blocks(work, teacher, tokens, states)
+
+    def _run_blocks(self, work: Work, teacher: nn.Module, tokens: list[Tensor], states: BlockStates) -> None:
         blocks, dense_blocks = decoder_blocks(work.model), decoder_blocks(teacher)
         with work.context():
             student, inputs = capture(work.model, blocks, tokens, work.device)
@@ -105,7 +105,6 @@ class Reconstruct(Stage):
                     self._train(work, number, block, student, dense, arguments, states)
                 bar.advance(task, self.steps)
                 student = list(run_block(block, student, arguments, work.context))
-        work.model.train(training)
 
     def _train(
         self,
