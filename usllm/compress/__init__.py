@@ -1,6 +1,6 @@
 """The seam: compression methods, layers that compute with any of them, and surgery on models. Needs torch alone."""
 
-from usllm.compress.base import Compressor, Encoded, Fact, LayerPlan, Spec, Statistics
+from usllm.compress.base import Compressor, LayerPlan
 from usllm.compress.layer import CompressedLinear, Reprojection, compressed_layers
 from usllm.compress.parallel import over_layers
 from usllm.compress.registry import METHODS, as_compressor, from_section, method, to_section
@@ -17,6 +17,7 @@ from usllm.compress.surgery import (
     start_,
     swap_linears_,
 )
+from usllm.compress.values import Encoded, Fact, Spec, Statistics
 
 __all__ = [
     "DEFAULT_PATTERNS",

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from usllm.compress.base import LayerPlan, compute_dtype
+from usllm.compress.base import LayerPlan
+from usllm.compress.values import compute_dtype
 
 
 class Reprojection(NamedTuple):

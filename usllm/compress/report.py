@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from usllm.compress.base import Fact
 from usllm.compress.layer import CompressedLinear, compressed_layers
+from usllm.compress.values import Fact
 
 REST_BITS = 16  # what is not compressed is counted at bf16, as it is stored
 

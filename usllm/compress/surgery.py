@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from usllm.compress.base import Compressor, LayerPlan, Statistics
+from usllm.compress.base import Compressor, LayerPlan
 from usllm.compress.budgets import BUDGETS, BudgetProblem, LayerDemand
 from usllm.compress.layer import CompressedLinear, Reprojection, compressed_layers
 from usllm.compress.parallel import over_layers
@@ -22,6 +22,7 @@ from usllm.compress.sharded import (
     is_sharded,
     reproject_sharded,
 )
+from usllm.compress.values import Statistics
 from usllm.system.errors import UserError
 
 DEFAULT_PATTERNS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")

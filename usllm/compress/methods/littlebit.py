@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from usllm.compress.base import Compressor, Encoded, Fact, LayerPlan, Spec, Statistics, compute_dtype
+from usllm.compress.base import Compressor, LayerPlan
 from usllm.compress.packed_bytes import PackedBytes, half_bytes, half_view
+from usllm.compress.values import Encoded, Fact, Spec, Statistics, compute_dtype
 from usllm.littlebit import LittleBitConfig
 from usllm.littlebit.dual_svid import Path, dual_svid
 from usllm.littlebit.factors import scaled, scaled_signs, stored_scale

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from usllm.compress.base import Compressor, Encoded, Fact, LayerPlan, Spec, Statistics
+from usllm.compress.base import Compressor, LayerPlan
 from usllm.compress.packed_bytes import PackedBytes, half_bytes, half_view
+from usllm.compress.values import Encoded, Fact, Spec, Statistics
 from usllm.rounding import RoundingConfig
 from usllm.rounding.codes import groups_of, largest_level, nearest_levels, over_columns, to_codes, to_levels
 from usllm.rounding.config import DEFAULT_WIDTH, WIDTHS

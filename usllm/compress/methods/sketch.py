@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from usllm.compress.base import Compressor, Encoded, Fact, LayerPlan, Spec, Statistics
+from usllm.compress.base import Compressor, LayerPlan
+from usllm.compress.values import Encoded, Fact, Spec, Statistics
 from usllm.sketch import Plan, SketchConfig, bit_range, build_plan
 from usllm.sketch.bits import CLASS_BITS, HEADER_BITS
 from usllm.sketch.hash import HASH_VERSION
