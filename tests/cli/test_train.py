@@ -189,6 +189,33 @@ def test_bad_input_ends_in_one_message_without_traceback(
     assert "Traceback" not in captured.err + captured.out
 
 
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["sketch.bits_per_weight=0.001"], "is too little for a 64x64 layer"),
+        (["sketch=littlebit", "sketch.bits_per_weight=0.01"], "for rank 1 and its scales; raise it"),
+        (["sketch=littlebit", "sketch.bits_per_weight=30"], "can use no more than"),
+        (["sketch=rounding", "sketch.bits=null", "sketch.bits_per_weight=1.01"], "and their scales; raise it"),
+        (["allocation.layer_budget=importance", "sketch.bits_per_weight=0.001"], "too little"),
+        (["model.patterns=[nothing_like_it]"], "matches no linear layer"),
+    ],
+)
+def test_what_no_layer_can_hold_is_refused_before_any_text_is_read(
+    overrides: list[str],
+    named: str,
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_here(monkeypatch, *arguments(tiny_text, tmp_path, f"run_dir={tmp_path}/run", *overrides))
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert named in shown
+    assert "tokenising" not in shown
+
+
 def test_empty_text_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

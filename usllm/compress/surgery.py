@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from usllm.compress.base import Compressor, LayerPlan
-from usllm.compress.budgets import BUDGETS, BudgetProblem, LayerDemand
+from usllm.compress.ceilings import layer_bits
 from usllm.compress.layer import CompressedLinear, Reprojection, compressed_layers
 from usllm.compress.parallel import over_layers
 from usllm.compress.registry import as_compressor
@@ -124,31 +124,6 @@ def start_(model: nn.Module, plans: Mapping[str, LayerPlan], statistics: Mapping
             latents = plan.start(layer.latent_weight(), statistics[name])
         layer.set_plan(plan, statistics[name].energy, latents)
     reproject_(model)
-
-
-def layer_bits(
-    layers: Mapping[str, CompressedLinear], compressor: Compressor, statistics: Mapping[str, Statistics]
-) -> dict[str, int]:
-    """Ceiling in bits of each layer, by the rule over layers that the compressor's options name.
-
-    Raises:
-        UserError: There is no such rule.
-    """
-    rule, rate = compressor.options.layer_budget, compressor.options.bits_per_weight
-    if rate is None:  # a method that is asked by its width: a layer takes what it takes
-        return {name: compressor.most_bits(layer.shape) for name, layer in layers.items()}
-    if rule not in BUDGETS:
-        raise UserError(f"allocation.layer_budget={rule!r} is unknown: choose one of {', '.join(BUDGETS)}")
-    demands = {}
-    for name, layer in layers.items():
-        energy = statistics[name].energy
-        demands[name] = LayerDemand(
-            weights=layer.out_features * layer.in_features,
-            importance=1.0 if energy is None else float(energy.double().mean()),
-            least_bits=compressor.least_bits(layer.shape),
-            most_bits=compressor.most_bits(layer.shape),
-        )
-    return BUDGETS[rule](BudgetProblem(demands, rate))
 
 
 def allocate_(model: nn.Module, config: Any, importance: Mapping[str, Tensor | Statistics] | None = None) -> None:

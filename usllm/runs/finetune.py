@@ -23,7 +23,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from usllm.callbacks import Preemption, SketchHealth
-from usllm.compress import compressed_layers, compression_report
+from usllm.compress import compressed_layers, compression_report, swap_linears_
+from usllm.compress.ceilings import refuse_unreachable
 from usllm.compress.coverage import coverage
 from usllm.config import TrainConfig, compressor_of
 from usllm.config.compression import DEFAULT_METHOD
@@ -41,7 +42,7 @@ from usllm.runs.measure import BaselinePerplexity, measure, merge_stages
 from usllm.runs.report import print_coverage, print_outcome, print_report
 from usllm.runs.tracking import finishing, log_results
 from usllm.runs.trainer import build_nodes, build_trainer, devices_in
-from usllm.stages import Preparation
+from usllm.stages import Allocate, Preparation
 from usllm.system.code_version import code_version
 from usllm.system.errors import UserError
 from usllm.system.files import write_json
@@ -107,7 +108,12 @@ def _finetune(
     for window in config.evaluation.windows:
         check_context_length(model_config, window, "evaluation.windows")
     tokenizer = load_tokenizer(config.model)
-    covered = coverage(skeleton(model_config), config.model.patterns)
+    compressor = compressor_of(config.sketch, config.allocation)
+    stages = list(build_nodes("stages", config.stages).values())
+    described = skeleton(model_config)
+    covered = coverage(described, config.model.patterns)
+    if any(isinstance(stage, Allocate) for stage in stages):
+        refuse_unreachable(swap_linears_(described, config.model.patterns), compressor)
     config, plain = with_window_starts(config, plain, tokenizer, model_config)
     steps = config.trainer.get("max_steps")
     length = f"{steps} steps" if steps else f"{config.trainer.get('epochs')} epochs"
@@ -139,10 +145,9 @@ def _finetune(
     if not loggers:  # Lightning refuses this one where it has nowhere to write
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer = build_trainer(config, max_steps, [baseline, *callbacks], loggers)
-    stages = list(build_nodes("stages", config.stages).values())
     module = SketchFinetuner(
         load_model=partial(load_dense, config.model),
-        sketch=compressor_of(config.sketch, config.allocation),
+        sketch=compressor,
         objective=build_objective(**config.objective),
         optimizer=config.optimizer,
         patterns=config.model.patterns,
