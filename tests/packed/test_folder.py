@@ -2,67 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packed_folders import CONFIG, LAYER, WEIGHTS, edit_json, refused
 from safetensors.torch import load_file
-from tiny_packed import pack, rewrite, seal, sketched_model
+from tiny_packed import rewrite, seal
 from transformers import AutoModelForCausalLM
 
 import usllm
-from usllm.packed.export import RestStorage
 from usllm.packed.folder import is_packed, open_folder
 from usllm.packed.inspection import inspect_folder
 from usllm.system.errors import PackedFormatError
-
-LAYER = "model.layers.0.mlp.up_proj"
-WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with blocks of 8 bits for embeddings and 4 for the rest, in one file and in shards."""
-    root = tmp_path_factory.mktemp("folders")
-    model = sketched_model()
-    pack(model, root / "one", RestStorage("bfloat16", 8, 4))
-    pack(model, root / "shards", RestStorage("bfloat16", 8, 4), max_shard_size=20_000)
-    return root
-
-
-def copied(source: Path, target: Path) -> Path:
-    target.mkdir()
-    for file in source.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    return target
-
-
-@pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    return copied(made / "one", tmp_path / "packed")
-
-
-@pytest.fixture
-def shards(made: Path, tmp_path: Path) -> Path:
-    return copied(made / "shards", tmp_path / "packed")
-
-
-def edit_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads(file.read_text(encoding="utf-8"))
-    change(content)
-    file.write_text(json.dumps(content), encoding="utf-8")
-
-
-def refused(folder: Path, named: str) -> None:
-    with pytest.raises(PackedFormatError, match=named):
-        inspect_folder(folder)
-    with pytest.raises(PackedFormatError, match=named):
-        usllm.load(folder)
-
 
 # Accounting
 
@@ -232,65 +186,6 @@ def test_type_that_no_packed_model_uses(folder: Path) -> None:
     seal(folder)
     with pytest.raises(PackedFormatError, match=r"model\.norm\.weight: has the type C64|model\.safetensors: cannot be"):
         inspect_folder(folder)
-
-
-# The index
-
-
-@pytest.mark.parametrize(
-    "file",
-    [
-        "../x.safetensors",
-        "/etc/x.safetensors",
-        "more/x.safetensors",
-        "..",
-        "",
-        "model.bin",
-        "x.safetensors\0",
-        "\0.safetensors",
-        "\ud800.safetensors",
-        None,
-        3,
-        ["x.safetensors"],
-        "x" * 300 + ".safetensors",
-        "nowhere.safetensors",
-    ],
-)
-def test_index_leads_nowhere_else(shards: Path, file: Any) -> None:
-    def lead_away(content: dict[str, Any]) -> None:
-        content["weight_map"][f"{LAYER}.packed"] = file
-
-    edit_json(shards / INDEX, lead_away)
-    refused(shards, r"^(model\.safetensors\.index\.json: .* no weight file here|nowhere.safetensors: is missing)")
-
-
-@pytest.mark.parametrize("content", [{}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": None}, []])
-def test_index_without_a_table(shards: Path, content: Any) -> None:
-    (shards / INDEX).write_text(json.dumps(content))
-    refused(shards, rf"^{INDEX}: (has no weight_map|is not an object)")
-
-
-def test_index_that_lists_other_tensors(shards: Path) -> None:
-    def swap(content: dict[str, Any]) -> None:
-        table = content["weight_map"]
-        name = next(name for name in table if table[name] != table[f"{LAYER}.packed"])
-        table[name], table[f"{LAYER}.packed"] = table[f"{LAYER}.packed"], table[name]
-
-    edit_json(shards / INDEX, swap)
-    refused(shards, rf"^{INDEX}: does not list the tensors of model-")
-
-
-def test_index_that_forgets_or_invents_a_tensor(shards: Path) -> None:
-    edit_json(shards / INDEX, lambda content: content["weight_map"].pop(f"{LAYER}.packed"))
-    refused(shards, rf"^{INDEX}: does not list the tensors of model-.*{LAYER}\.packed")
-    edit_json(shards / INDEX, lambda content: content["weight_map"].update({"a b": "model-00001-of-00002.safetensors"}))
-    refused(shards, rf"^{INDEX}: 'a b' is said to be in")
-
-
-def test_missing_shard_is_named(shards: Path) -> None:
-    shard = sorted(shards.glob("*.safetensors"))[1]
-    shard.unlink()
-    refused(shards, rf"^{shard.name}: is missing")
 
 
 # Nothing runs code
