@@ -197,6 +197,16 @@ def test_continued_from_a_checkpoint_it_computes_the_same_bits(name: str, option
 
 
 @cases
+def test_latents_lie_in_memory_as_restored_ones_do(name: str, options: dict[str, Any]) -> None:
+    """Sums over columns round otherwise where a matrix lies by columns: a resumed run would get other gradients."""
+    for shape in ((40, 24), (24, 40)):
+        layer = CompressedLinear(nn.Linear(shape[1], shape[0]), "layer")
+        plan, weight, statistics = planned(compressor_of(name, options), shape)
+        layer.set_plan(plan, statistics.energy, plan.start(weight, statistics))
+        assert all(latent.is_contiguous() for latent in layer.latents.values())
+
+
+@cases
 def test_plan_of_another_rate_takes_the_place_of_the_one_that_was_prepared(name: str, options: dict[str, Any]) -> None:
     """``fit(ckpt_path=…)`` prepares first and then restores: latents may have other shapes by then."""
     saved, _ = compressed(name, options)

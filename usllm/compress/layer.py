@@ -117,8 +117,12 @@ class CompressedLinear(nn.Module):
         for name in self._latent_names:
             delattr(self, name)
         for name, spec in specs.items():
-            values = torch.empty(spec.shape, dtype=spec.dtype, device=device) if latents is None else latents[name]
-            self.register_parameter(name, nn.Parameter(values.detach().to(device, spec.dtype), self.trains))
+            # Row-major, as restored ones are: sums over another layout round otherwise, and a resumed run would part
+            # from one that was left alone.
+            values = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+            if latents is not None:
+                values.copy_(latents[name].detach().view(spec.shape))
+            self.register_parameter(name, nn.Parameter(values, self.trains))
         self._latent_names = tuple(specs)
 
     @torch.inference_mode(False)  # the decoded weight is kept for training, see _decoded_for
