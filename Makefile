@@ -28,6 +28,7 @@ lint: $(VENV)/.tools ## ruff, mypy and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	cd benchmarks && MYPYPATH=../kernels:. $(abspath $(BIN))/mypy --config-file ../pyproject.toml --explicit-package-bases *.py gpu_parts
 	$(BIN)/lint-imports --no-logo
 
 format: $(VENV)/.tools ## let ruff put the sources in order

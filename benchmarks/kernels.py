@@ -26,6 +26,7 @@ from baselines import matrix_query, naive_query
 from kernels_model import model_step
 
 from usllm.sketch import Plan, SketchConfig, States, build_plan
+from usllm.sketch.layer_bytes import pack_layer
 from usllm.system.machine import machine, machine_line
 from usllm_kernels import (
     choose,
@@ -107,60 +108,75 @@ def codec_rows(arguments: argparse.Namespace, device: torch.device, speed: float
     """project_query and query against their floors, the naive decode and the matrix form."""
     for rows in arguments.rows:
         for shape in shapes(arguments):
-            weight, plan, states = layer(shape, SketchConfig(bits_per_weight=arguments.bits, rows=rows), device)
-            count = weight.numel()
-            weights, targets = copies(weight), copies(weight)
+            yield codec_row(shape, rows, arguments, device, speed)
 
-            def timed(
-                work: Callable[[int], object], rounds: int = len(weights), repeat: int = arguments.repeat
-            ) -> float:
-                return median(work, device, repeat, rounds)
 
-            copied = timed(lambda i, w=weights, t=targets: t[i].copy_(w[i]))
-            both = timed(lambda i, w=weights, p=plan: project_query(w[i], p, dtype=torch.bfloat16))
-            cold = several(states, plan)
-            alone = timed(lambda i, s=cold, p=plan: query(s[i % len(s)], p, torch.bfloat16))
-            naive = timed(lambda _, s=states, p=plan: naive_query(s, p, torch.bfloat16), 1, 1)
-            matrix = timed(lambda _, s=states, p=plan: matrix_query(s, p, torch.bfloat16), 1, 3)
-            yield (
-                f"{shape[0]}x{shape[1]}, R={rows}",
-                f"{both / copied:.2f}",
-                f"{6 * count / speed / both:.0%}",
-                f"{alone / copied:.2f}",
-                f"{(2 * count + plan.total_bits / 8) / speed / alone:.0%}",
-                f"{naive / alone:.0f}",
-                f"{matrix / alone:.1f}",
-            )
+def codec_row(
+    shape: tuple[int, int], rows: int, arguments: argparse.Namespace, device: torch.device, speed: float
+) -> tuple[str, ...]:
+    """One shape and number of rows of :func:`codec_rows`."""
+    weight, plan, states = layer(shape, SketchConfig(bits_per_weight=arguments.bits, rows=rows), device)
+    count = weight.numel()
+    weights, targets = copies(weight), copies(weight)
+
+    def timed(work: Callable[[int], object], rounds: int = len(weights), repeat: int = arguments.repeat) -> float:
+        return median(work, device, repeat, rounds)
+
+    copied = timed(lambda i: targets[i].copy_(weights[i]))
+    both = timed(lambda i: project_query(weights[i], plan, dtype=torch.bfloat16))
+    cold = several(states, plan)
+    alone = timed(lambda i: query(cold[i % len(cold)], plan, torch.bfloat16))
+    naive = timed(lambda _: naive_query(states, plan, torch.bfloat16), 1, 1)
+    matrix = timed(lambda _: matrix_query(states, plan, torch.bfloat16), 1, 3)
+    return (
+        f"{shape[0]}x{shape[1]}, R={rows}",
+        f"{both / copied:.2f}",
+        f"{6 * count / speed / both:.0%}",
+        f"{alone / copied:.2f}",
+        f"{(2 * count + plan.total_bits / 8) / speed / alone:.0%}",
+        f"{naive / alone:.0f}",
+        f"{matrix / alone:.1f}",
+    )
 
 
 def linear_rows(arguments: argparse.Namespace, device: torch.device, speed: float) -> Iterator[tuple[str, ...]]:
     """sketch_linear from packed states against the dense bf16 product, for few tokens and for a prompt."""
-    from usllm.sketch.layer_bytes import pack_layer
-
     for way, config in [*ways(arguments), ("waterfill", waterfill(arguments.bits))]:
         for shape in shapes(arguments):
-            _, plan, states = layer(shape, config, device)
-            packed = several(packed_states(pack_layer(plan, states).to(device), plan), plan)
-            dense = copies(query(states, plan, torch.bfloat16))
-            cells, count = [], dense[0].numel()
-            for tokens in (1, 8, arguments.tokens):
-                x = torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16)
-                with torch.no_grad():
-                    ours = median(
-                        lambda i, x=x, s=packed, p=plan: sketch_linear(x, s[i], p),
-                        device,
-                        arguments.repeat,
-                        len(packed),
-                    )
-                    theirs = median(
-                        lambda i, x=x, w=dense: functional.linear(x, w[i]), device, arguments.repeat, len(dense)
-                    )
-                cells.append(f"{ours / theirs:.2f}")
-                if tokens == 1:
-                    floor = plan.total_bits / 8 / speed
-                    cells.append(f"{floor / ours:.1%}")
-            kept = f"{plan.num_active / shape[1]:.2f}"
-            yield f"{shape[0]}x{shape[1]}, {way}", kept, *cells, f"{2e-9 * count * arguments.tokens:.1f}"
+            yield linear_row(shape, way, config, arguments, device, speed)
+
+
+@torch.no_grad()
+def linear_row(
+    shape: tuple[int, int],
+    way: str,
+    config: SketchConfig,
+    arguments: argparse.Namespace,
+    device: torch.device,
+    speed: float,
+) -> tuple[str, ...]:
+    """One shape and sketch of :func:`linear_rows`."""
+    _, plan, states = layer(shape, config, device)
+    packed = several(packed_states(pack_layer(plan, states).to(device), plan), plan)
+    dense = copies(query(states, plan, torch.bfloat16))
+    numbers = (1, 8, arguments.tokens)
+    inputs = {tokens: torch.randn(tokens, shape[1], device=device, dtype=torch.bfloat16) for tokens in numbers}
+
+    def from_states(tokens: int) -> float:
+        return median(lambda i: sketch_linear(inputs[tokens], packed[i], plan), device, arguments.repeat, len(packed))
+
+    def from_weights(tokens: int) -> float:
+        return median(lambda i: functional.linear(inputs[tokens], dense[i]), device, arguments.repeat, len(dense))
+
+    cells, count = [], dense[0].numel()
+    for tokens in inputs:
+        ours, theirs = from_states(tokens), from_weights(tokens)
+        cells.append(f"{ours / theirs:.2f}")
+        if tokens == 1:
+            floor = plan.total_bits / 8 / speed
+            cells.append(f"{floor / ours:.1%}")
+    kept = f"{plan.num_active / shape[1]:.2f}"
+    return (f"{shape[0]}x{shape[1]}, {way}", kept, *cells, f"{2e-9 * count * arguments.tokens:.1f}")
 
 
 def ways(arguments: argparse.Namespace) -> list[tuple[str, SketchConfig]]:

@@ -15,7 +15,6 @@ from usllm.compress import allocate_, compressed_layers, reproject_, swap_linear
 from usllm.packed.config import PackedLayerEntry
 from usllm.packed.linear import PackedLinear, keep_decoded_
 from usllm.sketch import SketchConfig
-from usllm.sketch.layer_bytes import pack_layer
 
 NEW_TOKENS = 8
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::matmul")
@@ -110,8 +109,10 @@ def model_step(device: torch.device, layers: int, width: int, sketch: SketchConf
 def pack_(model: Any) -> None:
     """Trained layers as packed ones, everything else in bfloat16; in place."""
     for name, layer in compressed_layers(model).items():
-        packed = pack_layer(layer.plan, {key: value.cpu() for key, value in layer.states.items()})
-        inference = PackedLinear(PackedLayerEntry(layer.plan.shape, packed.numel()), layer.plan.config, name)
+        plan = layer.plan
+        assert plan is not None
+        packed = plan.pack({key: value.cpu() for key, value in layer.states.items()})
+        inference = PackedLinear(PackedLayerEntry(layer.shape, packed.numel()), plan.compressor, name)
         inference.packed.copy_(packed)
         model.set_submodule(name, inference.to(layer.weight.device))
     model.to(torch.bfloat16)

@@ -75,7 +75,8 @@ def prepare(root: Path, rates: list[float]) -> dict[str, dict[str, Any]]:
     sizes: dict[str, dict[str, Any]] = {}
     for name, dtype in (("dense fp32", torch.float32), ("dense bf16", torch.bfloat16)):
         folder = root / name.replace(" ", "_")
-        copy = load_dense(spec).to(dtype)
+        copy: Any = load_dense(spec)
+        copy.to(dtype)
         copy.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         sizes[name] = {"bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")), "folder": folder}
@@ -87,7 +88,7 @@ def prepare(root: Path, rates: list[float]) -> dict[str, dict[str, Any]]:
     compress_(small, SketchConfig(bits_per_weight=2.0, rows=1, group_size=64))
     export(from_model(small), ModelFiles(load_config(tiny), load_tokenizer(tiny)), root / "tiny")
     sizes["tiny"] = {"folder": root / "tiny"}
-    data = build_data(DataConfig(train=SourceSpec(kind="pydoc"), context_length=256), tokenizer, 0)
+    data = build_data(DataConfig(train=SourceSpec(kind="pydoc"), context_length=256), tokenizer, 0, load_config(spec))
     swap_linears_(model)
     importance = measure_importance(model, data.calibration_batches(8), 8)
     for rate in rates:

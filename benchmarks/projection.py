@@ -94,24 +94,25 @@ def main() -> None:
         for target, weight in zip(targets, weights, strict=True):
             target.copy_(weight)
 
+    def plan_of(layer: CompressedLinear) -> Plan:
+        assert isinstance(layer.plan, Plan)
+        return layer.plan
+
     def project_and_query(layer: CompressedLinear) -> None:
-        assert layer.plan is not None
-        project_query(layer.weight, layer.plan)
+        project_query(layer.weight, plan_of(layer))
 
     def query_alone(layer: CompressedLinear) -> None:
-        assert layer.plan is not None
-        query(layer.states, layer.plan)
+        query(layer.states, plan_of(layer))
 
     plain = hashing = 0.0
     for layer in layers.values():
-        assert layer.plan is not None
         started = time.perf_counter()
-        index, valid, states = plain_index(layer.plan)
+        index, valid, states = plain_index(plan_of(layer))
         hashing += time.perf_counter() - started
         started = time.perf_counter()
         expected = plain_sketch(layer.weight.detach(), index, valid, states)
         plain += time.perf_counter() - started
-        if not torch.all(project_query(layer.weight, layer.plan)[1].abs() <= expected.abs() * (1 + 1e-6)):
+        if not torch.all(project_query(layer.weight, plan_of(layer))[1].abs() <= expected.abs() * (1 + 1e-6)):
             raise SystemExit(f"{layer.name}: the two implementations disagree")
     copied = median(copy, arguments.repeat)
     fused = median(lambda: over_layers(project_and_query, layers), arguments.repeat)

@@ -115,7 +115,8 @@ ROWS = {
 
 def build(name: str) -> LlamaForCausalLM:
     """The model with its sketched layers, on the meta device."""
-    config = LlamaConfig(**MODELS[name], attn_implementation="counted")
+    options: dict[str, Any] = {**MODELS[name], "attn_implementation": "counted"}
+    config = LlamaConfig(**options)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
         swap_linears_(model)
@@ -173,9 +174,10 @@ def _plan_bytes(shape: tuple[int, int]) -> tuple[int, int]:
 
 def saved_by_layer(model: LlamaForCausalLM) -> int:
     """Bytes that the forward pass of one decoder layer saves for its backward pass, weights left out."""
-    config = LlamaConfig(**{**model.config.to_dict(), "num_hidden_layers": 1}, attn_implementation="counted")
+    config = LlamaConfig(**{**model.config.to_dict(), "num_hidden_layers": 1, "attn_implementation": "counted"})
     with torch.device("meta"):
-        single = LlamaForCausalLM(config).to(torch.bfloat16)  # autocast computes in bf16
+        single: Any = LlamaForCausalLM(config)
+        single.to(torch.bfloat16)  # autocast computes in bf16
         weights = {parameter.untyped_storage()._cdata for parameter in single.parameters()}
         saved: dict[int, Tensor] = {}
 
