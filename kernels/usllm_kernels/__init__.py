@@ -12,6 +12,7 @@ from usllm_kernels.ops.project.op import project
 from usllm_kernels.ops.project_query.op import project_query
 from usllm_kernels.ops.query.op import query
 from usllm_kernels.ops.sketch_linear.op import sketch_linear
+from usllm_kernels.ops.state_gradient.op import state_gradient_
 from usllm_kernels.plans import packed_states
 
 for _operation in operations():  # a compiled or exported graph asks for the custom ops of all
@@ -27,5 +28,6 @@ __all__ = [
     "query",
     "register",
     "sketch_linear",
+    "state_gradient_",
     "supports",
 ]

@@ -11,7 +11,7 @@ from usllm.training import OptimizerConfig, build_optimizer, build_schedule
 
 
 def rates(config: OptimizerConfig, steps: int) -> list[float]:
-    optimizer = build_optimizer([nn.Parameter(torch.zeros(2, 2))], config)
+    optimizer = build_optimizer(nn.ParameterList([nn.Parameter(torch.zeros(2, 2))]), config)
     schedule = build_schedule(optimizer, config, steps)
     found = []
     for _ in range(steps):
@@ -38,14 +38,14 @@ def test_constant_stays_after_the_warm_up() -> None:
 
 def test_only_matrices_are_decayed() -> None:
     matrix, gain = nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(3))
-    optimizer = build_optimizer([matrix, gain], OptimizerConfig(weight_decay=0.1))
+    optimizer = build_optimizer(nn.ParameterList([matrix, gain]), OptimizerConfig(weight_decay=0.1))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decay == {id(matrix): 0.1, id(gain): 0.0}
 
 
 def test_frozen_parameters_are_left_out() -> None:
     frozen, trained = nn.Parameter(torch.zeros(2, 2), requires_grad=False), nn.Parameter(torch.zeros(2, 2))
-    optimizer = build_optimizer([frozen, trained], OptimizerConfig())
+    optimizer = build_optimizer(nn.ParameterList([frozen, trained]), OptimizerConfig())
     assert [p is trained for group in optimizer.param_groups for p in group["params"]] == [True]
 
 
@@ -58,6 +58,6 @@ def test_problems_are_all_named_at_once() -> None:
 
 def test_run_without_an_end_has_no_schedule() -> None:
     config = OptimizerConfig()
-    optimizer = build_optimizer([nn.Parameter(torch.zeros(2, 2))], config)
+    optimizer = build_optimizer(nn.ParameterList([nn.Parameter(torch.zeros(2, 2))]), config)
     with pytest.raises(UserError, match=r"trainer\.max_steps=-1"):
         build_schedule(optimizer, config, -1)

@@ -127,9 +127,16 @@ class LayerPlan(ABC):
         weight = straight_through(latents["weight"], decoded) if latents else decoded
         return functional.linear(x, weight, bias)
 
-    def spread(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From straight-through gradients of the latents, whole, to what the optimizer sees; linear in them."""
-        return gradients
+    @property
+    def spreads(self) -> bool:
+        """Whether :meth:`spread` has anything to do."""
+        return False
+
+    def spread_(self, gradients: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Straight-through gradients of the latents, whole, become what the optimizer sees; linear in them, in place.
+
+        It is done once for each optimizer step, with gradients that are summed over micro batches and ranks.
+        """
 
     @abstractmethod
     def pack(self, states: Mapping[str, Tensor]) -> Tensor:

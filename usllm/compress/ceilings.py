@@ -34,8 +34,16 @@ def layer_bits(
             importance=1.0 if energy is None else float(energy.double().mean()),
             least_bits=compressor.least_bits(layer.shape),
             most_bits=compressor.most_bits(layer.shape),
+            sensitivity=_sensitivity(statistics[name]),
         )
     return BUDGETS[rule](BudgetProblem(demands, rate))
+
+
+def _sensitivity(known: Statistics) -> torch.Tensor | None:
+    if known.energy is None or known.gradient is None:
+        return None
+    of_weights = 1.0 if known.weight_energy is None else known.weight_energy.double()
+    return known.energy.double() * of_weights * known.gradient.double().mean()
 
 
 def refuse_unreachable(layers: Mapping[str, CompressedLinear], compressor: Compressor) -> None:

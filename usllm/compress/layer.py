@@ -42,6 +42,8 @@ class CompressedLinear(nn.Module):
     Attributes:
         keeps_decoded: Whether the decoded weight is kept; if not, every forward pass decodes it anew. Off where the
             latents are sharded: the decoded weights of all layers would be as large as the model.
+        ramp: Share of the decoded weight in what is computed with; the rest is the latent one. 1 but for the first
+            steps of a reconstruction, which a method whose latents are other tensors does without.
     """
 
     importance: Tensor
@@ -58,7 +60,7 @@ class CompressedLinear(nn.Module):
         self.register_buffer("importance", torch.ones(linear.in_features, device=weight.device))
         self._latent_names: tuple[str, ...] = ("weight",)
         self._state_names: tuple[str, ...] = ()
-        self.keeps_decoded = True
+        self.keeps_decoded, self.ramp = True, 1.0
         self._decoded: Tensor | None = None
         self._decoded_at: tuple[int, ...] = ()
         self._memory: Tensor | None = None
@@ -199,7 +201,10 @@ class CompressedLinear(nn.Module):
         """Map [..., in] to [..., out]."""
         if self.plan is None:
             return functional.linear(x, self.weight, self.bias)
-        decoded = self._decoded_for(self.plan, x) if x.device.type in self.plan.decodes_on else None
+        ramping = self.ramp < 1 and self._latent_names == ("weight",)
+        decoded = self._decoded_for(self.plan, x) if ramping or x.device.type in self.plan.decodes_on else None
+        if ramping and decoded is not None:
+            decoded = self.weight.detach().lerp(decoded.float(), self.ramp).to(decoded.dtype)
         return self.plan.linear(x, self.states, self.latents, self.bias, decoded=decoded)
 
     def _decoded_for(self, plan: LayerPlan, x: Tensor) -> Tensor:

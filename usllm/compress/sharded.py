@@ -1,4 +1,4 @@
-"""Projection of sharded latent weights: each rank projects its share of the layers, all get the states.
+"""Work on sharded latent weights: each rank projects its share of the layers, all get the states; gradients likewise.
 
 FSDP2 cuts a weight [out, in] into runs of output rows, and cuts groups with it. So a weight is gathered for its
 projection, on one rank only: in each turn every rank receives the shards of one layer, its own of that turn, projects
@@ -26,7 +26,7 @@ class Turn(NamedTuple):
         layers: The layers.
         owners: Global ranks.
         mine: The layer of this rank, if it has one.
-        latent: Its whole latent weight, fp32 [out, in].
+        latent: Its whole latent weight, or the gradient of it, fp32 [out, in].
     """
 
     layers: Sequence[CompressedLinear]
@@ -60,6 +60,14 @@ def reproject_sharded(layers: Mapping[str, CompressedLinear]) -> dict[str, Repro
     return changes
 
 
+def spread_sharded_(layers: Mapping[str, CompressedLinear]) -> None:
+    """What :meth:`LayerPlan.spread_` does, for the gradients of all layers: a shard's edges cut groups."""
+    for turn in _turns(layers, _gradient):
+        if turn.mine is not None and turn.mine.plan is not None and turn.latent is not None:
+            turn.mine.plan.spread_({"weight": turn.latent}, turn.mine.states)
+        _scatter_(turn, _gradient)
+
+
 def channel_energy_sharded(layers: Mapping[str, CompressedLinear]) -> dict[str, Tensor]:
     """E[w²] per input channel of each layer, fp32 [in], as :func:`channel_energy` gives it for a whole weight."""
     energies: dict[str, Tensor] = {}
@@ -86,7 +94,18 @@ def for_own_layers(work: Callable[[CompressedLinear, Tensor], object], layers: M
             work(turn.mine, turn.latent)
 
 
-def _turns(layers: Mapping[str, CompressedLinear]) -> Iterator[Turn]:
+def _latent(layer: CompressedLinear) -> Tensor:
+    return layer.weight
+
+
+def _gradient(layer: CompressedLinear) -> Tensor:
+    assert layer.weight.grad is not None
+    return layer.weight.grad
+
+
+def _turns(
+    layers: Mapping[str, CompressedLinear], of: Callable[[CompressedLinear], Tensor] = _latent
+) -> Iterator[Turn]:
     everything = list(layers.values())
     if not everything:
         return
@@ -98,18 +117,22 @@ def _turns(layers: Mapping[str, CompressedLinear]) -> Iterator[Turn]:
         chunk = everything[first : first + len(members)]
         position = dist.get_rank(group)
         mine = chunk[position] if position < len(chunk) else None
-        yield Turn(chunk, members[: len(chunk)], mine, _gather(chunk, position, members, group))
+        yield Turn(chunk, members[: len(chunk)], mine, _gather(chunk, of, position, members, group))
 
 
 @torch.no_grad()
 def _gather(
-    chunk: Sequence[CompressedLinear], position: int, members: Sequence[int], group: dist.ProcessGroup
+    chunk: Sequence[CompressedLinear],
+    of: Callable[[CompressedLinear], Tensor],
+    position: int,
+    members: Sequence[int],
+    group: dist.ProcessGroup,
 ) -> Tensor | None:
     """Send this rank's rows of every layer to its owner; the whole weight of this rank's own layer."""
     whole: Tensor | None = None
     transfers = []
     for owner, layer in enumerate(chunk):
-        weight = layer.weight
+        weight = of(layer)
         if not isinstance(weight, DTensor) or tuple(weight.placements) != (Shard(0),):
             raise RuntimeError(f"{layer.name}: sketched layers can be sharded by output rows only (FSDP2's default)")
         local = weight.to_local().detach().to(layer.importance.device).float().contiguous()
@@ -127,6 +150,34 @@ def _gather(
     for request in dist.batch_isend_irecv(transfers) if transfers else ():
         request.wait()
     return whole
+
+
+@torch.no_grad()
+def _scatter_(turn: Turn, of: Callable[[CompressedLinear], Tensor]) -> None:
+    """Give every rank its rows of the layers that others hold whole, and this one its own; what was gathered before."""
+    transfers, received = [], []
+    for owner, layer in zip(turn.owners, turn.layers, strict=True):
+        sharded = of(layer)
+        assert isinstance(sharded, DTensor)
+        group = sharded.device_mesh.get_group()
+        members, local = dist.get_process_group_ranks(group), sharded.to_local()
+        if layer is not turn.mine:
+            if local.numel():
+                rows = torch.empty_like(local, device=layer.importance.device, dtype=torch.float32)
+                transfers.append(dist.P2POp(dist.irecv, rows, owner, group))
+                received.append((local, rows))
+            continue
+        assert turn.latent is not None
+        per_rank = -(-sharded.shape[0] // len(members))
+        for peer, rows in zip(members, turn.latent.split(per_rank), strict=False):
+            if peer == owner:
+                local.copy_(rows)
+            else:
+                transfers.append(dist.P2POp(dist.isend, rows, peer, group))
+    for request in dist.batch_isend_irecv(transfers) if transfers else ():
+        request.wait()
+    for local, rows in received:
+        local.copy_(rows)
 
 
 def _broadcast_(tensors: Sequence[Tensor], source: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from usllm.compress.base import Compressor, LayerPlan
+from usllm.compress.budgets import budget_needs
 from usllm.compress.ceilings import layer_bits
 from usllm.compress.layer import CompressedLinear, Reprojection, compressed_layers
 from usllm.compress.parallel import over_layers
@@ -75,8 +76,10 @@ def swap_linears_(model: nn.Module, patterns: Iterable[str] = DEFAULT_PATTERNS) 
     return compressed
 
 
-def plan_layers(model: nn.Module, compressor: Compressor, statistics: Mapping[str, Statistics]) -> dict[str, LayerPlan]:
-    """Plans of all compressed layers under one budget, by name; the model is left as it is.
+def plan_layers(
+    model: nn.Module, compressor: Compressor, statistics: Mapping[str, Statistics]
+) -> tuple[dict[str, int], dict[str, LayerPlan]]:
+    """Bits and plans of all compressed layers under one budget, by name; the model is left as it is.
 
     Args:
         model: A model with compressed layers whose latents are still the dense weights.
@@ -93,18 +96,37 @@ def plan_layers(model: nn.Module, compressor: Compressor, statistics: Mapping[st
         )
     for line in compressor.problems():
         raise UserError(line)
-    energies = channel_energy_sharded(layers) if is_sharded(layers) else {}
-    bits = layer_bits(layers, compressor, statistics)
-    plans = {}
-    for name, layer in layers.items():
-        known = statistics[name]
-        if known.weight_energy is None and compressor.needs:
-            known = replace(known, weight_energy=energies[name] if energies else channel_energy(layer.latent_weight()))
-        try:
-            plans[name] = compressor.plan(layer.shape, name, known, bits[name])
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    return plans
+    known = with_weight_energy(layers, compressor, statistics)
+    bits = layer_bits(layers, compressor, known)
+    return bits, {name: plan_layer(layer, compressor, known[name], bits[name]) for name, layer in layers.items()}
+
+
+def with_weight_energy(
+    layers: Mapping[str, CompressedLinear], compressor: Compressor, statistics: Mapping[str, Statistics]
+) -> dict[str, Statistics]:
+    """Statistics with the E[w²] of latents that are still the dense weights, where something reads it."""
+    read = compressor.needs | budget_needs(compressor.options.layer_budget)
+    missing = {name: layer for name, layer in layers.items() if read and statistics[name].weight_energy is None}
+    if is_sharded(layers):
+        energies = channel_energy_sharded(missing)
+    else:
+        energies = {name: channel_energy(layer.latent_weight()) for name, layer in missing.items()}
+    return {
+        name: replace(statistics[name], weight_energy=energies[name]) if name in energies else statistics[name]
+        for name in layers
+    }
+
+
+def plan_layer(layer: CompressedLinear, compressor: Compressor, statistics: Statistics, bits: int) -> LayerPlan:
+    """Plan of one layer under a ceiling in bits.
+
+    Raises:
+        UserError: The bits leave no room.
+    """
+    try:
+        return compressor.plan(layer.shape, layer.name, statistics, bits)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def start_(model: nn.Module, plans: Mapping[str, LayerPlan], statistics: Mapping[str, Statistics]) -> None:
@@ -143,7 +165,8 @@ def allocate_(model: nn.Module, config: Any, importance: Mapping[str, Tensor | S
     statistics = {
         name: value if isinstance(value, Statistics) else Statistics(energy=value) for name, value in given.items()
     }
-    start_(model, plan_layers(model, as_compressor(config), statistics), statistics)
+    _, plans = plan_layers(model, as_compressor(config), statistics)
+    start_(model, plans, statistics)
 
 
 def reproject_(model: nn.Module) -> dict[str, Reprojection]:

@@ -80,14 +80,14 @@ def _bucket_values(weight: Tensor, plan: Plan, winners: Tensor | None) -> Tensor
     flat = torch.empty(0, device=device)
     for span, rotation in chunks(plan):
         encoded = operator.encode(rotate(weight, span, rotation, plan.rotation_step)).index_select(
-            0, _rows(plan, span, device)
+            0, rows_with_states(plan, span, device)
         )
         if not len(flat):
             flat = encoded.new_empty(plan.num_states)
         members = encoded.new_empty(span.size + 1, len(encoded))
         members[:-1] = encoded.t()
         members[-1] = operator.pad
-        for block, first, column in _parts(plan, span):
+        for block, first, column in layout_parts(plan, span):
             _, slots, load = (index.to(device) for index in plan.placement(block.choice, span.size))
             rows, depth, states = slots.shape
             columns = len(block.channels) * span.groups
@@ -115,10 +115,10 @@ def _query_unscaled(states: States, plan: Plan) -> Tensor:
     for span, rotation in chunks(plan):
         n = span.size
         joined = []
-        for block, first, _ in _parts(plan, span):
+        for block, first, _ in layout_parts(plan, span):
             buckets = plan.placement(block.choice, n).buckets.to(device).int()
             rows, k = block.choice.rows, min(block.choice.states, n)
-            stored = _states(encoded, block, first, span.groups, rows, k)
+            stored = group_states(encoded, block, first, span.groups, rows, k)
             by_bucket = stored.permute(2, 3, 0, 1).contiguous().view(rows * k, -1)
             if rows > 1:
                 buckets = buckets + torch.arange(0, rows * k, k, dtype=torch.int32, device=device)[:, None]
@@ -128,25 +128,25 @@ def _query_unscaled(states: States, plan: Plan) -> Tensor:
         columns = values.new_zeros(values.shape[1] + 1, n)  # the last one for channels without states
         columns[:-1] = values.t()
         source = torch.full((span.groups * plan.shape[1],), len(columns) - 1, device=device)
-        rows_held = _rows(plan, span, device)
+        rows_held = rows_with_states(plan, span, device)
         source[rows_held] = torch.arange(len(rows_held), device=device)
         unrotate_(columns.index_select(0, source), decoded, span, rotation, plan.rotation_step)
     return decoded.mul_(channel_scales(states, plan))
 
 
 def _put(flat: Tensor, reduced: Tensor, block: ClassBlock, first: int, groups: int, rows: int, states: int) -> None:
-    """Store [rows, states, channels * groups] where :func:`_states` finds it."""
+    """Store [rows, states, channels * groups] where :func:`group_states` finds it."""
     by_channel = reduced.view(rows, states, len(block.channels), groups).permute(2, 3, 0, 1)
-    _states(flat, block, first, groups, rows, states).copy_(by_channel)
+    group_states(flat, block, first, groups, rows, states).copy_(by_channel)
 
 
-def _rows(plan: Plan, span: Span, device: torch.device) -> Tensor:
+def rows_with_states(plan: Plan, span: Span, device: torch.device) -> Tensor:
     """Rows of a rotated span by class, channel, group, int64 [channels with states * groups]."""
     groups = torch.arange(0, span.groups * plan.shape[1], plan.shape[1])
     return (plan.channel_order[:, None] + groups).flatten().to(device)
 
 
-def _parts(plan: Plan, span: Span) -> Iterator[tuple[ClassBlock, int, int]]:
+def layout_parts(plan: Plan, span: Span) -> Iterator[tuple[ClassBlock, int, int]]:
     """The blocks with the first state of the span in a channel, and the block's first column among the span's rows."""
     column = 0
     for block in plan.blocks:
@@ -163,7 +163,7 @@ def _of(flat: Tensor, block: ClassBlock) -> Tensor:
     return flat[block.first_state : block.first_state + block.num_states].view(len(block.channels), -1)
 
 
-def _states(flat: Tensor, block: ClassBlock, first: int, groups: int, rows: int, states: int) -> Tensor:
+def group_states(flat: Tensor, block: ClassBlock, first: int, groups: int, rows: int, states: int) -> Tensor:
     """A block's states in some of its groups, view [channels, groups, rows, states] from its ``first`` state on."""
     return _of(flat, block)[:, first : first + groups * rows * states].unflatten(1, (groups, rows, states))
 

@@ -11,6 +11,7 @@ from usllm.sketch.operators import OPERATORS
 STATE_BITS = (1, 2, 3, 4, 8, 16)
 PRICE_LISTS = ("untrained", "trained")
 PRICE_EXPONENT = 1.5
+STRAIGHT_THROUGH = ("latent", "state")
 MAX_GROUP_SIZE = 4096
 MAX_ROWS = 15  # a class entry stores the rows in four bits
 
@@ -34,11 +35,14 @@ class SketchConfig:
         output_scale: Fit one least-squares scale per output row after projection.
         allocation: How states are shared out over input channels.
         layer_budget: ``equal`` gives each layer ``bits_per_weight``; ``importance`` gives layers shares in
-            proportion to the mean importance of their channels, the model's total kept.
+            proportion to the mean importance of their channels, ``sensitivity`` what the loss's gradients ask for
+            (:mod:`usllm.compress.budgets`); the model's total is kept.
         min_importance: Channels whose E[a²] is below this share of the layer's mean get no states.
         seed: Seed of every hash.
         price_list: What ``waterfill`` takes for the error of a choice: ``untrained``, measured on random weights, or
             ``trained``, what is left after training, where shared signs stand for more; that list has one row alone.
+        straight_through: What the optimizer sees: ``latent``, each latent the gradient of its own decoded weight, as
+            published, or ``state``, all members of a bucket their mean: states are trained, latents carry them.
         price_exponent: Of ``trained``: signs shared by L weights leave ``0.3634^(price_exponent / L)`` of the energy.
 
     Raises:
@@ -60,6 +64,7 @@ class SketchConfig:
     seed: int = 0
     price_list: str = "untrained"
     price_exponent: float = PRICE_EXPONENT
+    straight_through: str = "latent"
 
     def __post_init__(self) -> None:
         problems = self.problems()
@@ -91,6 +96,12 @@ class SketchConfig:
         choice("hash", tuple(HASHES))
         choice("state_bits", STATE_BITS)
         choice("rounding", ("toward_zero", "nearest"))
+        choice("straight_through", STRAIGHT_THROUGH)
+        if self.straight_through == "state" and not hasattr(OPERATORS.get(self.operator), "derivative"):
+            found.append(
+                f"sketch.straight_through='state' needs an operator that has derivative(): {self.operator!r} has none,"
+                " leave it at latent"
+            )
         if self.query != "magnitude_max" and self.operator != "absmaxmin":
             found.append(f"sketch.query={self.query!r} is a variant of absmaxmin: leave it at magnitude_max")
         if not math.isfinite(self.min_importance) or self.min_importance < 0:

@@ -14,9 +14,9 @@ class Allocate(Stage):
     name: ClassVar[str] = "allocate"
 
     def run(self, work: Work) -> None:
-        """Fill ``work.plans``.
+        """Fill ``work.bits`` and ``work.plans``.
 
         Raises:
             UserError: A layer's bits leave no room.
         """
-        work.plans = plan_layers(work.model, work.compressor, work.statistics)
+        work.bits, work.plans = plan_layers(work.model, work.compressor, work.statistics)

@@ -40,7 +40,9 @@ class Work:
         writes: Whether this process writes to ``folder``: one of several ranks does.
         needs: Statistics that stages read, besides those of the method.
         statistics: By layer name, from ``calibrate``.
+        bits: Ceiling of each layer, by name, from ``allocate``.
         plans: By layer name, from ``allocate``.
+        found: What stages report, by their names.
     """
 
     model: nn.Module
@@ -55,7 +57,9 @@ class Work:
     writes: bool = True
     needs: frozenset[str] = frozenset()
     statistics: dict[str, Statistics] = field(default_factory=dict)
+    bits: dict[str, int] = field(default_factory=dict)
     plans: dict[str, LayerPlan] = field(default_factory=dict)
+    found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 class Stage(ABC):

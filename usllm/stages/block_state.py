@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from usllm.compress import Compressor, load_plans_, recall_winners_, save_plans
 from usllm.system.files import write_torch
 
 _UNFINISHED = "unfinished.pt"
@@ -34,17 +35,26 @@ class BlockStates:
         self.folder = None if folder is None else folder / digest
         self.writes = writes
 
-    def load_finished(self, number: int, block: nn.Module) -> bool:
+    def load_plans(self, number: int, block: nn.Module, compressor: Compressor) -> bool:
+        """Give a block that was being worked on its plans; whether there was one."""
+        saved = self._read(_UNFINISHED)
+        if saved is None or saved["number"] != number:
+            return False
+        load_plans_(block, saved["plans"], compressor)
+        return True
+
+    def load_finished(self, number: int, block: nn.Module, compressor: Compressor) -> bool:
         """Fill a block that was finished before; whether there was one."""
         saved = self._read(f"block_{number:04}.pt")
         if saved is None:
             return False
+        load_plans_(block, saved["plans"], compressor)
         block.load_state_dict(saved["block"])
         return True
 
     def save_finished(self, number: int, block: nn.Module) -> None:
         """Keep a block for good."""
-        self._write(f"block_{number:04}.pt", {"block": block.state_dict()})
+        self._write(f"block_{number:04}.pt", {"block": block.state_dict(), "plans": save_plans(block)})
         if self.folder is not None and self.writes:
             (self.folder / _UNFINISHED).unlink(missing_ok=True)
 
@@ -55,11 +65,12 @@ class BlockStates:
             return 0
         block.load_state_dict(saved["block"])
         optimizer.load_state_dict(saved["optimizer"])
+        recall_winners_(block)
         return int(saved["steps"])
 
     def save_unfinished(self, number: int, block: nn.Module, optimizer: Optimizer, steps: int) -> None:
         """Keep a block that is being worked on."""
-        content = {"number": number, "block": block.state_dict(), "steps": steps}
+        content = {"number": number, "block": block.state_dict(), "plans": save_plans(block), "steps": steps}
         self._write(_UNFINISHED, {**content, "optimizer": optimizer.state_dict()})
 
     def _read(self, name: str) -> dict[str, Any] | None:

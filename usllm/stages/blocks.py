@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from usllm.compress.values import compute_dtype
 from usllm.system.errors import UserError
 
 
@@ -32,8 +33,10 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
 @torch.no_grad()
 def capture(
     model: nn.Module, blocks: Sequence[nn.Module], tokens: Sequence[Tensor], device: torch.device
-) -> tuple[list[Tensor], list[dict[str, Any]]]:
+) -> tuple[Tensor, list[dict[str, Any]]]:
     """The stream that enters the first block, and what each block is called with besides it.
+
+    In the type that is computed with: blocks read the stream in it, and streams are the largest thing that is held.
 
     Args:
         model: A causal language model.
@@ -42,8 +45,8 @@ def capture(
         device: Where the model is.
 
     Returns:
-        Hidden states [sequences, context, hidden] of each batch, and the keyword arguments of each block, which are the
-        same for all batches of one shape.
+        Hidden states of all batches, [sequences, context, hidden], and the keyword arguments of each block, which are
+        the same for all batches of one shape.
     """
     stream: list[Tensor] = []
     arguments: list[dict[str, Any]] = [{} for _ in blocks]
@@ -75,24 +78,31 @@ def capture(
                 continue
     finally:
         handle.remove()
-    return stream, arguments
+    joined = torch.cat(stream)
+    return joined.to(compute_dtype(joined)), arguments
 
 
 @torch.no_grad()
 def run_block(
     block: nn.Module,
-    stream: Sequence[Tensor],
+    stream: Tensor,
     arguments: dict[str, Any],
+    batch_size: int,
     context: Callable[[], AbstractContextManager[Any]],
-) -> Iterator[Tensor]:
-    """The stream after a block, [sequences, context, hidden] of each batch.
+) -> Tensor:
+    """The stream after a block, like the one before it.
 
     Args:
-        stream: Before it.
-        arguments: From :func:`capture`.
+        block: A decoder block.
+        stream: Before it, [sequences, context, hidden].
+        arguments: From :func:`capture`, for batches of this size.
+        batch_size: Sequences of a forward pass; a divisor of their number.
         context: Makes the context of the forward pass.
     """
-    for hidden in stream:
+    after = torch.empty_like(stream)
+    for first in range(0, len(stream), batch_size):
+        part = slice(first, first + batch_size)
         with context():
-            output = block(hidden, **arguments)
-        yield output[0] if isinstance(output, tuple) else output
+            output = block(stream[part], **arguments)
+        after[part] = output[0] if isinstance(output, tuple) else output
+    return after

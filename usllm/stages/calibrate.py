@@ -9,6 +9,7 @@ import torch
 from usllm.calibration.measure import measure_statistics
 from usllm.calibration.stored import stored_statistics
 from usllm.compress import Statistics, compressed_layers
+from usllm.compress.budgets import budget_needs
 from usllm.stages.base import Stage, Work
 from usllm.system.errors import UserError
 from usllm.system.ranks import ranks
@@ -80,5 +81,5 @@ class Calibrate(Stage):
 
 def statistics_needed(work: Work) -> frozenset[str]:
     """What planning by the method and its rule over layers reads; ``energy``, ``covariance``, ``gradient``."""
-    by_rule = {"energy"} if work.compressor.options.layer_budget != "equal" else set()
+    by_rule = budget_needs(work.compressor.options.layer_budget)
     return work.compressor.needs | by_rule | work.needs

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from usllm.compress import (
@@ -21,6 +22,7 @@ from usllm.compress import (
     swap_linears_,
     to_section,
 )
+from usllm.compress.gradients import spread_gradients_
 from usllm.system.errors import UserError
 from usllm.system.ranks import failing_together, ranks, shared_from_rank_zero
 from usllm.training.checkpoint_section import (
@@ -103,7 +105,8 @@ class SketchFinetuner(LightningModule):
         mesh, saved = self._data_parallel_mesh(), self._saved_section()
         preparation = self.preparation if saved is None else None
         if preparation is not None and mesh is not None:  # the dense model is looked at in shards, and loaded again
-            dense = self._swapped(load_on_rank_zero(self.load_model))
+            dense = load_on_rank_zero(self.load_model)
+            swap_linears_(dense, self.patterns)
             shard_(dense, mesh, self._cpu_offload())
             preparation.look(self, dense)
             del dense
@@ -113,7 +116,8 @@ class SketchFinetuner(LightningModule):
         else:
             loaded = load_on_rank_zero(self.load_model)
         self.objective.attach(loaded)
-        model = self._swapped(loaded)
+        swap_linears_(loaded, self.patterns)
+        model: nn.Module = loaded
         if saved is not None:
             load_plans_(model, saved["plans"], self.compressor)
         elif preparation is not None:
@@ -125,10 +129,6 @@ class SketchFinetuner(LightningModule):
         if mesh is not None:
             self._shard_(model, mesh)
         self.model = model.train()  # transformers hands models out in evaluation mode, and Lightning keeps it
-
-    def _swapped(self, model: nn.Module) -> nn.Module:
-        swap_linears_(model, self.patterns)
-        return model
 
     def _prepare(self, model: nn.Module, preparation: Preparing, mesh: DeviceMesh | None) -> None:
         if mesh is None:
@@ -181,8 +181,10 @@ class SketchFinetuner(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and the schedule, advanced once per optimizer step."""
+        optimizer = build_optimizer(self.network, self.optimizer_config, fused=self._compute_dtype() != torch.float16)
+        # It could unscale fp16 gradients itself, and Lightning refuses to clip those, in whatever precision it trains.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         # trainer.estimated_stepping_batches would build the training loader before a checkpoint has restored its state
-        optimizer = build_optimizer(self.parameters(), self.optimizer_config)
         schedule = build_schedule(optimizer, self.optimizer_config, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 
@@ -201,6 +203,10 @@ class SketchFinetuner(LightningModule):
         self._window.append(torch.stack([loss.detach(), *parts.values()]))
         self._part_names = tuple(parts)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Let methods that train their states gather the gradients of these; Lightning clips afterwards."""
+        spread_gradients_(self.network)
 
     def on_train_start(self) -> None:
         """Take over the step that training starts or continues from."""

@@ -56,7 +56,7 @@ def project(weight: Tensor, plan: Plan, second_moment: Tensor | None = None, win
     )
     quantize_states(values.numpy(), keys, tables.class_sizes, scales, nearest, states["codes"].numpy())
     if plan.config.output_scale:
-        flat, pitch = _flat(weight)
+        flat, pitch = flat_view(weight)
         of_channels = torch.ones(plan.shape[1]) if second_moment is None else second_moment.float().contiguous()
         product, square = torch.empty(2, plan.shape[0], dtype=torch.float64)
         decoded = decode(states, plan).numpy()
@@ -123,9 +123,9 @@ def decode(
         decode_groups(codes, scales, output, plan, span_index, first, groups, decoded, row, weight, sums)
 
     if sums is None:
-        side_by_side(work, _tasks(plan, torch.get_num_threads() > 1))
+        side_by_side(work, tasks(plan, torch.get_num_threads() > 1))
     else:  # sums of floats are taken in one order, on one thread
-        for task in _tasks(plan, False):
+        for task in tasks(plan, False):
             work(task)
     return decoded
 
@@ -157,7 +157,7 @@ def decode_groups(
         weight, sums: As for :func:`decode`.
     """
     tables, span = layout(plan), plan.spans[span_index]
-    latent, pitch = _flat(weight) if weight is not None else (torch.empty(0), 0)
+    latent, pitch = flat_view(weight) if weight is not None else (torch.empty(0), 0)
     query_span(
         codes.numpy(),
         scales.numpy(),
@@ -204,7 +204,7 @@ def unpacked(states: States, plan: Plan) -> Tensor:
 
 def _values(weight: Tensor, plan: Plan, keys: bool, winners: Tensor | None) -> Tensor:
     """Values of the states before quantisation, int32 [states]: keys, or float32 bit patterns."""
-    flat, pitch = _flat(weight)
+    flat, pitch = flat_view(weight)
     tables, width = layout(plan), plan.shape[1]
     values = torch.empty(plan.num_states, dtype=torch.int32 if keys else torch.float32)
     members = torch.empty(0, dtype=torch.int16) if winners is None else winners
@@ -233,20 +233,20 @@ def _values(weight: Tensor, plan: Plan, keys: bool, winners: Tensor | None) -> T
             members.numpy(),
         )
 
-    side_by_side(work, _tasks(plan, torch.get_num_threads() > 1))
+    side_by_side(work, tasks(plan, torch.get_num_threads() > 1))
     if not keys:
         return values.view(torch.int32)
     return values.masked_fill_(values == _EMPTY_KEY, 0) if plan.has_empty_states else values
 
 
-def _tasks(plan: Plan, apart: bool) -> list[tuple[int, int, int]]:
+def tasks(plan: Plan, apart: bool) -> list[tuple[int, int, int]]:
     """Span index, first group and number of groups of each task: one group each if ``apart``, else a whole span."""
     if apart:
         return [(span_index, group, 1) for span_index, span in enumerate(plan.spans) for group in range(span.groups)]
     return [(span_index, 0, span.groups) for span_index, span in enumerate(plan.spans)]
 
 
-def _flat(weight: Tensor) -> tuple[Tensor, int]:
+def flat_view(weight: Tensor) -> tuple[Tensor, int]:
     """A matrix as a vector, and the elements from one row to the next; copied where its rows are not contiguous."""
     if weight.stride(1) != 1 or weight.stride(0) < weight.shape[1]:
         weight = weight.contiguous()

@@ -48,7 +48,7 @@ def project_span(
     kept = np.empty((largest, LANES), np.int32)
     places = np.empty(LANES, np.int64)
     for group in range(first_group, first_group + groups):
-        _by_channel(weight, pitch, width, start + (group - first_group) * n, n, columns)
+        by_channel(weight, pitch, width, start + (group - first_group) * n, n, columns)
         of_group = rotation + rotation_step * group * width
         for block in range(lane_block.shape[0]):
             class_index, lanes, first = lane_block[block, 0], lane_block[block, 1], lane_block[block, 2]
@@ -73,7 +73,7 @@ def project_span(
 
 
 @compiled
-def _by_channel(weight: Any, pitch: int, width: int, start: int, n: int, columns: Any) -> None:
+def by_channel(weight: Any, pitch: int, width: int, start: int, n: int, columns: Any) -> None:
     """A group's weights by channel, encoded; the first eight are repeated after the last, for reads that wrap."""
     step = n + LANES
     whole = n // LANES * LANES

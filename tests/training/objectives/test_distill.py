@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from tiny_run import load_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from usllm.system.errors import UserError
-from usllm.training.objectives import Distill, base, next_token_loss
+from usllm.training.objectives import Distill, base, distill, next_token_loss
 from usllm.training.objectives.distill import hidden_state_error
+from usllm.training.objectives.in_head import plain_head
 
 IDS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -127,9 +129,51 @@ def test_teacher_is_moved_to_the_compute_dtype() -> None:
     assert {p.dtype for p in objective.teacher.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("rows", [5, 1000])
+def test_loss_in_the_head_is_that_of_whole_logits(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "CHUNK_ELEMENTS", rows * 264)
+    objective = Distill(temperature=1.5, hidden_weight=0.5, cross_entropy_weight=0.25)
+    student = student_and(objective)
+    found = []
+    for chunked in (True, False):
+        if not chunked:
+            monkeypatch.setattr(distill, "plain_head", lambda model: None)
+        student.zero_grad()
+        loss, parts = objective.loss(student, {"input_ids": IDS})
+        loss.backward()
+        found.append((loss.detach(), parts, [p.grad for p in student.parameters()]))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "CHUNK_ELEMENTS", 5 * 264)
+    objective = Distill(hidden_weight=0.0, cross_entropy_weight=1.0)
+    student = student_and(objective)
+    rows = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.ndim and out.shape[-1] == 264:
+                rows.add(out.numel() // 264)
+            return out
+
+    with Watch():
+        objective.loss(student, {"input_ids": IDS})[0].backward()
+    assert 5 in rows
+    assert IDS.numel() not in rows
+
+
+def test_family_that_changes_logits_behind_its_head_is_computed_with_whole_ones() -> None:
+    model = load_model()
+    assert plain_head(model) is not None
+    model.config.final_logit_softcapping = 30.0
+    assert plain_head(model) is None
+
+
 def test_gradient_points_from_student_to_teacher() -> None:
     student, teacher = torch.zeros(1, 2, requires_grad=True), torch.tensor([[2.0, 0.0]])
-    loss = Distill()._divergence(student.unsqueeze(0), teacher.unsqueeze(0))
+    loss = Distill()._parts(["kl"], None)(student, torch.zeros(1), teacher).sum()
     (gradient,) = torch.autograd.grad(loss, student)
     torch.testing.assert_close(gradient, F.softmax(student, -1).detach() - teacher.softmax(-1))
 

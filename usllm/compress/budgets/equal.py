@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from usllm.compress.budgets.problem import BudgetProblem
 
+NEEDS: frozenset[str] = frozenset()
+
 
 def share(problem: BudgetProblem) -> dict[str, int]:
     """``bits_per_weight`` for each layer."""

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from usllm.compress.budgets.problem import BudgetProblem
 from usllm.system.errors import UserError
 
+NEEDS = frozenset({"energy"})
+
 _SMALLEST_SHARE = 1 / 8  # of the mean rate: with less, a layer is hardly one
 _LARGEST_EXPONENT = 200.0  # of the factor, base 2: beyond it all layers have their most
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class LayerDemand:
@@ -15,12 +17,15 @@ class LayerDemand:
         importance: Mean E[a²] of its input channels.
         least_bits: Fewest bits that it can be stored in.
         most_bits: Most bits that it can make use of.
+        sensitivity: What the square of a weight costs the model's loss when nothing of it is stored, by input channel:
+            E[a²] · E[w²] · the mean E[g²] of the outputs, [in]; ``None`` where no rule asked for it.
     """
 
     weights: int
     importance: float
     least_bits: int
     most_bits: int
+    sensitivity: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,15 @@ from usllm.sketch.bits import CLASS_BITS, HEADER_BITS
 from usllm.sketch.hash import HASH_VERSION
 from usllm.sketch.layer_bytes import pack_layer, read_plan
 from usllm.sketch.quantize import largest_code
-from usllm_kernels import choice_problem, packed_states, project, project_query, query, sketch_linear
+from usllm_kernels import (
+    choice_problem,
+    packed_states,
+    project,
+    project_query,
+    query,
+    sketch_linear,
+    state_gradient_,
+)
 
 FORMAT_KEYS = ("operator", "query", "hash", "group_size", "output_scale", "seed")
 """Fields of :class:`usllm.sketch.SketchConfig` that give stored bytes their meaning."""
@@ -90,6 +98,13 @@ class SketchPlan(Plan, LayerPlan):
         if decoded is not None:
             return super().linear(x, states, latents, bias, decoded=decoded)
         return sketch_linear(x, dict(states), self, bias, weight=latents.get("weight"))
+
+    @property
+    def spreads(self) -> bool:
+        return self.config.straight_through == "state"
+
+    def spread_(self, gradients: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> None:
+        state_gradient_(gradients["weight"], self, dict(states))
 
     def pack(self, states: Mapping[str, Tensor]) -> Tensor:
         return pack_layer(self, dict(states))

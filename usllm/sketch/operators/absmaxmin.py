@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from usllm.sketch.operators.base import first_taken
+
 _MAGNITUDE = 0x7FFFFFFE  # a float32's magnitude without its last bit, which the sign takes
 
 
@@ -57,6 +59,9 @@ class AbsMaxMin:
 
     def divisor(self, rows: int) -> int:
         return 1
+
+    def derivative(self, candidates: Tensor) -> Tensor:
+        return first_taken(candidates, self.combine(candidates))
 
 
 OPERATOR = AbsMaxMin()

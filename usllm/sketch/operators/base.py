@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -52,6 +53,25 @@ class Operator(Protocol):
     def divisor(self, rows: int) -> int:
         """What the joined integers are divided by: weight = integer * scale / divisor."""
         ...
+
+    def derivative(self, candidates: Tensor) -> Tensor:
+        """Derivative of the joined integers by each row's candidate, bool [rows, n, channels].
+
+        Args:
+            candidates: Encoded, as for :meth:`combine`.
+        """
+        ...
+
+
+def first_taken(candidates: Tensor, joined: Tensor) -> Tensor:
+    """Where a row's candidate is the one that was taken, bool [rows, n, channels]; of equal ones the first.
+
+    Args:
+        candidates: [rows, n, channels].
+        joined: [n, channels].
+    """
+    equal = candidates == joined
+    return equal & (equal.cumsum(0, dtype=torch.int8) == 1)
 
 
 def in_order(slots: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from usllm.sketch.operators.base import in_order
+from usllm.sketch.operators.base import first_taken, in_order
 
 
 class CountMin:
@@ -39,6 +39,9 @@ class CountMin:
 
     def divisor(self, rows: int) -> int:
         return 1
+
+    def derivative(self, candidates: Tensor) -> Tensor:
+        return first_taken(candidates, self.combine(candidates))
 
 
 OPERATOR = CountMin()

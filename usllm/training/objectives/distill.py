@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from usllm.system.errors import UserError
-from usllm.training.objectives.base import Batch, Objective, next_token_loss, sum_over_chunks
+from usllm.training.objectives.base import NO_TARGET, Batch, Objective, sum_over_chunks
+from usllm.training.objectives.in_head import ChunkLoss, hidden_in_head, parts_in_head, plain_head
 
 ENERGY_FLOOR = 0.1
 """Least teacher energy of a position, as a share of the layer's median: a silent one (padding tokens embed to zero)
@@ -79,32 +84,68 @@ class Distill(Objective):
         if self.teacher is None:
             raise RuntimeError("Distill.attach has not been called: there is no teacher")
         input_ids = batch["input_ids"]
+        names = [
+            key for key, weight in (("kl", self.kl_weight), ("cross_entropy", self.cross_entropy_weight)) if weight
+        ]
         arguments = {"input_ids": input_ids, "use_cache": False, "output_hidden_states": self.hidden_weight > 0}
-        student = model(**arguments)
-        parts: dict[str, Tensor] = {}
-        total = student.logits.new_zeros((), dtype=torch.float32)
+        in_head = bool(names) and plain_head(model) is not None and plain_head(self.teacher) is not None
+        # Places without a target count as the last ones do, in the divisor too.
+        targets = F.pad(input_ids[:, 1:], (0, 1), value=NO_TARGET).flatten()
+        others, teacher = [targets], None
         if self.kl_weight or self.hidden_weight:
             with torch.no_grad():
-                teacher = self.teacher(**arguments)
-            if self.kl_weight:
-                parts["kl"] = self._divergence(student.logits, teacher.logits)
-                total = total + self.kl_weight * parts["kl"]
-            if self.hidden_weight:
-                parts["hidden"] = hidden_state_error(student.hidden_states[1:], teacher.hidden_states[1:])
-                total = total + self.hidden_weight * parts["hidden"]
-        if self.cross_entropy_weight:
-            parts["cross_entropy"] = next_token_loss(student.logits, input_ids)
-            total = total + self.cross_entropy_weight * parts["cross_entropy"]
+                if in_head:
+                    scores, teacher = hidden_in_head(self.teacher, **arguments)
+                else:
+                    teacher = self.teacher(**arguments)
+                    scores = teacher.logits
+            others.append(scores.flatten(0, 1))
+        divisors = {"kl": input_ids.numel(), "cross_entropy": input_ids.numel() - len(input_ids)}
+        weights = {"kl": self.kl_weight * self.temperature**2, "cross_entropy": self.cross_entropy_weight}
+        factors = torch.tensor([weights[name] / divisors[name] for name in names], device=input_ids.device)
+        function = self._parts(names, self._teacher_head() if in_head and self.kl_weight else None)
+        if in_head:
+            total, sums, student = parts_in_head(model, function, factors, *others, **arguments)
+        else:
+            student = model(**arguments)
+            total, sums = student.logits.new_zeros((), dtype=torch.float32), factors.new_zeros(len(names))
+            for number, name in enumerate(names):
+                one = self._parts([name], None)
+                value = sum_over_chunks(
+                    lambda *chunk, one=one: one(*chunk).sum(), student.logits.flatten(0, 1), *others
+                )
+                total, sums[number] = total + value * factors[number], value.detach()
+        parts = dict(zip(names, sums * factors, strict=True))
+        parts = {name: part / getattr(self, f"{name}_weight") for name, part in parts.items()}
+        if self.hidden_weight:
+            assert teacher is not None
+            parts["hidden"] = hidden_state_error(student.hidden_states[1:], teacher.hidden_states[1:])
+            total = total + self.hidden_weight * parts["hidden"]
         return total, {name: part.detach() for name, part in parts.items()}
 
-    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        def chunk(student_rows: Tensor, teacher_rows: Tensor) -> Tensor:
-            log_student = (student_rows.float() / self.temperature).log_softmax(-1)
-            log_teacher = (teacher_rows.float() / self.temperature).log_softmax(-1)
-            return torch.nn.functional.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+    def _teacher_head(self) -> tuple[Tensor, Tensor | None]:
+        head = plain_head(cast(nn.Module, self.teacher))
+        assert head is not None
+        weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+        return _whole(weight), None if bias is None else _whole(bias)
 
-        student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
-        return sum_over_chunks(chunk, student, teacher) * self.temperature**2 / student.shape[0]
+    def _parts(self, names: Sequence[str], teacher_head: tuple[Tensor, Tensor | None] | None) -> ChunkLoss:
+        """Sums over positions of the parts that logits decide, in the order of ``names``."""
+
+        def sums(logits: Tensor, targets: Tensor, scores: Tensor | None = None) -> Tensor:
+            found = []
+            if "kl" in names and scores is not None:
+                if teacher_head is not None:
+                    weight, bias = teacher_head
+                    scores = F.linear(scores.to(weight.dtype), weight, bias)
+                log_student = (logits.float() / self.temperature).log_softmax(-1)
+                log_teacher = (scores.float() / self.temperature).log_softmax(-1)
+                found.append(F.kl_div(log_student, log_teacher, reduction="sum", log_target=True))
+            if "cross_entropy" in names:
+                found.append(F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=NO_TARGET))
+            return torch.stack(found)
+
+        return sums
 
 
 def hidden_state_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Tensor:
@@ -123,3 +164,8 @@ def hidden_state_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...])
         energy = energy.clamp_min(ENERGY_FLOOR * energy.median()).clamp_min(torch.finfo(torch.float32).eps)
         errors.append(((ours.float() - theirs).square().sum(-1) / energy).mean())
     return torch.stack(errors).mean()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded; gathering it is something that all ranks do."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
