@@ -115,7 +115,7 @@ def check_export(cfg: DictConfig | dict[str, Any], given: Sequence[str] = ()) ->
     if config.measure:
         rules.check_evaluation(config.evaluation, problems)
         if config.ckpt is None:
-            rules.check_unseen(config.data.train, config.evaluation, problems)
+            rules.check_unseen(rules.sources_of_training(config.data), config.evaluation, problems)
         if not config.evaluation.test_sets and not config.evaluation.validation_split:
             problems.append("evaluation.test_sets: none given, so measure=true has nothing to measure")
     if config.out:

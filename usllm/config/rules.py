@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,10 @@ def check_data(data: DataConfig, problems: Problems) -> None:
             below=1,
             hint="0.02 holds out every fiftieth document",
         )
+    for name, source in data.mixture.items():
+        check_source(f"data.mixture.{name}", source, problems)
+    shares = sum(source.share for source in data.mixture.values())
+    problems.require(shares < 1, "data.mixture", f"shares of {shares:g}", "data.train takes what they leave: below 1")
     problems.number("data.context_length", data.context_length, least=2)
     problems.number("data.max_sequences", data.max_sequences, least=1, hint="null takes the whole text")
     problems.choice("data.window_start", data.window_start, WINDOW_STARTS)
@@ -133,17 +137,28 @@ def check_evaluation(evaluation: EvaluationConfig, problems: Problems) -> None:
     problems.choice("evaluation.window_start", evaluation.window_start, WINDOW_STARTS)
 
 
-def check_unseen(train: SourceSpec | None, evaluation: EvaluationConfig, problems: Problems) -> None:
-    """No test set is the source of training and calibration, unless ``evaluation.allow_shared`` names it."""
+def check_unseen(seen: Mapping[str, SourceSpec], evaluation: EvaluationConfig, problems: Problems) -> None:
+    """No test set is a source of training and calibration, unless ``evaluation.allow_shared`` names it.
+
+    Args:
+        seen: sources by what they are called in the configuration.
+    """
     for name in evaluation.allow_shared:
         known = ", ".join(evaluation.test_sets) or "there is none"
         problems.require(name in evaluation.test_sets, "evaluation.allow_shared", name, f"no such test set ({known})")
     for name, source in evaluation.test_sets.items():
-        if train is not None and name not in evaluation.allow_shared and (what := train.shared_with(source)):
-            problems.append(
-                f"evaluation.test_sets.{name}: {what} is also data.train, so its perplexity would not be of unseen "
-                f"text; choose another, or allow it with evaluation.allow_shared=[{name}]"
-            )
+        for key, trained in seen.items():
+            if name not in evaluation.allow_shared and (what := trained.shared_with(source)):
+                problems.append(
+                    f"evaluation.test_sets.{name}: {what} is also {key}, so its perplexity would not be of unseen "
+                    f"text; choose another, or allow it with evaluation.allow_shared=[{name}]"
+                )
+
+
+def sources_of_training(data: DataConfig) -> dict[str, SourceSpec]:
+    """What is trained on and calibrated with, by its key."""
+    found: dict[str, SourceSpec] = {} if data.train is None else {"data.train": data.train}
+    return found | {f"data.mixture.{name}": source for name, source in data.mixture.items()}
 
 
 def check_harness(harness: HarnessConfig, problems: Problems) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from usllm.data import SourceSpec
+from usllm.data.sources import MixedSource
 from usllm.models import ModelSpec
 from usllm.training.optimization import OptimizerConfig
 
@@ -21,6 +22,7 @@ class DataConfig:
     Attributes:
         train: the text that is trained on.
         validation: the text that is validated on; ``None`` holds out ``validation_fraction`` of the training documents.
+        mixture: other texts that are trained on, by name, each with its share of the sequences.
         context_length: tokens per packed sequence.
         max_sequences: train and calibrate on the first ones only; ``None`` takes all.
         window_start: what stands at the start of each sequence: ``none``, ``each`` (the beginning-of-text token) or
@@ -34,6 +36,7 @@ class DataConfig:
     train: SourceSpec
     validation: SourceSpec | None = None
     validation_fraction: float = 0.02
+    mixture: dict[str, MixedSource] = field(default_factory=dict)
     context_length: int = 512
     max_sequences: int | None = None
     window_start: str = "auto"

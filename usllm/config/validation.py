@@ -14,9 +14,8 @@ from usllm.config import rules
 from usllm.config.compression import check_compressor
 from usllm.config.overrides import evaluation_beside, idle_beside_checkpoint, key_of
 from usllm.config.rules import Problems, metric_problem
-from usllm.config.schema import AllocationConfig, EvalConfig, EvaluationConfig, TrainConfig
+from usllm.config.schema import AllocationConfig, DataConfig, EvalConfig, EvaluationConfig, TrainConfig
 from usllm.config.structure import NEEDS_A_VALUE, merge_typed
-from usllm.data import SourceSpec
 from usllm.system.errors import UserError
 
 T = TypeVar("T")
@@ -59,7 +58,7 @@ def check_train(cfg: DictConfig | dict[str, Any]) -> TrainConfig:
     rules.check_nodes("callbacks", config.callbacks, problems)
     rules.check_nodes("logger", config.logger, problems)
     rules.check_evaluation(config.evaluation, problems)
-    rules.check_unseen(config.data.train, config.evaluation, problems)
+    rules.check_unseen(rules.sources_of_training(config.data), config.evaluation, problems)
     if not config.evaluation.test_sets and not config.evaluation.validation_split:
         problems.append("evaluation.test_sets: none given and evaluation.validation_split=false: nothing is measured")
     if (problem := metric_problem(config.optimized_metric)) is not None:
@@ -149,8 +148,8 @@ def evaluation_of_run(run: Mapping[str, Any], composed: EvaluationConfig, given:
     section = section_of(EvaluationConfig, evaluation_beside(run["evaluation"], composed, given), "evaluation")
     problems = Problems()
     rules.check_evaluation(section, problems)
-    train = (run.get("data") or {}).get("train")
-    seen = None if train is None else section_of(SourceSpec, train, "data.train")
+    data = run.get("data") or {}
+    seen = rules.sources_of_training(section_of(DataConfig, data, "data")) if data.get("train") else {}
     rules.check_unseen(seen, section, problems)
     if problems:
         raise user_error(problems)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
@@ -16,7 +17,7 @@ from usllm.data.identity import identity_differences, text_identity, texts
 from usllm.data.overlap import SharedDocuments, count_shared, kept_hashes
 from usllm.data.packing import pack
 from usllm.data.sampler import DealtSampler, UnrolledSampler
-from usllm.data.sources import SourceSpec, read_documents
+from usllm.data.sources import MixedSource, SourceSpec, read_documents
 from usllm.data.windows import AUTO, EACH, NONE, resolved_rule
 from usllm.system.errors import UserError
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 # The split is the same for every seed, so that the validation loss of two seeds is of the same documents.
 _SPLIT_SEED = 0
-TRAIN, VALIDATION = "data.train", "data.validation"
-"""What the two texts are called in the configuration."""
+TRAIN, VALIDATION, MIXTURE = "data.train", "data.validation", "data.mixture"
+"""What the texts are called in the configuration."""
 
 
 class PositionedLoader(DataLoader[Any]):
@@ -55,6 +56,7 @@ class TextDataModule(LightningDataModule):
         train: source of training and calibration.
         validation: source of validation; without one, ``validation_fraction`` of the training documents is set aside.
         validation_fraction: share of documents, at least one document.
+        mixture: other sources of training and calibration by name, each with its share of the sequences.
         context_length: tokens per sequence.
         max_sequences: train and calibrate on the first ones only; ``None`` takes all.
         batch_size: sequences per micro batch and device.
@@ -75,6 +77,7 @@ class TextDataModule(LightningDataModule):
         train: SourceSpec,
         validation: SourceSpec | None = None,
         *,
+        mixture: Mapping[str, MixedSource] | None = None,
         validation_fraction: float = 0.02,
         context_length: int = 512,
         max_sequences: int | None = None,
@@ -92,6 +95,7 @@ class TextDataModule(LightningDataModule):
         self.tokenizer = tokenizer
         self.train_source = train
         self.validation_source = validation
+        self.mixture = dict(mixture or {})
         self.validation_fraction = validation_fraction
         self.context_length = context_length
         self.max_sequences = max_sequences
@@ -101,6 +105,7 @@ class TextDataModule(LightningDataModule):
         self.cache_dir = Path(cache_dir)
         self.seed = seed
         self.identity: dict[str, dict[str, Any]] = {}
+        self._sizes: list[int] = []
         self._train: Dataset | None = None
         self._validation: Dataset | None = None
 
@@ -114,6 +119,8 @@ class TextDataModule(LightningDataModule):
         Raises:
             UserError: a source is missing, empty or too short.
         """
+        from datasets import concatenate_datasets
+
         del stage
         if self._train is not None:
             return
@@ -130,7 +137,16 @@ class TextDataModule(LightningDataModule):
             TRAIN: text_identity(documents, train),
             VALIDATION: text_identity(held_out, validation),
         }
-        self._seen = kept_hashes(documents, self.identity[TRAIN]["text"], self.cache_dir)
+        parts, seen = [train], [kept_hashes(documents, self.identity[TRAIN]["text"], self.cache_dir)]
+        for name, source in self.mixture.items():
+            key = f"{MIXTURE}.{name}"
+            documents = read_documents(source, key)
+            parts.append(self._pack(documents, key))
+            self.identity[key] = text_identity(documents, parts[-1])
+            seen.append(kept_hashes(documents, self.identity[key]["text"], self.cache_dir))
+        self._sizes = [len(part) for part in parts]
+        train = concatenate_datasets(parts) if len(parts) > 1 else train
+        self._seen = np.unique(np.concatenate(seen)) if len(seen) > 1 else seen[0]
         self._validation_shared = count_shared("validation", texts(held_out), self._seen)
         self._train, self._validation = train, validation
 
@@ -165,8 +181,14 @@ class TextDataModule(LightningDataModule):
         return count_shared(test_set, texts(documents), self._seen)
 
     @property
+    def shares(self) -> list[float]:
+        """Of the sequences, of the training source and of the others in their order; they add up to 1."""
+        others = [source.share for source in self.mixture.values()]
+        return [1.0 - sum(others), *others]
+
+    @property
     def train_sequences(self) -> Dataset:
-        """Column ``input_ids``, one row per sequence."""
+        """Column ``input_ids``, one row per sequence; those of the training source come first."""
         self.setup()
         assert self._train is not None
         return self._train
@@ -198,16 +220,18 @@ class TextDataModule(LightningDataModule):
         trainer = self.trainer
         if trainer is None or trainer.max_steps < 1:
             raise UserError("trainer.max_steps must be a positive number: the order of training is laid out for it")
+        sequences = self.train_sequences
         sampler = UnrolledSampler(
-            len(self.train_sequences),
+            self._sizes,
             total=trainer.max_steps * trainer.accumulate_grad_batches * self.batch_size,
             seed=self.seed,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             start=trainer.global_step * trainer.accumulate_grad_batches * self.batch_size,
+            shares=self.shares,
         )
         return PositionedLoader(
-            self.train_sequences,
+            sequences,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
@@ -242,14 +266,15 @@ class TextDataModule(LightningDataModule):
             sequences: how many; a smaller training split gives all it has, each once.
         """
         count = min(sequences, len(self.train_sequences))
-        order = list(UnrolledSampler(len(self.train_sequences), count, self.seed))
+        order = list(UnrolledSampler(self._sizes, count, self.seed, shares=self.shares))
         for row in order:
             yield collate([self.train_sequences[row]])
 
     def steps_for(self, passes: float, accumulate_grad_batches: int = 1, world_size: int = 1) -> int:
-        """Optimizer steps that see the training split ``passes`` times, rounded up, at least one."""
+        """Optimizer steps that see the training source ``passes`` times, rounded up, at least one."""
         per_step = self.batch_size * accumulate_grad_batches * world_size
-        return max(1, -int(-(passes * len(self.train_sequences)) // per_step))
+        self.setup()
+        return max(1, -int(-(passes * self._sizes[0] / self.shares[0]) // per_step))
 
     def _pack(self, documents: Dataset, key: str) -> Dataset:
         return pack(

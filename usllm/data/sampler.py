@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
@@ -12,24 +12,38 @@ from torch.utils.data import Sampler
 class UnrolledSampler(Sampler[int]):
     """All passes over the data in one: a whole run is one Lightning epoch.
 
+    Several texts that lie one after another take turns by their shares of the sequences, as evenly as whole numbers
+    allow; each has passes of its own.
+
     Resuming is exact only away from an epoch's end (Lightning counts the epoch once more there), so there is one end,
     that of the run. Each pass is a new permutation, drawn from (seed, pass); the ranks of a distributed run take
     turns in one common order, so that the samples of a step do not depend on how many ranks share it.
 
     Args:
-        size: number of sequences in the data set.
+        size: number of sequences in the data set; where it holds several texts, of each.
         total: number of samples that this rank draws in the whole run.
         seed: of the order.
         rank: of this process.
         world_size: number of processes.
         start: number of samples that this rank has drawn before, in an earlier part of the run. The length stays that
             of the whole run, which Lightning counts through.
+        shares: of the texts, which add up to 1.
     """
 
-    def __init__(self, size: int, total: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0) -> None:
-        if size < 1 or total < 1 or not 0 <= rank < world_size:
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        total: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        shares: Sequence[float] = (1.0,),
+    ) -> None:
+        sizes = (size,) if isinstance(size, int) else tuple(size)
+        if min(sizes) < 1 or total < 1 or not 0 <= rank < world_size or len(sizes) != len(shares):
             raise ValueError(f"size={size} and total={total} must be positive, rank={rank} below {world_size}")
-        self.size = size
+        self.sizes, self.shares = sizes, tuple(shares)
         self.total = total
         self.seed = seed
         self.rank = rank
@@ -40,18 +54,41 @@ class UnrolledSampler(Sampler[int]):
         return self.total
 
     def __iter__(self) -> Iterator[int]:
-        current, order = -1, torch.empty(0, dtype=torch.long)
+        orders: dict[int, tuple[int, torch.Tensor]] = {}  # of each text: the pass, and its order
         for drawn in range(self.start, self.total):
-            turn, position = divmod(drawn * self.world_size + self.rank, self.size)
-            if turn != current:
-                current, order = turn, self._permutation(turn)
-            yield int(order[position])
+            part, taken = whose_turn(drawn * self.world_size + self.rank, self.shares)
+            turn, position = divmod(taken, self.sizes[part])
+            if part not in orders or orders[part][0] != turn:
+                orders[part] = turn, self._permutation(part, turn)
+            yield sum(self.sizes[:part]) + int(orders[part][1][position])
 
-    def _permutation(self, turn: int) -> torch.Tensor:
+    def _permutation(self, part: int, turn: int) -> torch.Tensor:
         # Not seed + turn: then seed 1 would begin with the second pass of seed 0.
-        digest = hashlib.sha256(f"usllm order {self.seed} {turn}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        return torch.randperm(self.size, generator=generator)
+        words = f"usllm order {self.seed} {turn}" + (f" of text {part}" if part else "")
+        generator = torch.Generator().manual_seed(
+            int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "little", signed=True)
+        )
+        return torch.randperm(self.sizes[part], generator=generator)
+
+
+def whose_turn(place: int, shares: Sequence[float]) -> tuple[int, int]:
+    """Which text a place in the order of training belongs to, and how many of that text's places lie before it.
+
+    The last text takes its share of all places, as evenly as whole numbers allow; the last but one of what is left,
+    and so on.
+
+    Args:
+        place: counted from 0.
+        shares: of the texts, which add up to 1.
+    """
+    left = 1.0
+    for part in range(len(shares) - 1, 0, -1):
+        share = min(shares[part] / left, 1.0)
+        before, after = int(place * share), int((place + 1) * share)
+        if after > before:
+            return part, before
+        place, left = place - before, left - shares[part]
+    return 0, place
 
 
 FILLER = -1

@@ -41,6 +41,7 @@ def build_data(
         tokenizer,
         section.train,
         section.validation,
+        mixture=section.mixture,
         validation_fraction=section.validation_fraction,
         context_length=section.context_length,
         max_sequences=section.max_sequences,

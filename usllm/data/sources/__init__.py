@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from usllm.data.sources.kinds import with_kind
-from usllm.data.sources.spec import SourceSpec
+from usllm.data.sources.spec import MixedSource, SourceSpec
 from usllm.system.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["SourceSpec", "read_documents", "read_text"]
+__all__ = ["MixedSource", "SourceSpec", "read_documents", "read_text"]
 
 T = TypeVar("T")
 

@@ -79,3 +79,20 @@ class SourceSpec:
             except re.error as error:
                 found.append(f"{key}.document_start={self.document_start!r} is not a regular expression: {error}")
         return found
+
+
+@dataclass(frozen=True)
+class MixedSource(SourceSpec):
+    """A source that takes a share of the training sequences, however much text it has.
+
+    Attributes:
+        share: of the sequences, above 0; the training source takes what all others leave.
+    """
+
+    share: float = 0.5
+
+    def problems(self, key: str) -> list[str]:
+        found = super().problems(key)
+        if not 0 < self.share < 1:
+            found.append(f"{key}.share={self.share}: is a share of the sequences; must lie between 0 and 1")
+        return found
