@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from usllm.data.sampler import FILLER, DealtSampler, UnrolledSampler
+from usllm.data.sampler import FILLER, DealtSampler, UnrolledSampler, whose_turn
 
 
 @given(st.integers(1, 30), st.integers(1, 100), st.integers(0, 5))
@@ -71,3 +71,26 @@ def test_each_sequence_is_dealt_to_one_rank_and_fillers_make_hands_equal(size: i
     assert {len(hand) for hand in hands} == {len(DealtSampler(size, 0, world))}
     assert sorted(position for hand in hands for position in hand if position != FILLER) == list(range(size))
     assert all(FILLER not in hand[:-1] for hand in hands)
+
+
+shares = st.lists(st.floats(0.05, 1.0), min_size=1, max_size=4).map(lambda v: [x / sum(v) for x in v])
+
+
+@given(shares, st.integers(1, 300))
+def test_texts_take_turns_by_their_shares_and_count_their_own_places(parts: list[float], places: int) -> None:
+    taken = [0] * len(parts)
+    for place in range(places):
+        part, before = whose_turn(place, parts)
+        assert before == taken[part]
+        taken[part] += 1
+    for count, share in zip(taken, parts, strict=True):
+        assert abs(count - share * places) <= len(parts)
+
+
+def test_each_text_has_passes_of_its_own() -> None:
+    drawn = list(UnrolledSampler([8, 2], 32, 0, shares=[0.75, 0.25]))
+    first, second = [n for n in drawn if n < 8], [n for n in drawn if n >= 8]
+    assert (len(first), len(second)) == (24, 8)
+    for passes, size in ((first, 8), (second, 2)):
+        for start in range(0, len(passes), size):
+            assert len(set(passes[start : start + size])) == size

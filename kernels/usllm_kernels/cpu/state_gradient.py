@@ -28,12 +28,12 @@ _STRIP = 256  # channels that are written together
 
 
 def state_gradient_(gradient: Tensor, plan: Plan, states: States) -> None:
-    """:func:`usllm.sketch.state_gradient.state_gradient_` of an fp32 gradient whose rows are contiguous, in place."""
+    """:func:`usllm.sketch.state_gradient.state_gradient_` of an fp32 gradient, in place."""
     check_shape(gradient, plan)
     if not plan.blocks:
         gradient.zero_()
         return
-    flat, pitch = flat_view(gradient)
+    flat, pitch = flat_view(gradient)  # of a copy, where rows are not contiguous
     tables, codes = layout(plan), unpacked(states, plan)
 
     def work(task: tuple[int, int, int]) -> None:
@@ -59,6 +59,8 @@ def state_gradient_(gradient: Tensor, plan: Plan, states: States) -> None:
         )
 
     side_by_side(work, tasks(plan, torch.get_num_threads() > 1))
+    if flat.data_ptr() != gradient.data_ptr():
+        gradient.copy_(flat.view(plan.shape))
 
 
 @compiled
