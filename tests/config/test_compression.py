@@ -41,6 +41,7 @@ def config_of(text: Path, *overrides: str) -> Any:
                 output_scale=True,
                 allocation="waterfill",
                 price_list="trained",
+                straight_through="state",
             ),
         ),
         (

@@ -68,6 +68,7 @@ DIFFERENT = {
     "usllm-generate: keep_decoded": "a size with a unit, so text; YAML shows the 0 without quotes",
     "DataConfig and TextDataModule: window_start": "auto needs the model's family, which only a configuration knows",
     "DataConfig and pack: window_start": "the same",
+    "DataConfig and TextDataModule: mixture": "none; an argument's default is never a dictionary",
     "GenerateConfig and load: keep_decoded": "a size with a unit; bytes in Python",
     "experiment=layer_error: shown": _EXPERIMENT,
     "experiment=smollm2_quality: variants": _EXPERIMENT,

@@ -14,9 +14,11 @@ import pytest
 from composing import composed
 from omegaconf import OmegaConf
 
+from usllm.compress.parameters import KINDS
 from usllm.config import AllocationConfig, DataConfig, EvaluationConfig
 from usllm.sketch import SketchConfig
 from usllm.training import OptimizerConfig
+from usllm.training.optimization import GroupConfig
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -32,6 +34,7 @@ PAPER_SKETCH = {
     "sketch.state_bits": 4,
     "sketch.rounding": "toward_zero",
     "sketch.output_scale": False,
+    "sketch.straight_through": "latent",
     "sketch.seed": 0,
     "allocation.name": "proportional",
     "allocation.layer_budget": "equal",
@@ -58,6 +61,7 @@ TRAINING = {
     "optimizer.weight_decay": 0.0,
     "optimizer.schedule": "linear",
     "optimizer.warmup_steps": 0,
+    **{f"optimizer.{kind}.{field.name}": None for kind in KINDS for field in dataclasses.fields(GroupConfig)},
     "stages.calibrate.sequences": 32,
     "callbacks.sketch_reprojection.every_n_steps": 1,
     "callbacks.sketch_reprojection.reallocate_every_n_steps": None,
@@ -132,6 +136,7 @@ NOT_DECISIVE = {
     "evaluation.batch_size": "speed",
     "evaluation.window_start": "follows data.window_start",
     "evaluation.allow_shared": "lets a run begin, changes no figure",
+    "data.mixture": "given by the option",
 }
 SECTIONS = {
     "sketch": SketchConfig,
