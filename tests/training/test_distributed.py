@@ -12,9 +12,10 @@ import tiny_run
 import torch
 from tiny_run import Settings, differences, final_checkpoint, record
 
-# Steps of 4 sequences, states projected every other step, allocated anew after step 4. No dropout: the masks of two
-# ranks are not those of one process.
-ONE = Settings(project_every=2, reallocate_every=4, dropout=0.0)
+# Steps of 4 sequences, states projected every other step, allocated anew after step 4, gradients shared by the members
+# of buckets, which a shard's edges cut. No dropout: the masks of two ranks are not those of one process.
+SHARED = {"bits_per_weight": 2.0, "rows": 2, "group_size": 32, "straight_through": "state"}
+ONE = Settings(project_every=2, reallocate_every=4, dropout=0.0, sketch=SHARED)
 SPLIT = replace(ONE, batch_size=1, ranks=2)
 DDP = replace(SPLIT, strategy="ddp")
 FSDP2 = replace(SPLIT, strategy="fsdp2")
