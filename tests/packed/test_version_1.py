@@ -115,3 +115,23 @@ def test_old_models_generate_the_old_text(given: str, written: Path, capsys: pyt
 def test_old_folder_is_inspected_through_the_command(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command("inspect", "model=packed")
     assert "model.layers.1.mlp.up_proj" in capsys.readouterr().out
+
+
+RUN = (
+    *("experiment=tiny", "model=folder", "model.name=dense", "data.train.path=text.txt", "run_dir=run"),
+    *("trainer.max_steps=6", "trainer.val_check_interval=3", "optimizer.lr=0.02", "sketch.bits_per_weight=1.5"),
+    *("sketch.rows=2", "sketch.group_size=32", "sketch.state_bits=2", "sketch.output_scale=true"),
+    *("~callbacks.progress", "callbacks.checkpoint.every_n_train_steps=3", "callbacks.checkpoint.keep=3"),
+)
+"""What the run was started with, in its README."""
+
+
+def test_old_run_is_not_continued_to_other_bits(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command("train", *RUN, "resume=true")
+    assert ended.value.code == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith(f"usllm-train: error: resume=true: {CHECKPOINT} has format 1")
+    assert "the last version of usllm that continues it is commit 1462762" in message.lower()
+    assert "\n" not in message
+    assert [path.name for path in (written / "run" / "checkpoints").iterdir()] == [Path(CHECKPOINT).name]
