@@ -99,7 +99,10 @@ def test_old_checkpoint_is_exported_with_the_old_logits(written: Path) -> None:
     assert torch.equal(logits(usllm.load("again", dtype=torch.float32)), expected("packed"))
 
 
-def test_old_checkpoint_measures_as_it_did(written: Path) -> None:
+def test_old_checkpoint_measures_as_it_did_wherever_its_cache_was(written: Path) -> None:
+    checkpoint = torch.load(CHECKPOINT, weights_only=True)
+    checkpoint["usllm"]["config"]["data"]["cache_dir"] = "/dev/null/cache"  # a folder of its machine, none of this one
+    torch.save(checkpoint, CHECKPOINT)
     command("eval", f"ckpt={CHECKPOINT}", "run_dir=evaluation")
     (row,) = json.loads((written / "evaluation" / "evaluation.json").read_text())["perplexity"]
     assert row["test_set"] == "validation"
