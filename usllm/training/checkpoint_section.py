@@ -59,8 +59,8 @@ def refuse_to_continue(section: Mapping[str, Any], checkpoint: str = "the checkp
     if last is not None:
         raise UserError(
             f"{checkpoint} has format {section['format']}, and scales of states are chosen otherwise since then: "
-            f"training would not go on to the same bits. The last version of usllm that continues it is {last}; usllm-eval, "
-            "usllm-export and usllm-generate read it, and a new run takes another name="
+            "training would not go on to the same bits. The last version of usllm that continues it is "
+            f"{last}; usllm-eval, usllm-export and usllm-generate read it, and a new run takes another name="
         )
 
 
