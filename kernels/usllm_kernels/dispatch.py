@@ -41,16 +41,17 @@ class Implementation(Protocol):
         ...
 
 
-_registered: dict[tuple[str, str], list[Implementation]] = {}
+_registered: dict[tuple[str, str], list[Implementation | str]] = {}
 
 
-def register(operation: str, backend: str, implementation: Implementation) -> None:
+def register(operation: str, backend: str, implementation: Implementation | str) -> None:
     """Add an implementation to a cell; it is asked before those that are there.
 
     Args:
         operation: Such as ``query``: a row of :func:`operations`.
         backend: ``triton``, ``numba`` or ``torch``.
-        implementation: With the functions of ``ops/<operation>/reference.py``, of the same arguments.
+        implementation: With the functions of ``ops/<operation>/reference.py``, of the same arguments; or the name of a
+            module that has them, which is imported when it is asked for: only where its back end can run.
 
     Raises:
         ValueError: There is no such row or column.
@@ -160,7 +161,9 @@ def _automatic(device: torch.device) -> list[str]:
 
 def _cell(operation: str, backend: str) -> list[Implementation]:
     built_in = _built_in(operation, backend)
-    registered = _registered.get((operation, backend), [])
+    registered: list[Any] = [
+        import_module(found) if isinstance(found, str) else found for found in _registered.get((operation, backend), [])
+    ]
     return registered if built_in is None else [*registered, built_in]
 
 

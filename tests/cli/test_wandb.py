@@ -16,7 +16,7 @@ import torch
 import wandb
 
 from usllm.callbacks import NanGuard
-from usllm.cli import train
+from usllm.cli import export, train
 from usllm.experiments.variants import metric_curve
 
 SETTINGS = [
@@ -154,6 +154,46 @@ def test_jobs_of_a_sweep_are_runs_of_their_own(
     train.main()
     ids = [path.read_text() for path in tmp_path.rglob("wandb_id.txt")]
     assert len(set(ids)) == len(ids) == 2
+
+
+def test_exports_of_a_finished_run_are_its_artifacts(
+    tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "waiting"))  # where W&B copies files that are to be sent later
+    logged: list[tuple[str, dict[str, Any], wandb.Artifact]] = []
+    ordinary = wandb.Run.log_artifact
+
+    def log_artifact(run: wandb.Run, artifact: wandb.Artifact, *rest: Any, **more: Any) -> wandb.Artifact:
+        if artifact.type == "packed-model":  # a table is one too
+            logged.append((run.id, dict(run.config), artifact))
+        return ordinary(run, artifact, *rest, **more)
+
+    def pack(out: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["usllm-export", f"ckpt={tmp_path / 'run'}", f"out={tmp_path / out}"])
+        export.main()
+
+    monkeypatch.setattr(wandb.Run, "log_artifact", log_artifact)
+    more = ["logger=wandb", "logger.wandb.log_export=true", "trainer.max_steps=1"]
+    run_here(monkeypatch, tiny_text, tmp_path / "run", *more)
+    pack("packed")
+    run_id = (tmp_path / "run" / "wandb_id.txt").read_text().strip()
+    ((of_run, config, artifact),) = logged
+    assert of_run == run_id
+    assert "code" not in config  # what trained is kept as it was
+    assert set(artifact.manifest.entries) == {path.name for path in (tmp_path / "packed").iterdir()}
+    assert artifact.metadata["bits_per_weight"] <= 1
+    assert f"packed-model-{run_id}" in capsys.readouterr().out
+    parts = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert [part.name.split("-")[-1] for part in parts] == [run_id, run_id]
+    records = [next(part.glob("*.wandb")).read_bytes() for part in parts]
+    assert sum(f"packed-model-{run_id}".encode() in record for record in records) == 1  # what `wandb sync` sends
+
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    for key, value in (("finished", False), ("config", {**report["config"], "logger": {"csv": {}}})):
+        (tmp_path / "run" / "report.json").write_text(json.dumps({**report, key: value}))
+        pack(f"packed_{key}")
+        assert ("logger.wandb.log_export: not logged" in capsys.readouterr().err) is (key == "finished")
+    assert len(logged) == 1
 
 
 def test_disabled_mode_leaves_no_files(tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

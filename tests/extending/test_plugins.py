@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from commands import Outcome, command, killed_after
+
+from usllm_kernels.dispatch import installed
 
 PLUGIN = "plugins=[example_plugin]"
 SKETCH = ["sketch=damped", "allocation=every_second", "allocation.layer_budget=square_root", "sketch.bits_per_weight=2"]
@@ -63,6 +68,35 @@ def test_operator_rules_and_stage_of_a_plug_in_resume_bit_for_bit(tiny_text: Pat
     quiet = train(tiny_text, tmp_path / "quiet", *SKETCH)
     assert quiet.status == 0, quiet.output
     assert any(not torch.equal(tensor, theirs[name]) for name, tensor in weights(tmp_path / "quiet").items())
+
+
+@pytest.mark.skipif(not installed("triton"), reason="triton is not installed")
+def test_kernel_of_a_plug_in_is_chosen_by_name_and_decodes_what_the_reference_does(
+    tiny_text: Path, tmp_path: Path
+) -> None:
+    model = ["model=random", "data=text", f"data.train.path={tiny_text}", "data.context_length=32", "out=packed"]
+    packing = [*model, "sketch=tiny", "allocation=every_second", "sketch.bits_per_weight=2", "rest.dtype=float32"]
+    exported = command("export", PLUGIN, *packing, "calibration_sequences=2", folder=tmp_path)
+    assert exported.status == 0, exported.output
+
+    text = ["evaluation=files", f"evaluation.test_sets.text.path={tiny_text}", "evaluation.windows=[32]"]
+    few = ["evaluation.max_windows=2", "evaluation.precision=fp32", "evaluation.validation_split=false"]
+    arguments = ["model=packed", PLUGIN, *text, *few]
+    plain = command("eval", *arguments, "run_dir=plain", folder=tmp_path)
+    assert plain.status == 0, plain.output
+    chosen = {"USLLM_KERNELS": "triton", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    watched = subprocess.run(
+        [sys.executable, "-m", "watched_kernel", *arguments, "run_dir=kernel"],
+        env={**os.environ, **chosen, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert watched.returncode == 0, watched.stderr
+    decoded = {line for line in watched.stdout.splitlines() if line.startswith("the plug-in's kernel decodes ")}
+    assert len(decoded) == 12  # all layers that are compressed
+    ours, theirs = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("kernel", "plain"))
+    assert [row["perplexity"] for row in ours["perplexity"]] == [row["perplexity"] for row in theirs["perplexity"]]
 
 
 def test_plug_in_that_is_not_there_is_named(tiny_text: Path, tmp_path: Path) -> None:

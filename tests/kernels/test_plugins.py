@@ -214,6 +214,23 @@ def test_a_registered_kernel_computes_what_it_supports() -> None:
     assert asked == ["extremes", "extremes"]
 
 
+@pytest.mark.usefixtures("own_cells")
+def test_a_kernel_that_is_registered_by_name_is_imported_when_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kernel_by_name.py").write_text(
+        "import torch\n\ndef supports(plan):\n    return None\n\n"
+        "def query(states, plan, dtype):\n    return torch.full(plan.shape, 5, dtype=dtype)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    dispatch.register("query", "numba", "kernel_by_name")
+    _, plan, _, states = layer()
+    assert torch.equal(query(states, plan, backend="torch"), sketch.query(states, plan))
+    assert "kernel_by_name" not in sys.modules
+    assert bool((query(states, plan, backend="numba") == 5).all())
+    del sys.modules["kernel_by_name"]
+
+
 @pytest.mark.parametrize("cell", [("decode", "numba"), ("query", "fortran")], ids=str)
 def test_a_kernel_for_no_cell_is_refused(cell: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match=r"project, project_query, query, sketch_linear.*triton, numba, torch"):

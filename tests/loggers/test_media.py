@@ -7,21 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from matplotlib.figure import Figure
 
 from usllm.loggers import (
-    attach_folder,
     log_figure,
-    log_folder,
     log_histogram,
     log_scalars,
     log_table,
     takes_media,
 )
-from usllm.system.errors import UserError
-from usllm.system.files import write_json
 
 
 class Recorder:
@@ -96,27 +91,3 @@ def test_wandb_gets_its_own_kinds_of_media_at_the_trainers_step() -> None:
     assert logged[0]["t"].data == [["a", 1.0], ["b", None]]
     assert list(logged[1]["h"].histogram) == [1, 3]
     assert type(logged[2]["f"][0]).__name__ == "Image"
-
-
-def test_folder_becomes_one_artifact_with_all_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))  # where W&B copies files that wait to be sent
-    (tmp_path / "packed").mkdir()
-    (tmp_path / "packed" / "model.bin").write_bytes(b"weights")
-    (tmp_path / "packed" / "config.json").write_text("{}")
-    logger = Wandb()
-    log_folder([logger, CSVLogger(tmp_path)], tmp_path / "packed", metadata={"bits_per_weight": 0.5})
-    ((arguments, _),) = logger.recorder.calls["log_artifact"]
-    (artifact,) = arguments
-    assert (artifact.name, artifact.type) == ("packed-model-r1", "packed-model")
-    assert sorted(artifact.manifest.entries) == ["config.json", "model.bin"]
-    assert artifact.metadata == {"bits_per_weight": 0.5}
-
-
-def test_missing_folder_and_untracked_run_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
-        log_folder([], tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"holds no report\.json"):
-        attach_folder(tmp_path, tmp_path)
-    write_json(tmp_path / "report.json", {"finished": True, "config": {"logger": {}}})
-    with pytest.raises(UserError, match="not logged to Weights & Biases"):
-        attach_folder(tmp_path, tmp_path)

@@ -125,7 +125,10 @@ def test_online_without_a_login_is_refused_before_any_work(tmp_path: Path, monke
         WandbRunLogger(save_dir=str(tmp_path))
 
 
-@pytest.mark.parametrize(("arguments", "named"), [({"mode": "of"}, "mode=of"), ({"log_model": "x"}, "log_model=x")])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [({"mode": "of"}, "mode=of"), ({"log_model": "x"}, "log_model=x"), ({"log_export": "all"}, "log_export=all")],
+)
 def test_unusable_arguments_are_refused(arguments: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         WandbRunLogger(**arguments)

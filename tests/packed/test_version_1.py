@@ -99,7 +99,10 @@ def test_old_checkpoint_is_exported_with_the_old_logits(written: Path) -> None:
     assert torch.equal(logits(usllm.load("again", dtype=torch.float32)), expected("packed"))
 
 
-def test_old_checkpoint_measures_as_it_did(written: Path) -> None:
+def test_old_checkpoint_measures_as_it_did_wherever_its_cache_was(written: Path) -> None:
+    checkpoint = torch.load(CHECKPOINT, weights_only=True)
+    checkpoint["usllm"]["config"]["data"]["cache_dir"] = "/dev/null/cache"  # a folder of its machine, none of this one
+    torch.save(checkpoint, CHECKPOINT)
     command("eval", f"ckpt={CHECKPOINT}", "run_dir=evaluation")
     (row,) = json.loads((written / "evaluation" / "evaluation.json").read_text())["perplexity"]
     assert row["test_set"] == "validation"
@@ -115,3 +118,23 @@ def test_old_models_generate_the_old_text(given: str, written: Path, capsys: pyt
 def test_old_folder_is_inspected_through_the_command(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command("inspect", "model=packed")
     assert "model.layers.1.mlp.up_proj" in capsys.readouterr().out
+
+
+RUN = (
+    *("experiment=tiny", "model=folder", "model.name=dense", "data.train.path=text.txt", "run_dir=run"),
+    *("trainer.max_steps=6", "trainer.val_check_interval=3", "optimizer.lr=0.02", "sketch.bits_per_weight=1.5"),
+    *("sketch.rows=2", "sketch.group_size=32", "sketch.state_bits=2", "sketch.output_scale=true"),
+    *("~callbacks.progress", "callbacks.checkpoint.every_n_train_steps=3", "callbacks.checkpoint.keep=3"),
+)
+"""What the run was started with, in its README."""
+
+
+def test_old_run_is_not_continued_to_other_bits(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command("train", *RUN, "resume=true")
+    assert ended.value.code == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith(f"usllm-train: error: resume=true: {CHECKPOINT} has format 1")
+    assert "the last version of usllm that continues it is commit 1462762" in message.lower()
+    assert "\n" not in message
+    assert [path.name for path in (written / "run" / "checkpoints").iterdir()] == [Path(CHECKPOINT).name]

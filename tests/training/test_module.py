@@ -180,6 +180,20 @@ def test_checkpoint_of_a_newer_format_is_refused() -> None:
         finetuner.on_load_checkpoint(checkpoint)
 
 
+def test_checkpoint_that_only_an_earlier_version_continues_is_refused_before_it_trains(tmp_path: Path) -> None:
+    tiny_run.run(tmp_path / "run", Settings(steps=2))
+    before = (tmp_path / "run" / "record.jsonl").read_text()
+    (path,) = (tmp_path / "run" / "checkpoints").iterdir()
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["usllm"]["format"] = 1
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match=r"^the checkpoint has format 1,.* continues it is commit 1462762"):
+        tiny_run.run(tmp_path / "run", Settings(steps=4))
+    assert (tmp_path / "run" / "record.jsonl").read_text() == before
+    trainer, module, data = tiny_run.build(tmp_path / "run", Settings(steps=4))
+    trainer.validate(module, datamodule=data, ckpt_path=path, verbose=False)
+
+
 def test_callbacks_refuse_a_module_of_another_kind() -> None:
     with pytest.raises(TypeError, match="SketchFinetuner, not on a LightningModule"):
         sketch_finetuner(LightningModule())

@@ -1,59 +1,59 @@
-"""Folders, such as packed exports, as artifacts of a W&B run."""
+"""Packed folders as artifacts of the W&B run that they were exported from (``logger.wandb.log_export``)."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, WandbLogger
-
 from usllm.loggers.wandb_run import WandbRunLogger
-from usllm.system.errors import UserError
-from usllm.system.files import read_json
-from usllm.system.run_files import REPORT_FILE
+
+KIND = "packed-model"
 
 
-def log_folder(
-    loggers: Iterable[Logger], folder: Path, kind: str = "packed-model", metadata: Mapping[str, Any] | None = None
-) -> None:
-    """Log all files of a folder as one artifact, named after kind and run, with each logger of W&B.
+def logs_exports(config: Mapping[str, Any]) -> bool:
+    """Whether the configuration of a run asks for its exports to be logged."""
+    return bool(_node(config).get("log_export"))
+
+
+def reopened(config: Mapping[str, Any], run_dir: Path) -> WandbRunLogger:
+    """The W&B run of a run that has ended, to be continued by one artifact.
 
     Args:
-        kind: type of the artifact.
+        config: of the run.
+        run_dir: its directory, which holds the id.
+
+    Raises:
+        UserError: online without a login.
+    """
+    settings = {key: value for key, value in _node(config).items() if key != "_target_"}
+    tracker = WandbRunLogger(**{**settings, "save_dir": str(run_dir), "log_model": False})
+    tracker.stores_code = False  # the version that trained stays
+    return tracker
+
+
+def log_export(tracker: WandbRunLogger, folder: Path, metadata: Mapping[str, Any]) -> str | None:
+    """Log all files of a packed folder as one artifact, and end the run.
+
+    Args:
         metadata: plain Python, shown beside it.
 
-    Raises:
-        UserError: there is no such folder.
+    Returns:
+        The name of the artifact, a new version of it for each export; ``None`` where W&B is disabled.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder to log as an artifact")
-    for logger in loggers:
-        if isinstance(logger, WandbLogger) and not getattr(logger, "disabled", False):
-            import wandb
+    if tracker.disabled:
+        return None
+    import wandb
 
-            run = logger.experiment
-            name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{kind}-{run.id}")
-            artifact = wandb.Artifact(name, type=kind, metadata=dict(metadata or {}))
-            artifact.add_dir(str(folder))
-            run.log_artifact(artifact)
-
-
-def attach_folder(run_dir: Path, folder: Path, kind: str = "packed-model") -> None:
-    """Log a folder as an artifact of the finished run in ``run_dir``, which is opened again for it.
-
-    Raises:
-        UserError: the run has not ended, or was not logged to W&B.
-    """
-    report = read_json(run_dir / REPORT_FILE)
-    if report is None:
-        raise UserError(f"{run_dir} holds no {REPORT_FILE}: only a finished run can be opened again")
-    node = dict(((report["config"].get("logger") or {}).get("wandb")) or {})
-    if node.pop("_target_", None) is None:
-        raise UserError(f"{run_dir} was not logged to Weights & Biases (logger=wandb)")
-    logger = WandbRunLogger(**{**node, "save_dir": str(run_dir), "log_model": False})
     try:
-        log_folder([logger], folder, kind)
+        run = tracker.experiment
+        artifact = wandb.Artifact(f"{KIND}-{run.id}", type=KIND, metadata=dict(metadata))
+        artifact.add_dir(str(folder))
+        run.log_artifact(artifact)
+        return artifact.name
     finally:
-        logger.finish()
+        tracker.finish()
+
+
+def _node(config: Mapping[str, Any]) -> dict[str, Any]:
+    return dict((config.get("logger") or {}).get("wandb") or {})

@@ -36,6 +36,7 @@ class WandbRunLogger(WandbLogger):
             environment's ``WANDB_MODE``, else online.
         log_model: checkpoints as artifacts: ``False``, ``True`` (those left when training ended) or ``"all"`` (each as
             it is written). Offline, they wait for ``wandb sync``.
+        log_export: what is exported from the finished run as an artifact (:mod:`usllm.loggers.artifacts`).
         **arguments: as for ``WandbLogger`` and ``wandb.init``: ``project``, ``name``, ``group``, ``job_type``,
             ``tags``, ``notes``, ``entity``, …
 
@@ -44,18 +45,25 @@ class WandbRunLogger(WandbLogger):
     """
 
     def __init__(
-        self, save_dir: str = ".", mode: str | None = None, log_model: bool | str = False, **arguments: Any
+        self,
+        save_dir: str = ".",
+        mode: str | None = None,
+        log_model: bool | str = False,
+        log_export: bool = False,
+        **arguments: Any,
     ) -> None:
         if mode not in MODES:
             raise UserError(f"logger.wandb.mode={mode}: choose online, offline or disabled, or null for WANDB_MODE")
         if log_model not in (False, True, "all"):
             raise UserError(f"logger.wandb.log_model={log_model}: choose false, true or all")
+        if log_export not in (False, True):
+            raise UserError(f"logger.wandb.log_export={log_export}: choose false or true")
         if (mode or os.environ.get("WANDB_MODE") or "online") == "online":
             refuse_without_login()
         # Not Lightning's `offline`, which sets WANDB_MODE for all later runs of this process.
         super().__init__(save_dir=save_dir, log_model=log_model, mode=mode, **arguments)  # type: ignore[arg-type]
         self._wandb_init.pop("anonymous", None)  # Lightning passes it even when unset, and W&B warns of it
-        self.run_dir = Path(save_dir)
+        self.run_dir, self.stores_code = Path(save_dir), True
         self.disabled = (mode or os.environ.get("WANDB_MODE")) == "disabled"
 
     @property
@@ -70,7 +78,8 @@ class WandbRunLogger(WandbLogger):
             if not self.disabled:
                 self._wandb_init["id"] = self._id = kept_id(self.run_dir)
             run: Any = super().experiment
-            run.config.update({"code": code_version()}, allow_val_change=True)
+            if self.stores_code:
+                run.config.update({"code": code_version()}, allow_val_change=True)
         return cast("Run", self._experiment)
 
     def mark_preempting(self) -> None:

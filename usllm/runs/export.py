@@ -17,6 +17,7 @@ from usllm.config import DataConfig, EvaluationConfig, compressor_of, evaluation
 from usllm.config.packed import ExportConfig, size_in_bytes
 from usllm.data.windows import resolved_rule
 from usllm.eval.perplexity import bos_rule, tokenizer_name
+from usllm.loggers import WandbRunLogger, log_export, logs_exports, reopened
 from usllm.models import ModelSpec
 from usllm.models.loading import load_config, load_dense, load_generation_config, load_tokenizer
 from usllm.models.skeleton import skeleton
@@ -49,6 +50,7 @@ class _Origin:
         seed: Of the text's split.
         evaluation: What the folder is measured on, where it is: that of its run, with what was typed changed.
         report: Of the finished run; empty without one.
+        tracker: W&B run of the finished run, where that asks for its exports to be logged.
     """
 
     source: PackingSource
@@ -57,6 +59,7 @@ class _Origin:
     seed: int
     evaluation: EvaluationConfig
     report: Mapping[str, Any]
+    tracker: WandbRunLogger | None = None
 
 
 def export_model(config: ExportConfig, command: str, given: Sequence[str] = ()) -> Inspection:
@@ -72,7 +75,7 @@ def export_model(config: ExportConfig, command: str, given: Sequence[str] = ()) 
     """
     progress = Console(stderr=True)
     progress.print("Reading the checkpoint …" if config.ckpt is not None else "Reading and calibrating the model …")
-    origin = _from_run(config, given) if config.ckpt is not None else _from_dense(config)
+    origin = _from_run(config, given, progress) if config.ckpt is not None else _from_dense(config)
     progress.print(f"Packing {len(origin.source.plans)} layers …")
     tokenizer = load_tokenizer(origin.spec)
     model_config = load_config(origin.spec)
@@ -111,11 +114,12 @@ def export_model(config: ExportConfig, command: str, given: Sequence[str] = ()) 
         overwrite=config.overwrite,
         card=card,
     )
-    _print_export(inspection)
+    tracker = origin.tracker
+    _print_export(inspection, log_export(tracker, inspection.path, inspection.totals()) if tracker else None)
     return inspection
 
 
-def _from_run(config: ExportConfig, given: Sequence[str]) -> _Origin:
+def _from_run(config: ExportConfig, given: Sequence[str], progress: Console) -> _Origin:
     checkpoint = find_checkpoint(str(config.ckpt))
     saved = load_checkpoint(checkpoint)
     run = stored_config(saved, checkpoint)
@@ -135,7 +139,21 @@ def _from_run(config: ExportConfig, given: Sequence[str]) -> _Origin:
         else section_of(EvaluationConfig, run["evaluation"], "evaluation"),
         # The figures are those of the newest checkpoint, not of an earlier one beside it.
         report=report if Path(str(report.get("checkpoint"))).name == checkpoint.name else {},
+        tracker=_tracker(run, report, folder, progress),
     )
+
+
+def _tracker(
+    run: Mapping[str, Any], report: Mapping[str, Any], folder: Path, progress: Console
+) -> WandbRunLogger | None:
+    config = report.get("config") or run
+    if not logs_exports(config):
+        return None
+    if report.get("finished"):
+        return reopened(config, folder)
+    # Two processes cannot write one run of W&B.
+    progress.print("logger.wandb.log_export: not logged to W&B, the run has not ended")
+    return None
 
 
 def _refuse_nonfinite(source: PackingSource, checkpoint: Path) -> None:
@@ -197,7 +215,7 @@ def _in_words(source: PackingSource) -> str:
     return ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(source.compressor.options).items())
 
 
-def _print_export(inspection: Inspection) -> None:
+def _print_export(inspection: Inspection, artifact: str | None) -> None:
     totals = inspection.totals()
     console = Console()
     facts = [
@@ -206,6 +224,7 @@ def _print_export(inspection: Inspection) -> None:
         ("everything else", human_bytes(totals["rest_bytes"])),
         ("weight files", f"{totals['weight_bytes']:,} bytes, {totals['model_bits_per_weight']:.4f} bits per parameter"),
         ("folder", f"{totals['disk_bytes']:,} bytes"),
+        *([("W&B artifact", artifact)] if artifact is not None else []),
     ]
     print_facts(facts, console)
     console.print("\nNext, try")

@@ -50,7 +50,8 @@ from usllm.system.lock import sole_user
 from usllm.system.machine import machine
 from usllm.system.renamed_keys import with_todays_keys
 from usllm.system.run_files import REPORT_FILE, STAGES_FOLDER, checkpoint_folder
-from usllm.training import SketchFinetuner, build_objective, latest_checkpoint
+from usllm.training import SketchFinetuner, build_objective, latest_checkpoint, load_checkpoint
+from usllm.training.checkpoint_section import checked_section, refuse_to_continue
 from usllm.training.differences import agree, run_differences
 
 _FREE_KEYS = ("evaluation.batch_size", "evaluation.allow_shared")
@@ -100,6 +101,9 @@ def _finetune(
     """The run itself, in a directory that is its own."""
     started = time.perf_counter()
     run_dir = Path(config.run_dir)
+    checkpoint = latest_checkpoint(checkpoint_folder(run_dir)) if config.resume else None
+    if checkpoint is not None:
+        refuse_to_continue(checked_section(load_checkpoint(checkpoint)), f"resume=true: {checkpoint}")
     timer = timer_of(callbacks, config.trainer.get("max_time"))
     first_rank = getattr(rank_zero_only, "rank", 0) == 0
     console = Console(stderr=True, quiet=not first_rank)
@@ -131,7 +135,6 @@ def _finetune(
         raise user_error(problems)
 
     seed_everything(config.seed, workers=True, verbose=False)
-    checkpoint = latest_checkpoint(checkpoint_folder(run_dir)) if config.resume else None
     if checkpoint is not None:
         console.print(f"Continuing from {checkpoint}", markup=False)
     baseline = BaselinePerplexity(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from usllm.compress import load_plans_, swap_linears_
 from usllm.compress.registry import from_checkpoint_section
+from usllm.system.cache import cache_root
 from usllm.system.errors import UserError
 from usllm.system.run_files import checkpoint_folder
 from usllm.training import latest_checkpoint
@@ -52,7 +54,16 @@ def stored_config(saved: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
         group, _, name = key.partition(".")
         if isinstance(config.get(group), dict):
             config[group].setdefault(name, value)
+    data = config.get("data")
+    if isinstance(data, dict) and "cache_dir" in data:
+        data["cache_dir"] = _cache_here(data["cache_dir"])
     return config
+
+
+def _cache_here(kept: str) -> str:
+    """A run's cache, where it can be used; elsewhere, such as on another machine, that of today's environment."""
+    path = Path(kept).expanduser()
+    return kept if path.is_dir() and os.access(path, os.W_OK) else str(cache_root())
 
 
 def load_sketched_(model: PreTrainedModel, saved: dict[str, Any]) -> None:

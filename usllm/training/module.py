@@ -150,7 +150,7 @@ class SketchFinetuner(LightningModule):
         path = None if self._trainer is None else self.trainer.ckpt_path
         if path is None or not Path(path).is_file():
             return None
-        return checked_section(load_checkpoint(path))
+        return checked_section(load_checkpoint(path), to_continue=self.trainer.training)
 
     def _cpu_offload(self) -> bool:
         return bool(getattr(self.trainer.strategy, "cpu_offload", False))
@@ -268,9 +268,10 @@ class SketchFinetuner(LightningModule):
         """Rebuild the plans, so that the state buffers have their shapes before Lightning fills them.
 
         Raises:
-            UserError: not a usllm checkpoint, one of a newer format, or one made under another configuration.
+            UserError: not a usllm checkpoint, one of another format, or one made under another configuration.
         """
-        saved = checked_section(checkpoint)
+        fitting = self._trainer is not None and self.trainer.training  # one that is only looked at may be older
+        saved = checked_section(checkpoint, to_continue=fitting)
         differences = compression_differences(saved, self.compressor, self.patterns)
         ranks = None if self._trainer is None else self.trainer.world_size
         datamodule = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
