@@ -11,7 +11,12 @@ import torch
 from commands import Outcome, command, killed_after
 
 PLUGIN = "plugins=[example_plugin]"
-SKETCH = ["sketch=damped", "allocation=every_second", "allocation.layer_budget=square_root", "sketch.bits_per_weight=2"]
+SKETCH = [
+    "sketch=lower_median",
+    "allocation=every_second",
+    "allocation.layer_budget=square_root",
+    "sketch.bits_per_weight=2",
+]
 
 
 def train(text: Path, folder: Path, *more: str, kill_at: int | None = None) -> Outcome:
