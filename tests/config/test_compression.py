@@ -146,6 +146,22 @@ def test_refused_in_one_line(sketch: dict[str, Any], allocation: AllocationConfi
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("sketch", "allocation", "kind"),
+    [
+        ({"operator": "mine"}, AllocationConfig(), "operator"),
+        ({}, AllocationConfig(name="mine"), "rule"),
+        ({}, AllocationConfig(layer_budget="mine"), "rule"),
+        ({"method": "mine"}, NONE, "method"),
+    ],
+)
+def test_name_that_a_plug_in_may_bring_is_told_so(
+    sketch: dict[str, Any], allocation: AllocationConfig, kind: str
+) -> None:
+    with pytest.raises(UserError, match=rf"='mine' is unknown: .*a plug-in's {kind} needs plugins=\["):
+        compressor_of(sketch, allocation)
+
+
 def test_finished_run_without_a_method_is_not_another_configuration(tiny_text: Path) -> None:
     overrides = ["experiment=tiny", f"data.train.path={tiny_text}"]
     plain = plain_config(composed(*overrides))

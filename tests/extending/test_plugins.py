@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,26 @@ from commands import Outcome, command, killed_after
 from usllm_kernels.dispatch import installed
 
 PLUGIN = "plugins=[example_plugin]"
-SKETCH = ["sketch=damped", "allocation=every_second", "allocation.layer_budget=square_root", "sketch.bits_per_weight=2"]
+SKETCH = [
+    "sketch=lower_median",
+    "allocation=every_second",
+    "allocation.layer_budget=square_root",
+    "sketch.bits_per_weight=2",
+]
 
 
-def train(text: Path, folder: Path, *more: str, kill_at: int | None = None) -> Outcome:
+def train(
+    text: Path,
+    folder: Path,
+    *more: str,
+    kill_at: int | None = None,
+    before: Callable[[], None] | None = None,
+) -> Outcome:
     arguments = ["experiment=tiny", f"data.train.path={text}", "run_dir=run", "trainer.max_steps=4", PLUGIN]
     every = ["callbacks.checkpoint.every_n_train_steps=2", "~callbacks.progress", "logger=none"]
-    killer = None
     if kill_at is not None:
-        killer = killed_after("usllm.training.module", "SketchFinetuner.on_train_batch_end", kill_at)
-    return command("train", *arguments, *every, *more, folder=folder, before=killer)
+        before = killed_after("usllm.training.module", "SketchFinetuner.on_train_batch_end", kill_at)
+    return command("train", *arguments, *every, *more, folder=folder, before=before)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -97,6 +108,39 @@ def test_kernel_of_a_plug_in_is_chosen_by_name_and_decodes_what_the_reference_do
     assert len(decoded) == 12  # all layers that are compressed
     ours, theirs = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("kernel", "plain"))
     assert [row["perplexity"] for row in ours["perplexity"]] == [row["perplexity"] for row in theirs["perplexity"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resume", [[], ["resume=true"]], ids=["anew", "resumed"])
+def test_files_of_a_killed_stage_are_not_taken_by_another_configuration(
+    resume: list[str], tiny_text: Path, tmp_path: Path
+) -> None:
+    settings = ["stages=[default,noise]", "sketch.bits_per_weight=2"]
+    killer = killed_after("example_plugin.noise", "Noise.run")
+    killed = train(tiny_text, tmp_path / "killed", *settings, before=killer)
+    assert killed.status == -signal.SIGKILL, killed.output
+    (kept,) = (tmp_path / "killed" / "run" / "stages" / "noise").iterdir()
+    other = train(tiny_text, tmp_path / "killed", *settings, "sketch.seed=7", *resume)
+    assert other.status == 0, other.output
+    folders = set((tmp_path / "killed" / "run" / "stages" / "noise").iterdir())
+    assert kept in folders and len(folders) == 2
+    alone = train(tiny_text, tmp_path / "alone", *settings, "sketch.seed=7")
+    assert alone.status == 0, alone.output
+    ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "alone")
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_stages_in_the_wrong_order_are_refused_in_one_line(tiny_text: Path, tmp_path: Path) -> None:
+    done = train(tiny_text, tmp_path, "stages=[noise,default]")
+    assert done.status == 2
+    assert "stages: noise needs start before it" in done.output and "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("flags", [["--cfg", "job"], ["--help"]], ids=" ".join)
+def test_flag_behind_the_overrides_shows_what_a_plug_in_brings(flags: list[str], tmp_path: Path) -> None:
+    shown = command("train", PLUGIN, "sketch=lower_median", *flags, folder=tmp_path)
+    assert shown.status == 0, shown.output
+    assert "operator: lower_median" in shown.output
 
 
 def test_plug_in_that_is_not_there_is_named(tiny_text: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from usllm.compress.budgets import BUDGETS, BudgetProblem, LayerDemand
 from usllm.compress.layer import CompressedLinear
 from usllm.compress.values import Statistics
 from usllm.system.errors import UserError
+from usllm.system.plugins import unknown_name
 
 
 def layer_bits(
@@ -19,13 +21,13 @@ def layer_bits(
     """Ceiling in bits of each layer, by the rule over layers that the compressor's options name.
 
     Raises:
-        UserError: There is no such rule.
+        UserError: There is no such rule, or its answer is none.
     """
     rule, rate = compressor.options.layer_budget, compressor.options.bits_per_weight
     if rate is None:  # a method that is asked by its width: a layer takes what it takes
         return {name: compressor.most_bits(layer.shape) for name, layer in layers.items()}
     if rule not in BUDGETS:
-        raise UserError(f"allocation.layer_budget={rule!r} is unknown: choose one of {', '.join(BUDGETS)}")
+        raise UserError(unknown_name("allocation.layer_budget", rule, BUDGETS, "rule"))
     demands = {}
     for name, layer in layers.items():
         energy = statistics[name].energy
@@ -36,7 +38,35 @@ def layer_bits(
             most_bits=compressor.most_bits(layer.shape),
             sensitivity=_sensitivity(statistics[name]),
         )
-    return BUDGETS[rule](BudgetProblem(demands, rate))
+    problem = BudgetProblem(demands, rate)
+    answer = BUDGETS[rule](problem)
+    _refuse_no_answer(rule, problem, answer)
+    return {name: answer[name] for name in layers}
+
+
+def _refuse_no_answer(rule: str, problem: BudgetProblem, answer: Any) -> None:
+    """Refuse what a rule over layers, which may be a plug-in's, has returned instead of a ceiling for each layer.
+
+    Products of a rate and a number of weights are rounded one by one: a bit a layer above the total is none too many.
+
+    Raises:
+        UserError: Layers are missing or unknown, a ceiling is no whole number, or all are more bits than there are.
+    """
+
+    def fault(line: str) -> UserError:
+        return UserError(f"allocation.layer_budget={rule!r}: share() {line}: a fault of the rule, report it")
+
+    if not isinstance(answer, Mapping):
+        raise fault(f"returned {type(answer).__name__}, not bits by layer")
+    if odd := sorted(map(str, answer.keys() ^ problem.layers.keys())):
+        what = "leaves out" if odd[0] in problem.layers else "names an unknown layer,"
+        raise fault(f"{what} {odd[0]} ({len(odd)} such layers in all)")
+    for name, bits in answer.items():
+        if type(bits) is not int or bits < 0:
+            raise fault(f"gives {name} {bits!r} bits, not a whole number from 0 up")
+    total = sum(answer.values())
+    if total > problem.bits + len(answer):
+        raise fault(f"gives out {total} bits, there are {problem.bits}")
 
 
 def _sensitivity(known: Statistics) -> torch.Tensor | None:

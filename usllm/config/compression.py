@@ -14,6 +14,7 @@ from usllm.config.structure import built, merge_values
 from usllm.sketch.allocation import ALLOCATIONS
 from usllm.sketch.config import PRICE_EXPONENT
 from usllm.system.errors import UserError
+from usllm.system.plugins import unknown_name
 
 DEFAULT_METHOD = "sketch"
 """Of configurations that name none: those of versions that had no other."""
@@ -65,10 +66,9 @@ def check_compressor(given: Mapping[str, Any], allocation: AllocationConfig, pro
                 "allocation=none"
             )
     if "allocation" in fields and allocation.name not in ALLOCATIONS:
-        problems.append(f"allocation.name={allocation.name!r} is unknown: choose one of {', '.join(ALLOCATIONS)}")
+        problems.append(unknown_name("allocation.name", allocation.name, ALLOCATIONS, "rule"))
     if allocation.layer_budget not in BUDGETS:
-        known = ", ".join(BUDGETS)
-        problems.append(f"allocation.layer_budget={allocation.layer_budget!r} is unknown: choose one of {known}")
+        problems.append(unknown_name("allocation.layer_budget", allocation.layer_budget, BUDGETS, "rule"))
     lines: list[str] = []
     compressor = built(lambda: found(found.Options(**options)), lines)
     for line in lines + (compressor.problems() if compressor is not None else []):

@@ -11,7 +11,7 @@ from usllm.packed.inspection import Inspection
 _STAGES = {
     "dense": "dense model",
     "sketched": "sketched, not trained",
-    "reconstructed": "sketched, reconstructed block by block",
+    "reconstructed": "sketched, after stages that train it before finetuning",
     "finetuned": "sketched, finetuned",
     "packed": "this folder",
 }

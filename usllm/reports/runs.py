@@ -50,7 +50,7 @@ class Perplexities:
     Attributes:
         dense: The model as it was loaded.
         sketched: Compressed, not trained.
-        reconstructed: Trained block by block.
+        reconstructed: After the stages that follow ``start``.
         finetuned: Trained end to end.
     """
 

@@ -42,7 +42,7 @@ from usllm.runs.measure import BaselinePerplexity, measure, merge_stages
 from usllm.runs.report import print_coverage, print_outcome, print_report
 from usllm.runs.tracking import finishing, log_results
 from usllm.runs.trainer import build_nodes, build_trainer, devices_in
-from usllm.stages import Allocate, Preparation
+from usllm.stages import Allocate, Preparation, refuse_wrong_order
 from usllm.system.code_version import code_version
 from usllm.system.errors import UserError
 from usllm.system.files import write_json
@@ -114,6 +114,7 @@ def _finetune(
     tokenizer = load_tokenizer(config.model)
     compressor = compressor_of(config.sketch, config.allocation)
     stages = list(build_nodes("stages", config.stages).values())
+    refuse_wrong_order(stages)
     described = skeleton(model_config)
     covered = coverage(described, config.model.patterns)
     if any(isinstance(stage, Allocate) for stage in stages):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from usllm.sketch.hash import HASHES
 from usllm.sketch.operators import OPERATORS
+from usllm.system.plugins import unknown_name
 
 STATE_BITS = (1, 2, 3, 4, 8, 16)
 PRICE_LISTS = ("untrained", "trained")
@@ -91,7 +92,8 @@ class SketchConfig:
         whole("rows", 1, MAX_ROWS)
         whole("group_size", 1, MAX_GROUP_SIZE)
         whole("seed", 0, 2**32 - 1)
-        choice("operator", tuple(OPERATORS))
+        if self.operator not in OPERATORS:
+            found.append(unknown_name("sketch.operator", self.operator, OPERATORS, "operator"))
         choice("query", ("magnitude_max", "signed_max"))
         choice("hash", tuple(HASHES))
         choice("state_bits", STATE_BITS)

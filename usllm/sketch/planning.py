@@ -15,6 +15,7 @@ from usllm.sketch.config import SketchConfig
 from usllm.sketch.layer_bytes import MAX_DIMENSION, pack_layer, read_plan
 from usllm.sketch.plan import Plan
 from usllm.system.errors import PackedFormatError
+from usllm.system.plugins import unknown_name
 
 _ROUNDING = 1 - 1e-12  # a mean of equal values may lie above them
 
@@ -138,7 +139,7 @@ def _problem(
             " layer out of model.patterns"
         )
     if config.allocation not in ALLOCATIONS:
-        raise ValueError(f"sketch.allocation={config.allocation!r} is unknown: choose one of {', '.join(ALLOCATIONS)}")
+        raise ValueError(unknown_name("sketch.allocation", config.allocation, ALLOCATIONS, "rule"))
     values = _channel_values(importance, in_features, name, "importance")
     kept = values >= config.min_importance * values.mean() * _ROUNDING
     if not bool(kept.any()):

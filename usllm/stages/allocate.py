@@ -12,6 +12,7 @@ class Allocate(Stage):
     """Plans all layers; a function of statistics, shapes and weight energies, so that there is no state to keep."""
 
     name: ClassVar[str] = "allocate"
+    after: ClassVar[tuple[str, ...]] = ("calibrate",)
 
     def run(self, work: Work) -> None:
         """Fill ``work.bits`` and ``work.plans``.

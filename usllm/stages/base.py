@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from usllm.compress import Compressor, LayerPlan, Statistics
+from usllm.stages.store import Store, store_of
 
 Batch = Mapping[str, Tensor]
 
@@ -34,10 +35,11 @@ class Work:
         batches: Gives the first n sequences of the training text, one by one, ``input_ids`` [1, context].
         device: Where the model computes.
         context: Makes the context of forward passes, such as autocast.
-        folder: Where stages keep their state, so that a killed run continues; ``None`` keeps nothing.
+        folder: Where :meth:`store` puts what stages keep, so that a killed run continues; ``None`` keeps nothing.
         seed: Of the run.
         shows_progress: Whether to draw progress bars.
         writes: Whether this process writes to ``folder``: one of several ranks does.
+        text: What the training text is by content, plain Python, as far as the data module says it.
         needs: Statistics that stages read, besides those of the method.
         statistics: By layer name, from ``calibrate``.
         bits: Ceiling of each layer, by name, from ``allocate``.
@@ -55,26 +57,41 @@ class Work:
     seed: int = 0
     shows_progress: bool = False
     writes: bool = True
+    text: Mapping[str, Any] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
     statistics: dict[str, Statistics] = field(default_factory=dict)
     bits: dict[str, int] = field(default_factory=dict)
     plans: dict[str, LayerPlan] = field(default_factory=dict)
     found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
+    def store(self, stage: Stage, **more: Any) -> Store:
+        """Files of a stage, for the model as it is now: ask before anything is changed.
+
+        They are found again by a run in the same folder in which everything that the stage can read is as it was:
+        the attributes of the stage, the method and its options, the model, statistics, plans, text, seed, precision.
+
+        Args:
+            stage: Whose they are.
+            more: What else decides their content, plain Python and tensors.
+        """
+        return store_of(self, stage, more)
+
 
 class Stage(ABC):
-    """One step of the way. What it needs to continue after a kill it keeps in ``work.folder`` under its own name.
+    """One step of the way. What it needs to continue after a kill it keeps in ``work.store(self)``.
 
     Attributes:
-        name: In messages, and of its folder.
+        name: In messages, and of its folder. One that stands in for another stage has that one's name.
         on_dense: Whether it only looks at the dense model; such stages run first, on all ranks, sharded or not. The
             others change the model; where it is to be sharded they run on the one rank that holds all of it.
         needs: Statistics that it reads, besides those that the method needs for planning.
+        after: Names of the stages that must have run; not asked of stages that only look, which are the first.
     """
 
     name: ClassVar[str]
     on_dense: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
+    after: ClassVar[tuple[str, ...]] = ("start",)
 
     @abstractmethod
     def run(self, work: Work) -> None:

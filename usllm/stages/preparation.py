@@ -11,6 +11,7 @@ from torch import nn
 
 from usllm.compress import Statistics, compressed_layers
 from usllm.stages.base import Stage, Work
+from usllm.system.errors import UserError
 from usllm.system.ranks import ranks
 from usllm.system.rng import preserved_rng
 
@@ -30,10 +31,14 @@ class Preparation:
     Args:
         stages: In their order.
         folder: Where they keep their state; ``None`` keeps none.
-        observers: Told when the model is dense, and when it is compressed but not yet reconstructed.
+        observers: Told when the model is dense, and when it is compressed and stages go on after that.
+
+    Raises:
+        UserError: A stage comes before one that must have run.
     """
 
     def __init__(self, stages: Sequence[Stage], folder: Path | None = None, observers: Sequence[Observer] = ()) -> None:
+        refuse_wrong_order(stages)
         self.stages = list(stages)
         self.folder = folder
         self.observers = list(observers)
@@ -77,8 +82,26 @@ class Preparation:
             device=next(iter(compressed_layers(model).values())).importance.device,
             context=partial(trainer.precision_plugin.forward_context),
             folder=self.folder,
+            text=getattr(datamodule, "identity", {}),
             seed=int(module.run_config.get("seed", 0)),
             shows_progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
             writes=ranks().rank == 0,
             needs=frozenset().union(*(stage.needs for stage in self.stages)),
         )
+
+
+def refuse_wrong_order(stages: Sequence[Stage]) -> None:
+    """Refuse stages of which one comes before another that must have run; to be asked before any long work.
+
+    Raises:
+        UserError: Names both, and the way out.
+    """
+    done = [stage.name for stage in stages if stage.on_dense]
+    for stage in (stage for stage in stages if not stage.on_dense):
+        for missing in (name for name in stage.after if name not in done):
+            listed = ", ".join(each.name for each in stages)
+            raise UserError(
+                f"stages: {stage.name} needs {missing} before it, the list is {listed}; stages run in its order, as in "
+                "stages=[default,reconstruct]"
+            )
+        done.append(stage.name)

@@ -8,15 +8,14 @@ relative to the energy of its target, held above a share of the median so that s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from usllm.compress import compressed_layers, reproject_, to_section
+from usllm.compress import compressed_layers, reproject_
 from usllm.compress.gradients import spread_gradients_
-from usllm.models.identity import weights_digest
 from usllm.stages.base import Stage, Work
 from usllm.stages.block_errors import increment_error, relative_error
 from usllm.stages.block_plans import plan_for_stream_
@@ -24,11 +23,10 @@ from usllm.stages.block_state import BlockStates
 from usllm.stages.blocks import capture, decoder_blocks, run_block
 from usllm.system.errors import UserError
 from usllm.system.modes import evaluating
-from usllm.system.results import tokens_digest
 from usllm.training.optimization import GroupConfig, OptimizerConfig, build_optimizer, share_of_peak
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 STATISTICS = ("student", "dense")
 
@@ -103,8 +101,7 @@ class Reconstruct(Stage):
         if not len(tokens):
             raise UserError(f"stages.reconstruct.batch_size={self.batch_size}: the text has fewer sequences")
         teacher = work.load_dense().to(work.device).eval()
-        folder = None if work.folder is None else work.folder / self.name
-        states = BlockStates(folder, work.writes, self._key(work, tokens))
+        states = BlockStates(work.store(self, tokens=tokens))
         with evaluating(work.model):  # the streams are those of a model that is measured, without dropout
             self._run_blocks(work, teacher, tokens, states)
 
@@ -187,16 +184,6 @@ class Reconstruct(Stage):
 
     def _fallen(self, step: int) -> float:
         return share_of_peak("cosine", self.warmup_steps, self.steps, step)
-
-    def _key(self, work: Work, tokens: Tensor) -> dict[str, Any]:
-        """All that decides the bits of a reconstructed block, the model that it begins with included."""
-        return {
-            "options": vars(self),
-            "tokens": tokens_digest([tokens]),
-            "compressor": to_section(work.compressor),
-            "model": weights_digest(cast("PreTrainedModel", work.model)),
-            "plans": tokens_digest(tensor for plan in work.plans.values() for tensor in plan.to_tensors().values()),
-        }
 
 
 def sequence_order(sequences: int, count: int, seed: int) -> Tensor:

@@ -15,6 +15,7 @@ class Start(Stage):
     """
 
     name: ClassVar[str] = "start"
+    after: ClassVar[tuple[str, ...]] = ("allocate",)
 
     def run(self, work: Work) -> None:
         """Give all layers their plans, latents and states; from here on the model is the compressed one."""

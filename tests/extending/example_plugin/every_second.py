@@ -3,15 +3,15 @@
 import torch
 
 from usllm.sketch.allocation import ALLOCATIONS, AllocationProblem, AllocationTable
-from usllm.sketch.classes import EMPTY, ChannelClass
+from usllm.sketch.classes import EMPTY
 
 
 def allocate(problem: AllocationProblem) -> AllocationTable:
-    """The most states that every second channel can have."""
-    chosen = (torch.arange(problem.shape[1]) % 2 == 0).to(torch.uint8)
-    choice = problem.widest(
-        ChannelClass(problem.config.rows, 1, problem.config.state_bits), problem.available(2) // int(chosen.sum())
-    )
+    """The most states that every second of the channels that may hold some can have."""
+    channels = problem.kept.nonzero().flatten()[::2]
+    chosen = torch.zeros(problem.shape[1], dtype=torch.uint8)
+    chosen[channels] = 1
+    choice = problem.widest(problem.one_state, problem.available(2) // len(channels))
     return AllocationTable((EMPTY, choice), chosen)
 
 

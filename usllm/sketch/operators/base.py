@@ -14,7 +14,7 @@ class Operator(Protocol):
     Both directions work on encoded values, so that what runs over every weight is one gather and one reduction.
 
     Attributes:
-        keeps_member: Whether a state is one of its members, so that a bucket has a winner.
+        keeps_member: Whether a state is its bucket's member of least encoded value, the winner that projections follow.
         pad: Encoded value that leaves :meth:`reduce` unchanged; fills the slots of buckets that are one short.
     """
 
