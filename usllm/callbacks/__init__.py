@@ -6,6 +6,7 @@ from usllm.calibration.measure import measure_importance
 from usllm.callbacks.allocation_picture import AllocationPicture
 from usllm.callbacks.importance_calibration import ImportanceCalibration
 from usllm.callbacks.layer_table import LayerTable
+from usllm.callbacks.logged_steps import LoggedSteps
 from usllm.callbacks.nan_guard import NanGuard
 from usllm.callbacks.preemption import Preempted, Preemption
 from usllm.callbacks.rng_state import RngState
@@ -18,6 +19,7 @@ __all__ = [
     "AllocationPicture",
     "ImportanceCalibration",
     "LayerTable",
+    "LoggedSteps",
     "NanGuard",
     "Preempted",
     "Preemption",

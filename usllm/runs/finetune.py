@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from usllm.callbacks import Preemption, SketchHealth
+from usllm.callbacks import LoggedSteps, Preemption, SketchHealth
 from usllm.compress import compressed_layers, compression_report, swap_linears_
 from usllm.compress.ceilings import refuse_unreachable
 from usllm.compress.coverage import coverage
@@ -31,7 +31,7 @@ from usllm.config.compression import DEFAULT_METHOD
 from usllm.config.trainer_arguments import length_problems
 from usllm.config.validation import user_error
 from usllm.eval.perplexity import bos_rule, tokenizer_name
-from usllm.loggers import axis_step
+from usllm.loggers import CsvRunLogger, axis_step
 from usllm.models.loading import check_context_length, load_config, load_dense, load_tokenizer
 from usllm.models.skeleton import skeleton
 from usllm.runs.directory import finished_report, noting_failure, refuse_used
@@ -50,7 +50,7 @@ from usllm.system.lock import sole_user
 from usllm.system.machine import machine
 from usllm.system.renamed_keys import with_todays_keys
 from usllm.system.run_files import REPORT_FILE, STAGES_FOLDER, checkpoint_folder
-from usllm.training import SketchFinetuner, build_objective, latest_checkpoint
+from usllm.training import SketchFinetuner, build_objective, latest_checkpoint, load_checkpoint
 from usllm.training.differences import agree, run_differences
 
 _FREE_KEYS = ("evaluation.batch_size", "evaluation.allow_shared")
@@ -144,7 +144,7 @@ def _finetune(
     )
     if not loggers:  # Lightning refuses this one where it has nowhere to write
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-    trainer = build_trainer(config, max_steps, [baseline, *callbacks], loggers)
+    trainer = build_trainer(config, max_steps, [baseline, LoggedSteps(), *callbacks], loggers)
     module = SketchFinetuner(
         load_model=partial(load_dense, config.model),
         sketch=compressor,
@@ -156,6 +156,8 @@ def _finetune(
         preparation=Preparation(stages, run_dir / STAGES_FOLDER, [baseline.observe]),
     )
     for logger in loggers:
+        if isinstance(logger, CsvRunLogger):
+            logger.continue_from(0 if checkpoint is None else load_checkpoint(checkpoint)["global_step"])
         logger.log_hyperparams(dict(plain))
     with noting_failure(run_dir), ending_together(trainer):
         trainer.ckpt_path = checkpoint  # known before the model is configured, whose plans it holds
