@@ -236,6 +236,7 @@ def sizes(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
         "bits_per_weight": {
             "asked": compressor_of(config.sketch, config.allocation).options.bits_per_weight,  # None: by a width
             "achieved": compression.bits_per_weight,
+            "with_entries": compression.bits_per_weight_with_entries,
             "model": compression.model_bits_per_weight,
         },
         "bytes": {"sketched": compression.model_bytes, "dense_bf16": 2 * parameters},
