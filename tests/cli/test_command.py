@@ -66,7 +66,7 @@ def test_full_disk_is_a_message_and_another_failure_of_the_system_is_not(
     def fail(number: int) -> None:
         raise OSError(number, os.strerror(number), "metrics.csv")
 
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="1"):
         report_errors("usllm-train", lambda: fail(errno.ENOSPC))
     message = capsys.readouterr().err
     assert message.startswith("usllm-train: error:")

@@ -82,7 +82,7 @@ def test_full_disk_ends_the_run_with_one_message_and_whole_checkpoints(
                 run_here(monkeypatch, *arguments(tiny_text, tmp_path / "run", EVERY_TWO_STEPS))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert ended.value.code == 2
+    assert ended.value.code == 1
     captured = capsys.readouterr()
     assert captured.err.count("error:") == 1
     assert "step=00000004.ckpt could not be written" in captured.err

@@ -13,6 +13,7 @@ import pytest
 
 from usllm.cli import eval as evaluation
 from usllm.cli import export, generate, inspect, train
+from usllm.packed.inspection import inspect_folder
 
 
 def run(monkeypatch: pytest.MonkeyPatch, command: object, *argv: str) -> None:
@@ -88,6 +89,8 @@ def test_inspect_balances_to_the_byte(
     assert all(sum(layer["sections"].values()) == layer["bytes"] for layer in account["layers"])
     printed = capsys.readouterr().out
     assert re.search(rf"on disk\s+{on_disk:,} bytes", printed)
+    assert re.search(rf"bits per sketched weight\s+{account['bits_per_weight']:.4f}\s+\(without the JSON", printed)
+    assert re.search(rf"with these entries\s+{account['bits_per_weight_with_entries']:.4f}", printed)
 
 
 def test_inspect_can_be_read_in_a_narrow_window(
@@ -145,7 +148,9 @@ def test_card_holds_figures_commands_and_the_line_to_import(run_dir: Path, packe
     assert report["command"] in card
     assert f"usllm-export ckpt={run_dir} out={packed} rest.dtype=float32" in card
     assert f"{report['perplexity'][0]['finetuned']:.2f}" in card
-    assert f"{report['bits_per_weight']['achieved']:.4f}" in card
+    assert f"all that its tensors hold | {report['bits_per_weight']['achieved']:.4f} |" in card
+    with_entries = inspect_folder(packed).bits_per_weight_with_entries
+    assert f"with the JSON entries of these tensors | {with_entries:.4f} |" in card
     assert f"{(packed / 'model.safetensors').stat().st_size:,}" in card
 
 

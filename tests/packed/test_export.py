@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from tiny_packed import SKETCH, logits, pack, random_config, sketched_model
 from transformers import GenerationConfig
 
@@ -29,7 +28,8 @@ from usllm.packed.new_folder import new_folder
 from usllm.packed.quantizer import can_be_blocks
 from usllm.packed.source import PackingSource, from_model
 from usllm.sketch import SketchConfig, build_plan
-from usllm.system.errors import UserError
+from usllm.system.errors import RunError, UserError
+from usllm.system.files import write_tensors
 
 RESTS = [RestStorage(), RestStorage("float32"), RestStorage("bfloat16", 8, 4), RestStorage("float16", 4, 8)]
 
@@ -165,8 +165,8 @@ def test_error_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting, "save_file", full)
-    with pytest.raises(UserError, match="No space left"):
+    monkeypatch.setattr(exporting, "write_tensors", full)
+    with pytest.raises(RunError, match="No space left"):
         pack(sketched_model(), tmp_path / "packed")
     assert list(tmp_path.iterdir()) == []
 
@@ -178,13 +178,13 @@ sys.path[:0] = {[str(Path(__file__).parent)]!r}
 from pathlib import Path
 from tiny_packed import pack, sketched_model
 from usllm.packed import export as exporting
-save, calls = exporting.save_file, []
+save, calls = exporting.write_tensors, []
 def killed(*args, **kwargs):
     save(*args, **kwargs)
     calls.append(1)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-exporting.save_file = killed
+exporting.write_tensors = killed
 pack(sketched_model(), Path({str(tmp_path)!r}) / "packed", max_shard_size=30_000)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
@@ -233,11 +233,11 @@ def export_of(layers: int, out: Path, shard: int, monkeypatch: pytest.MonkeyPatc
     tensors = OnDisk(dict(inner.tensors))
     written: list[int] = []
 
-    def recorded(content: dict[str, torch.Tensor], *args: object, **kwargs: object) -> None:
+    def recorded(path: Path, content: dict[str, torch.Tensor], *args: object) -> None:
         written.append(sum(tensor.nbytes for tensor in content.values()))
-        save_file(content, *args, **kwargs)  # type: ignore[arg-type]
+        write_tensors(path, content, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(exporting, "save_file", recorded)
+    monkeypatch.setattr(exporting, "write_tensors", recorded)
     source = PackingSource(tensors, inner.plans, inner.compressor)
     tokenizer = load_tokenizer(ModelSpec(kind="random", name="llama"))
     export(source, ModelFiles(config, tokenizer), out, max_shard_size=shard)

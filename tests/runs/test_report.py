@@ -16,7 +16,7 @@ def report(**changes: Any) -> dict[str, Any]:
     return {
         "name": "demo",
         "perplexity": [{**row, "dense": 12.5, "sketched": 1e9, "finetuned": 40.25}],
-        "bits_per_weight": {"asked": 0.5, "achieved": 0.4987, "model": 5.25},
+        "bits_per_weight": {"asked": 0.5, "achieved": 0.4987, "with_entries": 0.5001, "model": 5.25},
         "bytes": {"sketched": 88_000_000, "dense_bf16": 269_000_000},
         "steps": 100,
         "tokens": 51_200,
@@ -47,6 +47,7 @@ def test_closing_table_names_everything() -> None:
         "2,048 of 9,000",
         "512, none",
         "0.4987 of 0.5 asked",
+        "0.5001 with the JSON entries of tensors",
         "5.2500 over all parameters",
         "88.0 MB sketched, 269.0 MB dense",
         "100 steps, 51,200 tokens",

@@ -7,6 +7,7 @@ from usllm.callbacks.allocation_picture import AllocationPicture
 from usllm.callbacks.importance_calibration import ImportanceCalibration
 from usllm.callbacks.layer_table import LayerTable
 from usllm.callbacks.learning_rates import LearningRates
+from usllm.callbacks.logged_steps import LoggedSteps
 from usllm.callbacks.nan_guard import NanGuard
 from usllm.callbacks.preemption import Preempted, Preemption
 from usllm.callbacks.rng_state import RngState
@@ -20,6 +21,7 @@ __all__ = [
     "ImportanceCalibration",
     "LayerTable",
     "LearningRates",
+    "LoggedSteps",
     "NanGuard",
     "Preempted",
     "Preemption",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 
 from usllm.system.errors import UserError
+from usllm.system.metric_rows import read_rows
 
 SMOOTHING = 0.9
 """Weight of the past in the running means of the loss and of its step-to-step changes."""
@@ -53,7 +53,8 @@ class RunningLoss:
 
 
 def read_losses(path: str | Path) -> dict[int, float]:
-    """Loss by optimizer step, from a CSV with columns ``step`` and ``train/loss``; rows without a loss are skipped.
+    """Loss by optimizer step, from a CSV with columns ``step`` and ``train/loss``; rows without a loss, or cut
+    off by a kill, are skipped.
 
     Lightning's ``metrics.csv`` counts finished steps from 0, so its row ``step`` is the optimizer step ``step + 1``.
 
@@ -62,8 +63,7 @@ def read_losses(path: str | Path) -> dict[int, float]:
     """
     key = f"callbacks.sketch_health.reference_losses={path}"
     try:
-        with Path(path).open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(Path(path))
     except OSError as error:
         raise UserError(f"{key}: cannot be read ({error.strerror})") from error
     if not rows or not {"step", "train/loss"} <= rows[0].keys():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from usllm.data.sources.files import COMPRESSIONS
-from usllm.system.errors import UserError
+from usllm.system.errors import RunError, UserError, no_space
 
 T = TypeVar("T")
 
@@ -21,7 +20,6 @@ EXIT_USER_ERROR = UserError.status
 EXIT_INTERRUPTED = 130
 PLAIN_TEXT = ("prompt",)
 """Keys whose value ``null`` is the word."""
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 # Third-party notices that say nothing about a run of usllm and would bury its report.
 _QUIET_WARNINGS = (
@@ -53,13 +51,11 @@ def report_errors(program: str, task: Callable[[], T], in_sweep: bool = False, r
     try:
         _check_kernels()
         return task()
-    except (UserError, OSError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1" or not (isinstance(error, UserError) or no_space(error)):
             raise
-        if isinstance(error, OSError):
-            if error.errno not in _NO_SPACE:
-                raise
-            error = UserError(f"{error}: free space, then {'resume' if resumes else 'try again'}")
+        if not isinstance(error, UserError):
+            error = RunError(f"{' '.join(str(error).split())}: free space, then {'resume' if resumes else 'try again'}")
         print(f"{program}: error: {error}", file=sys.stderr)
         if in_sweep:
             from hydra.errors import CompactHydraException

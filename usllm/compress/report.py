@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from usllm.compress.entries import bits_with_entries
 from usllm.compress.layer import CompressedLinear, compressed_layers
 from usllm.compress.values import Fact
 
@@ -69,8 +70,15 @@ class CompressionReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits per compressed weight, metadata included."""
+        """Bits per compressed weight: all that is in the layers' tensors, their tables and scales included."""
         return self.total_bits / self.compressed_weights
+
+    @property
+    def bits_per_weight_with_entries(self) -> float:
+        """The same with what each layer takes in the headers of the weight files (:mod:`usllm.compress.entries`)."""
+        return bits_with_entries(
+            ((layer.name, layer.shape, layer.bits // 8) for layer in self.layers), self.model_bytes
+        )
 
     @property
     def model_bits(self) -> int:
@@ -95,9 +103,10 @@ class CompressionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python, for JSON."""
-        totals = ("total_bits", "bits_per_weight", "model_bits", "model_bits_per_weight", "model_bytes")
+        totals = ("total_bits", "bits_per_weight", "bits_per_weight_with_entries", "allocation_variation")
+        of_model = ("model_bits", "model_bits_per_weight", "model_bytes")
         return {
-            **{name: getattr(self, name) for name in (*totals, "allocation_variation")},
+            **{name: getattr(self, name) for name in (*totals, *of_model)},
             "compressed_weights": self.compressed_weights,
             "other_parameters": self.other_parameters,
             "layers": [layer.to_dict() for layer in self.layers],

@@ -6,6 +6,7 @@ or where they were cut; so paragraphs are compared, normalised, by their hashes.
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from usllm.data.identity import texts
 from usllm.system.cache import published
+from usllm.system.files import replacing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,7 +82,10 @@ def kept_hashes(documents: Dataset, digest: str, cache_dir: Path) -> NDArray[np.
 
     def build(folder: Path) -> None:
         hashes = (number for row in paragraph_hashes(texts(documents)) for number in row)
-        np.save(folder / "hashes.npy", np.unique(np.fromiter(hashes, dtype=np.uint64)))
+        content = io.BytesIO()  # numpy's own writer of files does not say why it could not
+        np.save(content, np.unique(np.fromiter(hashes, dtype=np.uint64)))
+        with replacing(folder / "hashes.npy") as file:
+            file.write(content.getbuffer())
 
     folder = published(cache_dir.expanduser() / "paragraphs" / f"{_FORMAT}-{digest[:32]}", build)
     return np.load(folder / "hashes.npy", mmap_mode="r", allow_pickle=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from usllm.config import TrainConfig, check_train, plain_config
 from usllm.runs.finetune import finetune
 from usllm.system.errors import UserError
+from usllm.system.metric_rows import METRICS_FILE, STEP, part_folders, read_rows
 
 # Without these a run finetunes the dense model.
 DENSE = {
@@ -41,11 +41,10 @@ def run_variants(cfg: DictConfig, variants: Mapping[str, Any], command: str) -> 
 def metric_curve(run_dir: str | Path, metric: str) -> tuple[list[int], list[float]]:
     """Steps and values of one metric, from all parts of a run's CSV logs; of a step logged twice the later counts."""
     points: dict[int, float] = {}
-    for path in sorted(Path(run_dir).glob("csv/version_*/metrics.csv"), key=lambda p: int(p.parent.name[8:])):
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if row.get(metric):
-                    points[int(row["step"])] = float(row[metric])
+    for path in (folder / METRICS_FILE for folder in part_folders(Path(run_dir))):
+        for row in read_rows(path) if path.is_file() else ():
+            if row.get(metric):
+                points[int(row[STEP])] = float(row[metric])
     steps = sorted(points)
     return steps, [points[step] for step in steps]
 

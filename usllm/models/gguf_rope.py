@@ -52,6 +52,8 @@ def rope_settings(contents: GgufContents, settings: Mapping[str, Any]) -> dict[s
     found: dict[str, Any] = {"rope_theta": float(contents.of_model("rope.freq_base", 10_000.0))}
     if rotated != width and contents.architecture != "phi3":
         raise contents.refusal(f"rope.dimension_count={rotated} rotates a part of a head of {width} only")
+    if type(rotated) is not int or not 0 < rotated <= width or rotated % 2:
+        raise contents.refusal(f"rope.dimension_count={rotated!r}: a head of {width} numbers rotates them in pairs")
     if contents.architecture == "phi3":
         found["partial_rotary_factor"] = rotated / width
     local = contents.of_model("rope.freq_base_swa")

@@ -42,7 +42,8 @@ line: `usllm-generate model={{ title }} prompt="…"`, `usllm-inspect model={{ t
 
 | | |
 |---|---|
-| bits per sketched weight, everything counted | {{ "%.4f"|format(totals.bits_per_weight) }} |
+| bits per sketched weight: all that its tensors hold | {{ "%.4f"|format(totals.bits_per_weight) }} |
+| the same with the JSON entries of these tensors | {{ "%.4f"|format(totals.bits_per_weight_with_entries) }} |
 | bits per parameter of the whole model | {{ "%.4f"|format(totals.model_bits_per_weight) }} |
 | bytes of the sketched layers | {{ totals.sketched_bytes|thousands }} |
 {% for kind, size in rest.items() %}

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from usllm.packed.config import PackedConfig
 from usllm.packed.folder import CONFIG_FILE
 from usllm.packed.rotary import older_rope
+from usllm.system.files import write_text
 
 
 @dataclass(frozen=True)
@@ -76,4 +77,4 @@ def _save_generation(files: ModelFiles, folder: Path) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -27,7 +25,8 @@ from usllm.packed.meaning import meaning_of
 from usllm.packed.new_folder import new_folder
 from usllm.packed.quantizer import can_be_blocks, swap_packed_
 from usllm.packed.source import PackingSource
-from usllm.system.errors import UserError
+from usllm.system.errors import RunError, UserError, no_space
+from usllm.system.files import write_tensors, write_text
 
 REST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -84,8 +83,9 @@ def export(
         What was written, read back from disk.
 
     Raises:
-        UserError: ``out`` exists or cannot be written, the model does not fit its configuration, or a number is not
-            finite in the type that it is stored in.
+        UserError: ``out`` exists, the model does not fit its configuration, or a number is not finite in the type
+            that it is stored in.
+        RunError: ``out`` cannot be written.
     """
     out = Path(out)
     rest = rest or RestStorage()
@@ -95,12 +95,16 @@ def export(
             write_description(files, type(skeleton).__name__, stored, REST_DTYPES[rest.dtype], folder)
             _write_tensors(source, skeleton, stored, rest, folder, max_shard_size)
             check_against_model(open_folder(folder))  # also: the written configuration means what it meant in memory
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"out={out} cannot be written ({error}): free space, or choose another folder") from error
-        inspection = inspect_folder(folder)
-        if card is not None:
-            (folder / "README.md").write_text(card(folder, inspection), encoding="utf-8")
             inspection = inspect_folder(folder)
+            if card is not None:
+                write_text(folder / "README.md", card(folder, inspection))
+                inspection = inspect_folder(folder)
+        except Exception as error:  # tokenizers and safetensors have errors of their own for a full disk
+            if isinstance(error, OSError) or no_space(error):
+                raise RunError(
+                    f"out={out} cannot be written ({error}): free space, or choose another folder"
+                ) from error
+            raise
         if inspection.accounted_bytes != inspection.disk_bytes:
             raise RuntimeError(
                 f"{inspection.disk_bytes} bytes were written, {inspection.accounted_bytes} are accounted for"
@@ -174,10 +178,10 @@ def _write_tensors(
                     f"{name}: is {list(tensor.shape)} in the checkpoint, {wanted} in the model's configuration"
                 )
         checksums = Checksums(of_tensors(tensors.items(), stored), keys, meaning)
-        save_file(tensors, folder / file, metadata={"format": "pt"} | checksums.to_metadata())
+        write_tensors(folder / file, tensors, {"format": "pt"} | checksums.to_metadata())
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_text(folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _stored_tensors(skeleton: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from usllm.compress import Fact
+from usllm.compress.entries import bits_with_entries
 from usllm.packed.blocks import check_blocks
 from usllm.packed.folder import PackedFolder, open_folder
 from usllm.system.errors import PackedFormatError
@@ -103,6 +104,11 @@ class Inspection:
         return 8 * self.sketched_bytes / self.sketched_weights
 
     @property
+    def bits_per_weight_with_entries(self) -> float:
+        """The same with what each layer takes in the headers of the weight files (:mod:`usllm.compress.entries`)."""
+        return bits_with_entries(((layer.name, layer.shape, layer.bytes) for layer in self.layers), self.weight_bytes)
+
+    @property
     def model_bits_per_weight(self) -> float:
         """Bits of the weight files per parameter of the model."""
         return 8 * self.weight_bytes / self.parameters
@@ -110,7 +116,7 @@ class Inspection:
     def totals(self) -> dict[str, Any]:
         """Plain Python, for reports and model cards."""
         names = ("sketched_bytes", "rest_bytes", "header_bytes", "weight_bytes", "disk_bytes", "sketched_weights")
-        rates = ("parameters", "bits_per_weight", "model_bits_per_weight")
+        rates = ("parameters", "bits_per_weight", "bits_per_weight_with_entries", "model_bits_per_weight")
         return {name: getattr(self, name) for name in (*names, *rates)}
 
 

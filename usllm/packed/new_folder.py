@@ -12,6 +12,7 @@ from pathlib import Path
 
 from usllm.packed.folder import is_packed
 from usllm.system.errors import UserError
+from usllm.system.files import settle_folder
 
 _PARTIAL, _OLD = ".partial", ".old"
 _numbers = itertools.count()
@@ -52,11 +53,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     try:
         partial.mkdir()
         yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-                file.chmod(partial.stat().st_mode & 0o666)  # safetensors makes its files private
+        settle_folder(partial, partial.stat().st_mode)
         check_out(out, overwrite)
         _replace(out, partial)
     finally:

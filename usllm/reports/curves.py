@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-_VERSION = re.compile(r"version_(\d+)$")
+from usllm.system.metric_rows import METRICS_FILE, Row, part_folders, read_rows
+
 # What the logger adds to every row, and what belongs to the machinery rather than to the run.
 _NOT_METRICS = ("step", "epoch")
 
@@ -48,15 +47,14 @@ class Curve:
 
 
 def read_curves(run_dir: Path) -> dict[str, Curve]:
-    """All metrics in ``csv/version_*/metrics.csv``; every restart of a run writes another of these files.
+    """All metrics in ``csv/version_*/metrics.csv``, of which runs of older versions have one for each restart.
 
     Of a step that was logged twice, the later value counts: a resumed run repeats the steps after its checkpoint.
     A row that is cut off, because the run is being written or was killed, is left out.
     """
-    parts = [(int(found[1]), path) for path in run_dir.glob("csv/version_*") if (found := _VERSION.search(path.name))]
     points: dict[str, dict[int, float]] = {}
-    for _, folder in sorted(parts):
-        for row in _rows(folder / "metrics.csv"):
+    for folder in part_folders(run_dir):
+        for row in _rows(folder / METRICS_FILE):
             add_points(points, row, row.get("step"))
     return curves_of(points)
 
@@ -79,15 +77,11 @@ def curves_of(points: Mapping[str, Mapping[int, float]]) -> dict[str, Curve]:
     }
 
 
-def _rows(path: Path) -> Iterable[dict[str, str]]:
+def _rows(path: Path) -> Iterable[Row]:
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        return read_rows(path)
     except OSError:
-        return
-    whole = [line for line in lines if line.endswith("\n")]
-    for row in csv.DictReader(whole):
-        if None not in row and None not in row.values():
-            yield row
+        return []
 
 
 def _number(value: object) -> float | None:

@@ -96,7 +96,7 @@ class Run:
         dense: Whether it was finetuned dense, without a sketch.
         overrides: What was asked for besides the defaults, ``key=value``.
         bits_asked: Ceiling in bits per compressed weight.
-        bits: Achieved, metadata included.
+        bits, bits_with_entries: Achieved, metadata included; without and with the JSON entries of tensors.
         model_bits: Over all parameters.
         bytes: Of the packed model.
         dense_bytes: Of the dense model in bf16.
@@ -123,6 +123,7 @@ class Run:
     dense: bool = False
     overrides: tuple[str, ...] = ()
     bits_asked: float | None = None
+    bits_with_entries: float | None = None
     bits: float | None = None
     model_bits: float | None = None
     bytes: int | None = None
@@ -194,6 +195,7 @@ def record(
         overrides=tuple(overrides),
         bits_asked=None if dense else _number(bits.get("asked", asked.get("bits_per_weight"))),
         bits=_number(bits.get("achieved")),
+        bits_with_entries=_number(bits.get("with_entries")),
         model_bits=_number(bits.get("model")),
         bytes=size.get("sketched"),
         dense_bytes=size.get("dense_bf16"),
@@ -255,14 +257,13 @@ def _layer(entry: Mapping[str, Any]) -> Layer:
     weights = int(shape[0]) * int(shape[1])
     facts = _mapping(entry.get("facts")) or _old_facts(entry, weights)
     values = {key: _number(_mapping(fact).get("value")) for key, fact in facts.items()}
-    error = entry.get("relative_error")
     return Layer(
         name=name,
         block=int(numbers[-1]) if numbers else 0,
         projection=name.rpartition(".")[2].removesuffix("_proj"),
         weights=weights,
         bits_per_weight=float(entry.get("bits_per_weight", math.nan)),
-        relative_error=math.nan if error is None else float(error),
+        relative_error=math.nan if (error := entry.get("relative_error")) is None else float(error),
         facts={key: value for key, value in values.items() if value is not None},
         drawn=tuple(key for key, fact in facts.items() if _mapping(fact).get("drawn")),
     )

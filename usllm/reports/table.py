@@ -57,7 +57,8 @@ def columns(names: Mapping[str, str], texts: Mapping[TestText, str]) -> list[Col
         number(
             "bpw asked", lambda run: run.bits_asked, "{:g}".format, "bits per compressed weight that were asked for"
         ),
-        number("bpw", lambda run: run.bits, "{:.4f}".format, "bits per compressed weight, metadata included"),
+        number("bpw", lambda run: run.bits, "{:.4f}".format, "bits per compressed weight, JSON entries of tensors not"),
+        number("with entries", lambda run: run.bits_with_entries, "{:.4f}".format, "the same, JSON entries included"),
         number("model bpw", lambda run: run.model_bits, "{:.3f}".format, "bits per parameter of the whole model"),
         number("size", lambda run: run.bytes, human_bytes, "bytes of the packed model"),
         number("rows", lambda run: run.rows, str, "rows of the sketch"),

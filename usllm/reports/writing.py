@@ -18,7 +18,7 @@ from usllm.reports.page import Drawing, Section, render
 from usllm.reports.runs import Run
 from usllm.reports.style import png, settle, svg, themed, with_titles
 from usllm.reports.table import markdown
-from usllm.system.files import replacing
+from usllm.system.files import write_together
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +33,7 @@ _HINTS = {
 
 
 class ReportWriter:
-    """Draws every figure once, saves it, and collects it for the page.
+    """Draws every figure once and collects it, as files and for the page.
 
     Args:
         out: Folder that everything is written to; made where it is not there.
@@ -42,6 +42,7 @@ class ReportWriter:
     def __init__(self, out: str | Path) -> None:
         self.out = Path(out).expanduser()
         self.written: list[Path] = []
+        self._contents: dict[Path, bytes] = {}
 
     def write(
         self,
@@ -52,7 +53,7 @@ class ReportWriter:
         references: Mapping[str, Reference] | None = None,
         made: datetime | None = None,
     ) -> Path:
-        """Write all files; returned is the page.
+        """Write all files, or none of them; returned is the page.
 
         Args:
             runs: The runs, of one or several dense models.
@@ -60,6 +61,9 @@ class ReportWriter:
             command: What was typed to make it.
             references: What to compare with, by dense model.
             made: When; now by default.
+
+        Raises:
+            OSError: One of the files cannot be written.
         """
         references = references or {}
         groups = by_model(runs)
@@ -71,7 +75,10 @@ class ReportWriter:
         self._save(TABLE, markdown(runs, references).encode())
         heading = title or _heading(runs)
         page = render(sections, title=heading, command=command, made=moment, version=__version__)
-        return self._save(PAGE, page.encode())
+        self._save(PAGE, page.encode())
+        write_together(self._contents)
+        self.written = list(self._contents)
+        return self.out / PAGE
 
     def _section(self, model: str, runs: Sequence[Run], reference: Reference | None, prefix: str) -> Section:
         texts = text_names(texts_of(runs))
@@ -119,13 +126,9 @@ class ReportWriter:
         titles = {f"{file}-{line.get_gid()}": str(line.get_label()) for line in lines}
         return Drawing(themed(with_titles(drawing, titles), description), caption, wide)
 
-    def _save(self, name: str, content: bytes) -> Path:
-        """Write a file so that a reader never sees half of it."""
-        path = self.out / name
-        with replacing(path) as file:
-            file.write(content)
-        self.written.append(path)
-        return path
+    def _save(self, name: str, content: bytes) -> None:
+        """Keep a file until all are there: a disk that runs full leaves the old report or none, not parts of two."""
+        self._contents[self.out / name] = content
 
 
 def _heading(runs: Sequence[Run]) -> str:

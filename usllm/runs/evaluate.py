@@ -126,7 +126,10 @@ def print_result(result: dict[str, Any], path: Path) -> None:
         ("result", str(path)),
     ]
     if (compression := result["compression"]) is not None:
-        bits = f"{compression['bits_per_weight']:.4f}, over the whole model {compression['model_bits_per_weight']:.4f}"
+        bits = (
+            f"{compression['bits_per_weight']:.4f} ({compression['bits_per_weight_with_entries']:.4f} with the JSON "
+            f"entries of tensors), over the whole model {compression['model_bits_per_weight']:.4f}"
+        )
         facts.insert(1, ("bits per weight", bits))
     print_facts(facts, console)
     notes = (result["harness"] or {}).get("notes", [])

@@ -221,6 +221,7 @@ def _print_export(inspection: Inspection, artifact: str | None) -> None:
     facts = [
         ("packed model", str(inspection.path)),
         ("sketched", f"{human_bytes(totals['sketched_bytes'])}, {totals['bits_per_weight']:.4f} bits per weight"),
+        ("", f"{totals['bits_per_weight_with_entries']:.4f} with the JSON entries of tensors, which are not in it"),
         ("everything else", human_bytes(totals["rest_bytes"])),
         ("weight files", f"{totals['weight_bytes']:,} bytes, {totals['model_bits_per_weight']:.4f} bits per parameter"),
         ("folder", f"{totals['disk_bytes']:,} bytes"),

@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from usllm.callbacks import Preemption, SketchHealth
+from usllm.callbacks import LoggedSteps, Preemption, SketchHealth
 from usllm.compress import compressed_layers, compression_report, swap_linears_
 from usllm.compress.ceilings import refuse_unreachable
 from usllm.compress.coverage import coverage
@@ -31,7 +31,7 @@ from usllm.config.compression import DEFAULT_METHOD
 from usllm.config.trainer_arguments import length_problems
 from usllm.config.validation import user_error
 from usllm.eval.perplexity import bos_rule, tokenizer_name
-from usllm.loggers import axis_step
+from usllm.loggers import CsvRunLogger, axis_step
 from usllm.models.loading import check_context_length, load_config, load_dense, load_tokenizer
 from usllm.models.skeleton import skeleton
 from usllm.runs.directory import finished_report, noting_failure, refuse_used
@@ -148,7 +148,7 @@ def _finetune(
     )
     if not loggers:  # Lightning refuses this one where it has nowhere to write
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
-    trainer = build_trainer(config, max_steps, [baseline, *callbacks], loggers)
+    trainer = build_trainer(config, max_steps, [baseline, LoggedSteps(), *callbacks], loggers)
     module = SketchFinetuner(
         load_model=partial(load_dense, config.model),
         sketch=compressor,
@@ -160,6 +160,8 @@ def _finetune(
         preparation=Preparation(stages, run_dir / STAGES_FOLDER, [baseline.observe]),
     )
     for logger in loggers:
+        if isinstance(logger, CsvRunLogger):
+            logger.continue_from(0 if checkpoint is None else load_checkpoint(checkpoint)["global_step"])
         logger.log_hyperparams(dict(plain))
     with noting_failure(run_dir), ending_together(trainer):
         trainer.ckpt_path = checkpoint  # known before the model is configured, whose plans it holds
@@ -238,6 +240,7 @@ def sizes(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
         "bits_per_weight": {
             "asked": compressor_of(config.sketch, config.allocation).options.bits_per_weight,  # None: by a width
             "achieved": compression.bits_per_weight,
+            "with_entries": compression.bits_per_weight_with_entries,
             "model": compression.model_bits_per_weight,
         },
         "bytes": {"sketched": compression.model_bytes, "dense_bf16": 2 * parameters},

@@ -66,7 +66,8 @@ def print_inspection(inspection: Inspection, console: Console | None = None) -> 
     facts += [
         ("sum", f"{inspection.accounted_bytes:>15,} bytes"),
         ("on disk", f"{inspection.disk_bytes:>15,} bytes"),
-        ("bits per sketched weight", f"{inspection.bits_per_weight:>15.4f}"),
+        ("bits per sketched weight", f"{inspection.bits_per_weight:>15.4f}   (without the JSON entries of tensors)"),
+        ("with these entries", f"{inspection.bits_per_weight_with_entries:>15.4f}"),
         ("bits per parameter", f"{inspection.model_bits_per_weight:>15.4f}   (weight files over all parameters)"),
     ]
     print_facts(facts, console)

@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from usllm.system.files import settle_folder
 from usllm.system.forks import closed_in_forks
 
 try:
     import fcntl
 except ImportError:  # not POSIX
     fcntl = None  # type: ignore[assignment]
+
+_MODE = 0o755  # mkdtemp makes folders private; a shared cache is meant to be read by others
 
 
 def cache_root() -> Path:
@@ -40,7 +43,8 @@ def published(folder: Path, build: Callable[[Path], None]) -> Path:
         scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
         try:
             build(scratch)
-            scratch.chmod(0o755)  # mkdtemp makes it private; a shared cache is meant to be read by others
+            settle_folder(scratch, _MODE)
+            scratch.chmod(_MODE)
             try:
                 scratch.rename(folder)
             except OSError:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import re
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the errors that mean: the disk takes no more."""
+
 
 class UserError(Exception):
     """Something in the user's input is wrong.
@@ -30,3 +36,18 @@ def first_line(error: BaseException) -> str:
     """Type and first line of an error of some library, to be put into one message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def no_space(error: BaseException) -> bool:
+    """Whether an error says that the disk takes no more, or was raised because another one said it.
+
+    Libraries written in Rust and C++ have errors of their own for it, with the system's number in the text.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        number = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(seen))
+        numbers = {getattr(seen, "errno", None), *(int(part) for part in (number.groups() if number else ()) if part)}
+        if numbers.intersection(NO_SPACE):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from usllm.system.errors import UserError
+from usllm.system.errors import NO_SPACE, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -25,11 +30,64 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_torch(path: Path, content: dict[str, Any]) -> None:
-    """As :func:`write_json`, for tensors and plain Python, as ``torch.load(weights_only=True)`` reads them."""
+    """As :func:`write_json`, for tensors and plain Python, as ``torch.load(weights_only=True)`` reads them.
+
+    Raises:
+        OSError: it cannot be written; the error names it.
+    """
     import torch
 
     with replacing(path) as file:
-        torch.save(content, file)
+        writer = _Writer(file)
+        try:
+            torch.save(content, writer)
+        except RuntimeError as error:  # by which torch says that, and not why, a write has failed
+            raise writer.error or error from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """As :func:`write_json`, for named tensors as safetensors.
+
+    Raises:
+        OSError: it cannot be written; the error names it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with _partial(path) as partial:
+        try:
+            save_file(dict(tensors), partial, metadata and dict(metadata))
+        except SafetensorError as error:  # the only kind that it has, with the system's message in it
+            number = int(found[1]) if (found := re.search(r"os error (\d+)", str(error))) else errno.EIO
+            raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Several files: where one cannot be written, all of them stay as they were.
+
+    A process that is killed may leave some of them new and some old, each of them whole.
+
+    Raises:
+        OSError: one of them cannot be written; the error names it.
+    """
+    with ExitStack() as stack:
+        for path, content in contents.items():
+            partial = stack.enter_context(_partial(path))
+            with naming(path):
+                partial.write_bytes(content)
+                _flush(partial)
+
+
+def settle_folder(folder: Path, mode: int) -> None:
+    """Flush the files of a folder that is about to get its name, and let those read them who may read the folder.
+
+    Args:
+        mode: of the folder; libraries make some of their files private.
+    """
+    for file in folder.rglob("*"):
+        if file.is_file():
+            _flush(file)
+            file.chmod(mode & 0o666)
 
 
 @contextmanager
@@ -37,19 +95,61 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to fill that takes the place of ``path``, flushed to disk, when the block ends well.
 
     At every instant ``path`` is either the old file or the whole new one, whatever ends the process.
+
+    Raises:
+        OSError: it cannot be written; the error names it.
     """
+    with _partial(path) as partial, naming(path), open(partial, "wb") as file:
+        yield file
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of a full disk, which say of themselves nothing but that, name ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """Where to write what is to take the place of ``path``, once it is flushed to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_leftovers(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
+        _flush(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+class _Writer:
+    """A file that remembers why a write has failed."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _drop_leftovers(path: Path) -> None:

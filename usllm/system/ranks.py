@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from usllm.system.errors import UserError
+from usllm.system.errors import RunError
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ def failing_together() -> Iterator[None]:
     All ranks enter it, and what can fail in it comes after everything in it that needs the other ranks.
 
     Raises:
-        UserError: on the ranks where the block itself went well; names a rank where it did not, and that rank's error.
+        RunError: on the ranks where the block itself went well; names a rank where it did not, and that rank's error.
     """
     failure: Exception | None = None
     try:
@@ -85,4 +85,4 @@ def failing_together() -> Iterator[None]:
         raise failure
     for rank, message in enumerate(failures):
         if message is not None:
-            raise UserError(f"rank {rank} has failed: {message}")
+            raise RunError(f"rank {rank} has failed: {message}")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from usllm.system.cache import cache_root, published
+from usllm.system.files import write_tensors, write_text
 from usllm.system.machine import cpu_name
 
 _FORMAT = 1  # part of every key: raise it when the same input is to give other results
@@ -62,13 +63,15 @@ def kept_tensors(
         compute: makes them.
         root: folder that they are kept in, instead of the cache.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     fresh: dict[str, Tensor] = {}
 
     def build(folder: Path) -> None:
         fresh.update(compute())
-        save_file({name: tensor.cpu().contiguous() for name, tensor in fresh.items()}, folder / "tensors.safetensors")
+        write_tensors(
+            folder / "tensors.safetensors", {name: tensor.cpu().contiguous() for name, tensor in fresh.items()}
+        )
 
     folder = _entry(kind, key, build, root)
     return fresh or load_file(folder / "tensors.safetensors")
@@ -78,7 +81,7 @@ def kept_rows(kind: str, key: Mapping[str, Any], compute: Callable[[], list[dict
     """Rows of plain Python; arguments as for :func:`kept_tensors`."""
 
     def build(folder: Path) -> None:
-        (folder / "rows.json").write_text(json.dumps(compute()), encoding="utf-8")
+        write_text(folder / "rows.json", json.dumps(compute()))
 
     folder = _entry(kind, key, build)
     rows: list[dict[str, Any]] = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
@@ -90,6 +93,6 @@ def _entry(kind: str, key: Mapping[str, Any], build: Callable[[Path], None], roo
 
     def described(folder: Path) -> None:
         build(folder)
-        (folder / "key.json").write_text(content, encoding="utf-8")
+        write_text(folder / "key.json", content)
 
     return published((root or cache_root()) / kind / hashlib.sha256(content.encode()).hexdigest()[:32], described)

@@ -19,8 +19,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from usllm.system.errors import UserError
-from usllm.system.files import replacing
+from usllm.system.errors import RunError, UserError
+from usllm.system.files import write_torch
 
 SUFFIX = ".ckpt"
 _STEP = re.compile(r"step=(\d+)")
@@ -35,15 +35,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write ``checkpoint`` so that ``path`` is either the old file or the whole new one, at every instant.
 
         Raises:
-            UserError: the disk is full or the folder cannot be written.
+            RunError: the disk is full or the folder cannot be written.
         """
         target = Path(path)
         try:
-            with replacing(target) as file:
-                torch.save(checkpoint, file)
+            write_torch(target, checkpoint)
             _sync_folder(target.parent)
         except (OSError, RuntimeError) as error:
-            raise UserError(
+            raise RunError(
                 f"checkpoint {target} could not be written ({error}); earlier checkpoints in {target.parent} are whole"
                 ". Free space or choose another output_root, then resume"
             ) from error

@@ -91,7 +91,6 @@ class SketchFinetuner(LightningModule):
         self.validation_loss = MeanMetric()
         self._window: list[Tensor] = []
         self._part_names: tuple[str, ...] = ()
-        self._stepped = 0
 
     def configure_model(self) -> None:
         """Load the dense model, give the objective its teacher, swap the linear layers, and prepare or restore them.
@@ -209,15 +208,15 @@ class SketchFinetuner(LightningModule):
         spread_gradients_(self.network)
 
     def on_train_start(self) -> None:
-        """Take over the step that training starts or continues from."""
-        self._stepped = self.trainer.global_step
+        """Begin with the first micro batch of an optimizer step."""
         self._window.clear()
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log the mean loss of the micro batches that made up an optimizer step."""
-        if self.trainer.global_step == self._stepped:
-            return
-        self._stepped = self.trainer.global_step
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the step's loss: in ``on_train_batch_end`` it would come after the checkpoint of the step."""
+        self._log_loss()
+
+    def _log_loss(self) -> None:
+        """Log the mean loss of the micro batches that make up an optimizer step."""
         means = torch.stack(self._window).mean(0)
         self._window.clear()
         self.log("train/loss", means[0], prog_bar=True, sync_dist=True)
