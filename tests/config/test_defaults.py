@@ -64,6 +64,7 @@ DIFFERENT = {
     "stages/calibrate: calibrate.reuse": "runs of the commands share it; plain Lightning keeps nothing unasked",
     "callbacks/importance_calibration: importance_calibration.reuse": "the same",
     "callbacks/checkpoint: checkpoint.dirpath": "a run of the commands has a folder; else Lightning chooses",
+    "logger/csv: csv.save_dir": "the same",
     "logger/wandb: wandb.save_dir": "the same",
     "usllm-generate: keep_decoded": "a size with a unit, so text; YAML shows the 0 without quotes",
     "DataConfig and TextDataModule: window_start": "auto needs the model's family, which only a configuration knows",

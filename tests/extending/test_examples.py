@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import example_plugin  # noqa: F401 (registers what is tested)
 import pytest
 import torch
-from example_plugin.noise import Noise
 from started import work_in
 
 from usllm.compress import compressed_layers
 from usllm.sketch import SketchConfig, build_plan, project, query
 from usllm.sketch.operators import OPERATORS
 from usllm.stages import Work
+
+pytestmark = pytest.mark.usefixtures("example_plugin")
 
 
 def plan_of(importance: torch.Tensor, rows: int, **options: Any) -> Any:
@@ -53,13 +54,15 @@ def test_operator_goes_from_weights_to_weights(rows: int, hash_name: str) -> Non
 
 
 def test_stage_that_was_killed_reads_what_it_had_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = import_module("example_plugin.noise").Noise
+
     def after(work: Work) -> list[torch.Tensor]:
-        Noise().run(work)
+        noise().run(work)
         return [latent for layer in compressed_layers(work.model).values() for latent in layer.latents.values()]
 
     first = after(work_in(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(Noise, "noise", None)  # whoever calls it fails
+        patch.setattr(noise, "noise", None)  # whoever calls it fails
         again = after(work_in(tmp_path))
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
     other = after(work_in(tmp_path, seed=1))

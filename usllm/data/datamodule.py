@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 # The split is the same for every seed, so that the validation loss of two seeds is of the same documents.
 _SPLIT_SEED = 0
-TRAIN, VALIDATION, MIXTURE = "data.train", "data.validation", "data.mixture"
-"""What the texts are called in the configuration."""
+TRAIN, VALIDATION, MIXTURE = "data.train", "data.validation", "data.mixture"  # in the configuration
 
 
 class PositionedLoader(DataLoader[Any]):
@@ -106,8 +105,8 @@ class TextDataModule(LightningDataModule):
         self.seed = seed
         self.identity: dict[str, dict[str, Any]] = {}
         self._sizes: list[int] = []
-        self._train: Dataset | None = None
-        self._validation: Dataset | None = None
+        self._train: Any = None
+        self._validation: Any = None
 
     def prepare_data(self) -> None:
         """Fill the cache (Lightning calls this in one process)."""
@@ -133,17 +132,14 @@ class TextDataModule(LightningDataModule):
         train = self._pack(documents, TRAIN)
         if self.max_sequences is not None:
             train = train.select(range(min(self.max_sequences, len(train))))
-        self.identity = {
-            TRAIN: text_identity(documents, train),
-            VALIDATION: text_identity(held_out, validation),
-        }
-        parts, seen = [train], [kept_hashes(documents, self.identity[TRAIN]["text"], self.cache_dir)]
+        self.identity = {TRAIN: text_identity(documents, train), VALIDATION: text_identity(held_out, validation)}
+        parts, seen = [train], [self._hashes(documents, TRAIN)]
         for name, source in self.mixture.items():
             key = f"{MIXTURE}.{name}"
             documents = read_documents(source, key)
             parts.append(self._pack(documents, key))
             self.identity[key] = text_identity(documents, parts[-1])
-            seen.append(kept_hashes(documents, self.identity[key]["text"], self.cache_dir))
+            seen.append(self._hashes(documents, key))
         self._sizes = [len(part) for part in parts]
         train = concatenate_datasets(parts) if len(parts) > 1 else train
         self._seen = np.unique(np.concatenate(seen)) if len(seen) > 1 else seen[0]
@@ -190,14 +186,12 @@ class TextDataModule(LightningDataModule):
     def train_sequences(self) -> Dataset:
         """Column ``input_ids``, one row per sequence; those of the training source come first."""
         self.setup()
-        assert self._train is not None
         return self._train
 
     @property
     def validation_sequences(self) -> Dataset:
         """Column ``input_ids``, one row per sequence."""
         self.setup()
-        assert self._validation is not None
         return self._validation
 
     def validation_tokens(self) -> Tensor:
@@ -220,7 +214,7 @@ class TextDataModule(LightningDataModule):
         trainer = self.trainer
         if trainer is None or trainer.max_steps < 1:
             raise UserError("trainer.max_steps must be a positive number: the order of training is laid out for it")
-        sequences = self.train_sequences
+        self.setup()
         sampler = UnrolledSampler(
             self._sizes,
             total=trainer.max_steps * trainer.accumulate_grad_batches * self.batch_size,
@@ -231,7 +225,7 @@ class TextDataModule(LightningDataModule):
             shares=self.shares,
         )
         return PositionedLoader(
-            sequences,
+            self._train,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
@@ -247,9 +241,8 @@ class TextDataModule(LightningDataModule):
         """
         trainer = self.trainer
         rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
-        sequences = FilledSequences(self.validation_sequences)
         return DataLoader(
-            sequences,
+            FilledSequences(self.validation_sequences),
             batch_size=self.batch_size,
             sampler=DealtSampler(len(self.validation_sequences), rank, world_size),
             collate_fn=collate,
@@ -286,6 +279,9 @@ class TextDataModule(LightningDataModule):
             num_proc=self.num_proc,
             window_start=self.window_start,
         )
+
+    def _hashes(self, documents: Dataset, key: str) -> Any:
+        return kept_hashes(documents, self.identity[key]["text"], self.cache_dir)
 
     def _split(self, documents: Dataset) -> tuple[Dataset, Dataset]:
         """Set whole documents aside, so that no sequence of validation continues one of training."""

@@ -38,7 +38,7 @@ def write_torch(path: Path, content: dict[str, Any]) -> None:
     import torch
 
     with replacing(path) as file:
-        writer = _Writer(file)
+        writer: Any = _Writer(file)
         try:
             torch.save(content, writer)
         except RuntimeError as error:  # by which torch says that, and not why, a write has failed
@@ -56,7 +56,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     with _partial(path) as partial:
         try:
-            save_file(dict(tensors), partial, metadata and dict(metadata))
+            save_file(dict(tensors), partial, None if metadata is None else dict(metadata))
         except SafetensorError as error:  # the only kind that it has, with the system's message in it
             number = int(found[1]) if (found := re.search(r"os error (\d+)", str(error))) else errno.EIO
             raise OSError(number, os.strerror(number), str(path)) from error

@@ -203,16 +203,16 @@ class SketchFinetuner(LightningModule):
         self._part_names = tuple(parts)
         return loss
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Let methods that train their states gather the gradients of these; Lightning clips afterwards."""
-        spread_gradients_(self.network)
-
     def on_train_start(self) -> None:
         """Begin with the first micro batch of an optimizer step."""
         self._window.clear()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the step's loss: in ``on_train_batch_end`` it would come after the checkpoint of the step."""
+        """Let methods that train their states gather the gradients of these; Lightning clips afterwards.
+
+        Logs the step's loss: in ``on_train_batch_end`` it would come after the checkpoint of the step.
+        """
+        spread_gradients_(self.network)
         self._log_loss()
 
     def _log_loss(self) -> None:
