@@ -12,7 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from usllm.cli.command import EXIT_USER_ERROR, expand_model, quote_values, report_errors
+from usllm.cli.arguments import expand_model, quote_values
+from usllm.cli.command import EXIT_USER_ERROR, report_errors
 from usllm.system.errors import UserError
 
 

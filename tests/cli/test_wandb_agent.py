@@ -21,7 +21,7 @@ from wandb import wandb_agent
 
 from usllm.callbacks import NanGuard
 from usllm.cli import train
-from usllm.cli.command import without_wandb_argument
+from usllm.cli.arguments import without_wandb_argument
 from usllm.config import check_train
 from usllm.experiments.variants import metric_curve
 

@@ -10,7 +10,7 @@ import pytest
 from composing import composed
 from reading import PAGES, ROOT, anchors, blocks, commands, links, name
 
-from usllm.cli.command import expand_model, expand_test_sets, folder_of_model, quote_values
+from usllm.cli.arguments import expand_model, expand_test_sets, folder_of_model, quote_values
 from usllm.system.renamed_keys import RENAMED, REPLACED
 
 README = ROOT / "README.md"

@@ -1,4 +1,7 @@
-"""Ends a run that is told to make room: finish the step, save, and leave with the exit code that asks for a requeue."""
+"""Ends a run that is told to make room: finish the step, save, and leave with the exit code that asks for a requeue.
+
+Ctrl-C is heard in the same way, with the exit code that shells know for it.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,8 @@ from usllm.training.checkpoints import StepCheckpoint
 
 EX_TEMPFAIL = 75
 """Exit code of ``sysexits.h`` for "try again later"."""
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a program that Ctrl-C has ended: nobody is asked to start it again."""
 
 
 class Preempted(SystemExit):
@@ -29,6 +34,14 @@ class Preempted(SystemExit):
         self.reason = reason
 
 
+class Interrupted(SystemExit):
+    """Ends the process after Ctrl-C; what happened is in ``reason``."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(INTERRUPTED)
+        self.reason = reason
+
+
 class Preemption(Callback):
     """Takes signals for requests to leave, instead of Lightning's handlers, which would save in the middle of a step.
 
@@ -36,6 +49,8 @@ class Preemption(Callback):
     checkpoint of that step is written, whatever its number, and :class:`Preempted` ends the run. At all other times
     there is nothing to save and the run ends at once. The ranks of a distributed run leave together, at the first step
     behind which one of them was signalled. A resumed run equals one that was never signalled.
+
+    Ctrl-C does the same with exit code 130 (:class:`Interrupted`); a second one leaves at once.
 
     Who starts it again: the exit code asks whoever started the process. Under SLURM, ``SIGUSR1`` (as sent by
     ``sbatch --signal=USR1@120``) also requeues the job with ``scontrol``; SLURM itself requeues a preempted job that
@@ -75,6 +90,9 @@ class Preemption(Callback):
         self._handlers_before = {}
         if threading.current_thread() is threading.main_thread():
             self._handlers_before = {number: signal.getsignal(number) for number in self.signals}
+            # Who handles Ctrl-C in another way (a notebook), or not at all (nohup), goes on doing so.
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._handlers_before.setdefault(signal.SIGINT, signal.default_int_handler)
         self._take_signals()
         try:
             yield
@@ -92,7 +110,7 @@ class Preemption(Callback):
         """Leave, when the step before was the last one and its checkpoint is written.
 
         Raises:
-            Preempted: see the class.
+            Preempted: see the class; after Ctrl-C it is Interrupted.
         """
         if self._leaving:
             self._leave(trainer)
@@ -115,7 +133,7 @@ class Preemption(Callback):
         """Leave, all ranks together, on a signal to any of them during the last step; that step is saved in any case.
 
         Raises:
-            Preempted: see the class.
+            Preempted: see the class; after Ctrl-C it is Interrupted.
         """
         together = trainer.strategy.reduce_boolean_decision(self._received is not None, all=False)
         self._training = False
@@ -135,9 +153,12 @@ class Preemption(Callback):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._left:  # such as the signal that a requeue itself sends: loggers are being closed
             return
+        again = self._received == signal.SIGINT == number
         self._received = signal.Signals(number)
-        if not self._training:
+        if again or not self._training:
             self._leave(None)
+        elif number == signal.SIGINT:
+            os.write(2, b"\nInterrupted: finishing this step and saving it; Ctrl-C again leaves at once\n")
 
     def _decide(self, trainer: Trainer) -> None:
         if trainer.global_step == trainer.max_steps or trainer.should_stop:
@@ -157,8 +178,11 @@ class Preemption(Callback):
                 earlier(received, None)
             if received == signal.SIGUSR1 and self.requeue and (trainer is None or trainer.is_global_zero):
                 _requeue_slurm_job()
-        cause = "another rank's signal" if received is None else received.name
         step = "" if trainer is None else f" after step {trainer.global_step}"
+        if received == signal.SIGINT:
+            saved = "" if trainer is None else ", which is saved"
+            raise Interrupted(f"interrupted{step}{saved}; the same command with resume=true continues")
+        cause = "another rank's signal" if received is None else received.name
         raise Preempted(self.exit_code, f"preempted by {cause}{step}; the same command with resume=true continues")
 
 

@@ -8,18 +8,18 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from usllm.data.sources.files import COMPRESSIONS
+from hydra.errors import CompactHydraException
+
 from usllm.system.errors import RunError, UserError, no_space
 
 T = TypeVar("T")
 
 EXIT_USER_ERROR = UserError.status
+EXIT_FAILED = RunError.status
 EXIT_INTERRUPTED = 130
-PLAIN_TEXT = ("prompt",)
-"""Keys whose value ``null`` is the word."""
+_NO_MEMORY_TEXT = re.compile(r"OutOfMemoryError|can't allocate memory|[Cc]annot allocate memory|Unable to allocate")
 
 # Third-party notices that say nothing about a run of usllm and would bury its report.
 _QUIET_WARNINGS = (
@@ -37,38 +37,73 @@ _QUIET_WARNINGS = (
 _QUIET_LOGGERS = ("lightning.pytorch", "lightning.fabric", "transformers", "datasets", "httpx", "fsspec", "lm_eval")
 
 
-def report_errors(program: str, task: Callable[[], T], in_sweep: bool = False, resumes: bool = False) -> T:
-    """Run ``task``; a :class:`UserError` becomes one message on stderr and its exit status, without a traceback.
+class SweepJobFailed(CompactHydraException):
+    """One job of a multirun has failed and has said why; Hydra goes on with the others and raises it at the end."""
 
-    So does a disk that has run full. With ``HYDRA_FULL_ERROR=1`` in the environment the error passes through with its
-    traceback.
+    def __init__(self, message: str, status: int = EXIT_FAILED) -> None:
+        super().__init__(message)
+        self.status = status
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Launchers hand it over from other processes."""
+        return type(self), (str(self), self.status)
+
+
+def report_errors(program: str, task: Callable[[], T], in_sweep: bool = False, resumes: bool = False) -> T:
+    """Run ``task``; an error that a user can do something about becomes one message on stderr and an exit status.
+
+    That is 2 for wrong input (a :class:`UserError`), 1 for what failed on the way (a :class:`RunError`, an error of the
+    system such as a full disk, memory that ran out), 130 for Ctrl-C. With ``HYDRA_FULL_ERROR=1`` in the environment the
+    error passes through with its traceback, and so does everything else: it is a fault of the program.
 
     Args:
         in_sweep: the task is one job of a multirun: the error is raised, and Hydra goes on with the other jobs and
-            reports it at the end, with exit status 1.
+            reports it at the end.
         resumes: the program can continue what was interrupted, and says how.
     """
     try:
         _check_kernels()
         return task()
     except Exception as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1" or not (isinstance(error, UserError) or no_space(error)):
+        found = None if os.environ.get("HYDRA_FULL_ERROR") == "1" else _explained(error, resumes)
+        if found is None:
             raise
-        if not isinstance(error, UserError):
-            error = RunError(f"{' '.join(str(error).split())}: free space, then {'resume' if resumes else 'try again'}")
-        print(f"{program}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {found}", file=sys.stderr)
         if in_sweep:
-            from hydra.errors import CompactHydraException
-
-            raise CompactHydraException(f"{program}: error: {error}") from None
-        sys.exit(error.status)
+            raise SweepJobFailed(f"{program}: error: {found}", found.status) from None
+        sys.exit(found.status)
     except SystemExit as leaving:
         if hasattr(leaving, "reason"):  # usllm.callbacks.Preempted, which is slow to import
             print(f"{program}: {leaving.reason}", file=sys.stderr)
+        elif isinstance(leaving.__context__, KeyboardInterrupt):  # Lightning leaves so, with status 1
+            interrupted(program, resumes)
         raise
     except KeyboardInterrupt:
-        print(f"{program}: interrupted{'; the same command with resume=true continues' * resumes}", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        interrupted(program, resumes)
+
+
+def interrupted(program: str, resumes: bool = False) -> NoReturn:
+    """Leave after Ctrl-C, with one line."""
+    print(f"{program}: interrupted{'; the same command with resume=true continues' * resumes}", file=sys.stderr)
+    sys.exit(EXIT_INTERRUPTED)
+
+
+def _explained(error: Exception, resumes: bool) -> UserError | None:
+    """An error as what the user is told about it; ``None`` for a fault of the program."""
+    if isinstance(error, UserError):
+        return error
+    again = "resume" if resumes else "try again"
+    text = " ".join(str(error).split())
+    if no_space(error):
+        return RunError(f"{text}: free space, then {again}")
+    if isinstance(error, OSError) and error.errno is not None:
+        return RunError(f"{text}: see to that place, or choose another one, then {again}")
+    if isinstance(error, MemoryError) or _NO_MEMORY_TEXT.search(f"{type(error).__name__} {text}"):
+        return RunError(
+            f"memory ran out ({text[:200] or type(error).__name__}): lower the batch size or the context, or take a "
+            f"larger machine, then {again}"
+        )
+    return None
 
 
 def _check_kernels() -> None:
@@ -112,84 +147,3 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message=pattern)
     for name in _QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def expand_model(arguments: list[str]) -> list[str]:
-    """Let ``model=`` take a GGUF file, a folder or a hub name besides the options of the group ``model``.
-
-    A value that looks like a place (it has a slash, ends in ``.gguf``, or is an existing folder) becomes the group
-    option that reads such places; everything else is left to Hydra.
-    """
-    expanded: list[str] = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key != "model" or not value or "," in value:
-            expanded.append(argument)
-        elif value.endswith(".gguf"):
-            expanded += ["model=gguf", f"model.file={_quoted(value)}"]
-        elif Path(value).expanduser().is_dir() or value.startswith(("/", "./", "../", "~")):
-            expanded += ["model=folder", f"model.name={_quoted(value)}"]
-        elif "/" in value:
-            expanded += ["model=hub", f"model.name={_quoted(value)}"]
-        else:
-            expanded.append(argument)
-    return expanded
-
-
-def expand_test_sets(arguments: list[str]) -> list[str]:
-    """Let ``data=[a.txt,b.jsonl.gz]`` name files to measure on; each becomes a test set called after its file.
-
-    What kind of file it is follows from its name and its first bytes, when the configuration is checked.
-    """
-    expanded: list[str] = []
-    names: list[str] = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key != "data" or not value:
-            expanded.append(argument)
-            continue
-        for path in value.removeprefix("[").removesuffix("]").split(","):
-            plain = Path(path.strip())
-            plain = plain.with_suffix("") if plain.suffix.lower() in COMPRESSIONS else plain
-            name = re.sub(r"\W", "_", plain.stem)
-            names.append(name)
-            number = names.count(name)
-            prefix = f"+evaluation.test_sets.{name if number == 1 else f'{name}_{number}'}"
-            expanded += [f"{prefix}.kind=auto", f"{prefix}.path={_quoted(path.strip())}"]
-    return expanded
-
-
-def folder_of_model(arguments: list[str]) -> list[str]:
-    """Let ``model=`` name the folder of a packed model: in these commands it is a value, not a group of options."""
-    return [f"folder={argument[6:]}" if argument.startswith("model=") else argument for argument in arguments]
-
-
-def without_wandb_argument(arguments: list[str]) -> list[str]:
-    """Drop the ``_wandb={…}`` that W&B appends to the command of a trial it starts again; Hydra would refuse it."""
-    return [argument for argument in arguments if argument.lstrip("+-").partition("=")[0] != "_wandb"]
-
-
-def quote_values(arguments: list[str], keys: tuple[str, ...]) -> list[str]:
-    """Make the values of ``keys`` plain text for Hydra, whatever signs they hold; in ``PLAIN_TEXT`` also ``null``."""
-    split = [argument.partition("=") for argument in arguments]
-    return [
-        f"{key}={_quoted(value)}" if key in keys and equals and _is_plain(key, value) else key + equals + value
-        for key, equals, value in split
-    ]
-
-
-def _is_plain(key: str, value: str) -> bool:
-    """Whether the user left it to us to quote a value: not ``null``, and not what they quoted themselves."""
-    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    return key in PLAIN_TEXT or not (value == "null" or quoted)
-
-
-def _quoted(value: str) -> str:
-    """``value`` as a string of Hydra's override grammar, in which spaces and colons have meanings.
-
-    In it a backslash is one, but before a quote or at the end; ``${`` would be replaced by what it names.
-    """
-    escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
-    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
-    escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", escaped)
-    return f"'{escaped}'"

@@ -11,14 +11,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from usllm.cli.command import (
-    expand_model,
-    expand_test_sets,
-    quiet_environment,
-    quiet_libraries,
-    quote_values,
-    report_errors,
-)
+from usllm.cli.arguments import expand_model, expand_test_sets, quote_values
+from usllm.cli.command import quiet_environment, quiet_libraries, report_errors
 from usllm.cli.start import start, typed
 from usllm.runs.directory import register_resolvers
 from usllm.system.plugins import import_plugins

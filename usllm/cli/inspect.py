@@ -8,7 +8,8 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from usllm.cli.command import folder_of_model, quiet_environment, quiet_libraries, quote_values, report_errors
+from usllm.cli.arguments import folder_of_model, quote_values
+from usllm.cli.command import quiet_environment, quiet_libraries, report_errors
 from usllm.cli.start import start
 from usllm.system.plugins import import_plugins
 

@@ -10,7 +10,8 @@ import shlex
 import hydra
 from omegaconf import DictConfig
 
-from usllm.cli.command import quiet_environment, quote_values, report_errors
+from usllm.cli.arguments import quote_values
+from usllm.cli.command import quiet_environment, report_errors
 from usllm.cli.start import start, typed
 from usllm.runs.directory import register_resolvers
 from usllm.system.plugins import import_plugins

@@ -12,13 +12,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from usllm.cli.command import (
-    expand_model,
-    quiet_environment,
-    quiet_libraries,
-    report_errors,
-    without_wandb_argument,
-)
+from usllm.cli.arguments import expand_model, without_wandb_argument
+from usllm.cli.command import quiet_environment, quiet_libraries, report_errors
 from usllm.cli.start import start, typed
 from usllm.runs.directory import register_resolvers
 from usllm.system.plugins import import_plugins

@@ -1,15 +1,13 @@
 """What a misspelt key was meant to be.
 
 Hydra refuses a key that does not exist and advises to add it, which is right for keys of one's own and misleading for a
-slip of the finger. It has no hook for its messages, so the line with the nearest key follows them.
+slip of the finger. These lines take the place of that advice.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,23 +17,6 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
 _REFUSED = re.compile(r"Could not override '(.+?)'")
-
-
-@contextlib.contextmanager
-def nearest_keys_named(program: str) -> Iterator[None]:
-    """Where the block, one of Hydra's mains, ends with an error: name the keys nearest to those that do not exist.
-
-    Args:
-        program: the name of the command, which is that of its configuration with ``usllm-`` before it.
-    """
-    try:
-        yield
-    except SystemExit as leaving:
-        if leaving.code == 1:
-            with contextlib.suppress(Exception):  # Hydra has said what is wrong
-                for line in about_unknown_keys(program.removeprefix("usllm-"), sys.argv[1:]):
-                    print(f"{program}: error: {line}", file=sys.stderr)
-        raise
 
 
 def about_unknown_keys(config_name: str, arguments: Sequence[str]) -> list[str]:
@@ -49,10 +30,22 @@ def about_unknown_keys(config_name: str, arguments: Sequence[str]) -> list[str]:
         group, _, option = key.partition(".")
         method = OmegaConf.select(cfg, "sketch.method", default=DEFAULT_METHOD)
         foreign = of_another_method(option, method) if group == "sketch" else None
-        nearest = _nearest(key, known)
-        hint = "" if nearest is None else f"; did you mean {nearest}?"
-        lines.append(f"{key}: {foreign or f'there is no such key{hint}'}")
+        lines.append(f"{key}: {foreign or _inside_null(key, cfg) or f'there is no such key{_hint(key, known)}'}")
     return lines
+
+
+def _inside_null(key: str, cfg: DictConfig) -> str | None:
+    """What to say about a key of a group that is null now; ``None`` where it is no such key."""
+    parents = [key.rsplit(".", count)[0] for count in range(1, key.count(".") + 1)]
+    for parent in parents:
+        if OmegaConf.select(cfg, parent, default=False) is None:
+            return f"{parent} is null; pass ++{key}=… to set it, and its other keys likewise"
+    return None
+
+
+def _hint(key: str, known: Sequence[str]) -> str:
+    nearest = _nearest(key, known)
+    return f"; +{key}=… adds one" if nearest is None else f"; did you mean {nearest}?"
 
 
 def unknown_keys(config_name: str, arguments: Sequence[str]) -> dict[str, str | None]:
