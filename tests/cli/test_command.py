@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,22 +60,45 @@ def test_kernels_that_cannot_run_are_refused_before_any_work(
     assert advice in line
 
 
-def test_full_disk_is_a_message_and_another_failure_of_the_system_is_not(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.csv"), ["metrics.csv", "free space"]),
+        (OSError(errno.EFBIG, os.strerror(errno.EFBIG), "a.ckpt"), ["a.ckpt", "free space"]),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), ["free space"]),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), "run"), ["Read-only", "choose another one"]),
+        (OSError(errno.EIO, os.strerror(errno.EIO), "metrics.csv"), ["metrics.csv", "choose another one"]),
+        (MemoryError(), ["memory ran out", "lower the batch size"]),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), ["memory ran out"]),
+    ],
+)
+def test_failure_of_the_system_is_a_message_and_status_one(
+    error: Exception, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
-    def fail(number: int) -> None:
-        raise OSError(number, os.strerror(number), "metrics.csv")
+    def fail() -> None:
+        raise error
 
     with pytest.raises(SystemExit, match="1"):
-        report_errors("usllm-train", lambda: fail(errno.ENOSPC))
-    message = capsys.readouterr().err
-    assert message.startswith("usllm-train: error:")
-    assert "metrics.csv" in message
-    assert "free space" in message
-    with pytest.raises(OSError, match="metrics"):
-        report_errors("usllm-train", lambda: fail(errno.EIO))
+        report_errors("usllm-train", fail)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("usllm-train: error:")
+    assert all(word in line for word in words)
+
+
+def test_interruption_in_a_library_that_leaves_by_itself_has_the_status_of_ctrl_c(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def leave() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)  # as Lightning does
+
+    with pytest.raises(SystemExit, match="130"):
+        report_errors("usllm-train", leave, resumes=True)
+    assert capsys.readouterr().err == "usllm-train: interrupted; the same command with resume=true continues\n"
 
 
 def test_a_bug_keeps_its_traceback() -> None:

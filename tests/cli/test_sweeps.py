@@ -95,7 +95,7 @@ def test_sweep_started_again_skips_what_is_finished_and_resumes_what_was_interru
 def test_failed_job_does_not_end_the_sweep(
     trained: list[int], tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         sweep(monkeypatch, tiny_text, tmp_path, "sketch.rows=0,1")
     assert trained == [1, 2, 3, 4]
     message = capsys.readouterr().err
@@ -108,7 +108,7 @@ def test_explicit_resume_false_refuses_used_directories(
 ) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "report.json").write_text("{}")
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         sweep(monkeypatch, tiny_text, tmp_path, f"run_dir={tmp_path}/used", "resume=false")
     assert "already holds a run" in capsys.readouterr().err
 
@@ -118,7 +118,7 @@ def test_several_devices_with_a_launching_strategy_are_refused(
 ) -> None:
     for name in ("LOCAL_RANK", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(SystemExit, match="1"):
+    with pytest.raises(SystemExit, match="2"):
         sweep(monkeypatch, tiny_text, tmp_path, "trainer.devices=2", "trainer.strategy=ddp", "seed=1,2")
     message = capsys.readouterr().err
     assert "every rank would run the whole sweep again" in message

@@ -34,7 +34,16 @@ _QUIET_WARNINGS = (
     r"'set_vital' is deprecated.*",
     r".*`lr_scheduler.step\(\)` before `optimizer.step\(\)`.*",
 )
-_QUIET_LOGGERS = ("lightning.pytorch", "lightning.fabric", "transformers", "datasets", "httpx", "fsspec", "lm_eval")
+_QUIET_LOGGERS = (
+    "lightning.pytorch",
+    "lightning.fabric",
+    "transformers",
+    "datasets",
+    "httpx",
+    "fsspec",
+    "lm_eval",
+    "huggingface_hub",
+)
 
 
 class SweepJobFailed(CompactHydraException):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,8 +20,11 @@ from usllm.config.structure import built, merge_typed
 from usllm.config.validation import plain_config, user_error
 from usllm.models import ModelSpec
 from usllm.packed.new_folder import check_out
+from usllm.system.files import unusable
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LEAST_TEMPERATURE = 0.001
+"""Scores divided by less are too large to be drawn from."""
 WITHOUT_CKPT = ("model", "data", "sketch", "allocation", "calibration_sequences")
 """Keys of ``usllm-export`` that say what to pack where there is no checkpoint."""
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?$", re.IGNORECASE)
@@ -118,6 +122,7 @@ def check_export(cfg: DictConfig | dict[str, Any], given: Sequence[str] = ()) ->
             rules.check_unseen(rules.sources_of_training(config.data), config.evaluation, problems)
         if not config.evaluation.test_sets and not config.evaluation.validation_split:
             problems.append("evaluation.test_sets: none given, so measure=true has nothing to measure")
+    problems.require(bool(config.out), "out", config.out, "is empty; give the folder to make")
     if config.out:
         built(lambda: check_out(Path(config.out).expanduser(), config.overwrite), problems)
     if problems:
@@ -136,9 +141,17 @@ def check_generate(cfg: DictConfig | dict[str, Any]) -> GenerateConfig:
     if config is None:
         raise user_error(problems)
     if (config.folder is None) == (config.ckpt is None):
-        problems.append(f"model={config.folder} and ckpt={config.ckpt}: give exactly one")
+        given = "neither is given" if config.ckpt is None else f"model={config.folder} and ckpt={config.ckpt} are"
+        problems.append(f"model and ckpt: {given}; give exactly one, model=<packed folder> or ckpt=<run>")
     problems.number("max_new_tokens", config.max_new_tokens, least=1)
-    problems.number("temperature", config.temperature, least=0, hint="0 takes the likeliest token")
+    problems.number("seed", config.seed, least=0, below=2**32)
+    usable = config.temperature == 0 or (math.isfinite(config.temperature) and config.temperature >= LEAST_TEMPERATURE)
+    problems.require(
+        usable,
+        "temperature",
+        config.temperature,
+        f"must be 0, which takes the likeliest token, or at least {LEAST_TEMPERATURE}",
+    )
     problems.number("top_p", config.top_p, above=0)
     problems.require(config.top_p <= 1, "top_p", config.top_p, "must be at most 1")
     problems.choice("device", config.device, ("auto", "cpu", "cuda"))
@@ -160,6 +173,12 @@ def check_inspect(cfg: DictConfig | dict[str, Any]) -> InspectConfig:
     problems = Problems()
     config = merge_typed(InspectConfig, plain_config(cfg), problems)
     if config is None or problems:
+        raise user_error([line.replace("folder", "model") if line.startswith("folder") else line for line in problems])
+    problems.require(bool(config.folder), "model", config.folder, "is empty; give the folder of a packed model")
+    if config.json is not None:
+        reason = unusable(Path(config.json).expanduser()) if config.json else "is empty"
+        problems.require(reason is None, "json", config.json, f"{reason}; give the name of a file")
+    if problems:
         raise user_error(problems)
     return config
 

@@ -15,8 +15,13 @@ from usllm.data.sources.kinds import with_kind
 from usllm.data.windows import WINDOW_STARTS
 from usllm.models import ModelSpec
 from usllm.system.errors import UserError
+from usllm.system.files import unusable
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
+
+TOO_MANY = 2**31
+"""Of anything that is counted: what multiplies counts stays within 64 bits."""
+MOST_PROCESSES = 1024
 
 PERPLEXITY = "perplexity"
 METRICS = (PERPLEXITY, f"{PERPLEXITY}/<test set>/<window>", "bits_per_weight", "model_bytes")
@@ -40,9 +45,14 @@ class Problems(list[str]):
         below: float | None = None,
         hint: str = "",
     ) -> None:
-        """``value`` must be finite and inside the bounds; ``None`` means "not set" and passes."""
+        """``value`` must be finite and inside the bounds; ``None`` means "not set" and passes.
+
+        A whole number without an upper bound is a count, and must be below ``TOO_MANY``.
+        """
         if value is None:
             return
+        if below is None and isinstance(value, int) and value >= TOO_MANY:
+            below = TOO_MANY
         bounds: list[tuple[Callable[[float], bool], str]] = []
         if above is not None:
             bounds.append((lambda v: v > above, f"above {above}"))
@@ -51,7 +61,7 @@ class Problems(list[str]):
         if below is not None:
             bounds.append((lambda v: v < below, f"below {below}"))
         if not math.isfinite(value) or not all(holds(value) for holds, _ in bounds):
-            words = " and ".join(text for _, text in bounds)
+            words = " and ".join(text for _, text in bounds) or "finite"
             self.append(f"{key}={value}: must be {words}{f'; {hint}' if hint else ''}")
 
     def choice(self, key: str, value: object, choices: Iterable[str]) -> None:
@@ -119,8 +129,15 @@ def check_data(data: DataConfig, problems: Problems) -> None:
     problems.number("data.max_sequences", data.max_sequences, least=1, hint="null takes the whole text")
     problems.choice("data.window_start", data.window_start, WINDOW_STARTS)
     problems.number("data.batch_size", data.batch_size, least=1)
-    problems.number("data.num_proc", data.num_proc, least=1)
-    problems.number("data.num_workers", data.num_workers, least=0)
+    problems.number("data.num_proc", data.num_proc, least=1, below=MOST_PROCESSES + 1)
+    problems.number("data.num_workers", data.num_workers, least=0, below=MOST_PROCESSES + 1)
+    _check_place("data.cache_dir", data.cache_dir, problems)
+
+
+def _check_place(key: str, folder: str, problems: Problems) -> None:
+    """A folder that files will be written to can be made."""
+    reason = unusable(Path(folder).expanduser() / "file")
+    problems.require(reason is None, key, folder, f"{reason}; choose another folder")
 
 
 def check_evaluation(evaluation: EvaluationConfig, problems: Problems) -> None:
@@ -168,7 +185,7 @@ def check_harness(harness: HarnessConfig, problems: Problems) -> None:
     problems.require(
         found, "harness.include_path", path, "no such folder; give the one that holds the tasks' YAML files"
     )
-    problems.number("harness.limit", harness.limit, above=0, hint="null measures every example")
+    problems.number("harness.limit", harness.limit, above=0, below=TOO_MANY, hint="null measures every example")
     if harness.limit is not None and harness.limit > 1:
         whole = float(harness.limit).is_integer()
         problems.require(whole, "harness.limit", harness.limit, "must be a whole number, or a share below 1")
@@ -190,11 +207,12 @@ def check_trainer(trainer: dict[str, Any], warmup_steps: int, problems: Problems
         else:
             problems.number(f"trainer.{key}", value, above=0)
     accumulate = trainer.get("accumulate_grad_batches", 1)
-    is_count = isinstance(accumulate, int) and not isinstance(accumulate, bool) and accumulate >= 1
-    problems.require(is_count, "trainer.accumulate_grad_batches", accumulate, "must be a whole number of at least 1")
+    is_count = isinstance(accumulate, int) and not isinstance(accumulate, bool) and 1 <= accumulate < TOO_MANY
+    what = f"must be a whole number of at least 1 and below {TOO_MANY}"
+    problems.require(is_count, "trainer.accumulate_grad_batches", accumulate, what)
     problems.choice("trainer.precision", trainer.get("precision", "auto"), PRECISIONS)
     problems.extend(argument_problems(trainer))
-    if isinstance(steps, int) and steps > 0:
+    if isinstance(steps, int) and 0 < steps < TOO_MANY:
         problems.extend(length_problems(trainer, warmup_steps, steps))
 
 

@@ -21,6 +21,7 @@ T = TypeVar("T")
 NEEDS_A_VALUE = ": needs a value"
 """What follows the key of a value that nobody gave."""
 _SCALARS = (bool, int, float, str)
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
 
 
 def merge_typed(cls: type[T], given: Mapping[Any, Any], problems: list[str], path: str = "") -> T | None:
@@ -92,8 +93,42 @@ def _merge_value(hint: Any, key: str, value: Any, values: dict[str, Any], proble
     else:
         try:
             values[key] = _converted(hint, value)
-        except OmegaConfBaseException as error:
-            problems.append(f"{full}={_short(value)}: {str(error).splitlines()[0]}")
+        except OmegaConfBaseException:
+            shown = "null" if value is None else _short(value)
+            problems.append(f"{full}={shown}: must be {_in_words(hint)}")
+        else:
+            problems.extend(too_large(full, value))
+
+
+def arguments_refused(build: Callable[..., Any], given: Mapping[str, Any], path: str) -> list[str]:
+    """One line for each argument of a class whose value is not of the annotated type, as far as values can tell."""
+    try:
+        hints = get_type_hints(getattr(build, "__init__") if isinstance(build, type) else build)  # noqa: B009
+    except (NameError, TypeError, AttributeError):  # annotations that only a type checker can read
+        return []
+    problems: list[str] = []
+    for key, value in given.items():
+        if key in hints:
+            _merge_value(hints[key], key, value, {}, problems, f"{path}.{key}")
+    return problems
+
+
+def too_large(key: str, value: Any) -> list[str]:
+    """One line for each whole number in a value that nothing here can compute with."""
+    if isinstance(value, int):
+        return [] if abs(value) < 2**63 else [f"{key}={_short(value)}: must fit into 64 bits"]
+    entries = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    return [found for name, entry in entries for found in too_large(f"{key}.{name}", entry)]
+
+
+def _in_words(hint: Any) -> str:
+    """What a value of a type is, for a message."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_in_words(part) for part in get_args(hint))
+    if get_origin(hint) in (list, tuple):
+        part = next((part for part in get_args(hint) if part is not Ellipsis), str)
+        return f"a list, as in [{'1,2' if part is int else '0.5,1' if part is float else 'a,b'}]"
+    return _WORDS.get(hint, "a group of settings")
 
 
 def _converted(hint: Any, value: Any) -> Any:

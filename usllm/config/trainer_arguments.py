@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Rule = Callable[[Any], bool]
+TOO_LONG = 2**31
+"""Of steps and other counts."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ def length_problems(trainer: Mapping[str, Any], warmup_steps: int, max_steps: in
             f"optimizer.warmup_steps={warmup_steps}: longer than the run's {max_steps} steps (trainer.max_steps, or "
             "trainer.epochs over the text): make it shorter, 0 for none"
         )
+    if max_steps >= TOO_LONG:
+        return [f"trainer.max_steps={max_steps:.3g}, or trainer.epochs over the text: must be below {TOO_LONG} steps"]
     if batches is not None and _whole(interval) and interval > batches and trainer.get("limit_val_batches", 1.0) != 0:
         found.append(
             f"trainer.val_check_interval={interval}: the run has {batches} micro batches, so it would never validate; "
@@ -84,13 +88,13 @@ def _whole(value: Any) -> bool:
 
 
 def _count(least: int) -> Rule:
-    return lambda value: _whole(value) and value >= least
+    return lambda value: _whole(value) and least <= value < TOO_LONG
 
 
 def _share_or_count(value: Any) -> bool:
     """0 to 1 as a share, or a whole number of batches."""
     if _whole(value):
-        return bool(value >= 0)
+        return bool(0 <= value < TOO_LONG)
     return isinstance(value, float) and 0 <= value <= 1
 
 

@@ -84,6 +84,11 @@ def check_eval(cfg: DictConfig | dict[str, Any], given: Sequence[str] = ()) -> E
     if config is None or config.model is None:
         raise user_error(problems)
     problems.choice("device", config.device, ("auto", "cpu", "cuda"))
+    problems.number("seed", config.seed, least=0, below=2**32)
+    if config.ckpt is not None:
+        problems.require(
+            bool(config.ckpt), "ckpt", config.ckpt, "is empty; give the directory of a run, or a .ckpt file"
+        )
     if config.ckpt is None:
         rules.check_model(config.model, problems)
     rules.check_evaluation(config.evaluation, problems)

@@ -133,6 +133,10 @@ def run_harness(
         except (OSError, ImportError) as error:  # no network, no such file, a package that a task wants
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"harness.tasks={list(tasks)}: cannot be run here ({reason})") from error
+        except (ValueError, IndexError, RuntimeError) as error:
+            if line := _refused(error, model, tokenizer, num_fewshot):
+                raise UserError(line) from error
+            raise
         finally:
             for module in training:
                 module.training = True
@@ -143,6 +147,24 @@ def run_harness(
     doubled = adapter.tok_encode("a")[:1] == [adapter.prefix_token_id]
     notes = _notes(found.get("configs", {}), tokenizer) if doubled else []
     return {**_plain(kept), "lm_eval_version": __version__, "seeds": seeds, "settings": settings, "notes": notes}
+
+
+def _refused(
+    error: Exception, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_fewshot: int | None
+) -> str | None:
+    """What the settings have to do with an error of the harness; ``None``: nothing that is known."""
+    if "Sample larger than population" in str(error):
+        return (
+            f"harness.num_fewshot={num_fewshot}: a task has too few documents for so many examples and a question; "
+            "give fewer, or null for each task's own number"
+        )
+    size = model.config.get_text_config().vocab_size
+    if not isinstance(error, ValueError) and max(tokenizer.get_vocab().values()) >= size:
+        return (
+            f"harness.tasks: a text holds a token that the model, which has {size}, does not know: its tokenizer "
+            "belongs to another model"
+        )
+    return None
 
 
 def harness_tables(result: dict[str, Any] | None) -> list[str]:

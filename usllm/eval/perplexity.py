@@ -13,19 +13,20 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usllm.data.windows import AUTO, EACH, NONE, cut_windows, resolved_rule, start_token
+from usllm.models.loading import check_vocabulary
 from usllm.system.errors import RunError, UserError
 from usllm.system.finite import first_nonfinite_output, first_nonfinite_tensor
 from usllm.system.ranks import dealt, ranks, sum_over_ranks_
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from usllm.data import SourceSpec
 
@@ -101,6 +102,8 @@ def perplexity(
             f"evaluation.max_windows={max_windows} at least 1"
         )
     check_long_enough(token_ids, window, name)
+    if hasattr(config := getattr(model, "config", None), "get_text_config"):
+        check_vocabulary(cast("PretrainedConfig", config), int(token_ids.max()), f"test set {name!r}")
     cut, _ = cut_windows(token_ids.cpu().numpy(), window, first)
     windows = len(cut) if max_windows is None else min(len(cut), max_windows)
     device = device or next(model.parameters()).device

@@ -37,7 +37,8 @@ class LittleBitConfig:
         found = []
         if not (_is_number(self.bits_per_weight) and self.bits_per_weight > 0):
             found.append(
-                f"sketch.bits_per_weight={self.bits_per_weight!r} must be above 0: give the ceiling in bits, as 0.5"
+                f"sketch.bits_per_weight={self.bits_per_weight!r} must be a finite number above 0: "
+                "give the ceiling in bits, as 0.5"
             )
         if type(self.paths) is not int or self.paths not in (1, 2):
             found.append(f"sketch.paths={self.paths!r} is unknown: choose one of 1, 2")

@@ -11,12 +11,14 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from usllm.system.code_version import code_version
-from usllm.system.errors import UserError
+from usllm.system.errors import RunError, UserError, first_line
 from usllm.system.files import write_text
+from usllm.system.network import unreachable
 
 if TYPE_CHECKING:
     from wandb import Run
 
+_KEEP_HERE = "keep the run here, to be sent later, with logger.wandb.mode=offline (or WANDB_MODE=offline)"
 WANDB_ID_FILE = "wandb_id.txt"
 MODES = (None, "online", "offline", "disabled")
 
@@ -60,6 +62,7 @@ class WandbRunLogger(WandbLogger):
             raise UserError(f"logger.wandb.log_export={log_export}: choose false or true")
         if (mode or os.environ.get("WANDB_MODE") or "online") == "online":
             refuse_without_login()
+            refuse_without_network()
         # Not Lightning's `offline`, which sets WANDB_MODE for all later runs of this process.
         super().__init__(save_dir=save_dir, log_model=log_model, mode=mode, **arguments)  # type: ignore[arg-type]
         self._wandb_init.pop("anonymous", None)  # Lightning passes it even when unset, and W&B warns of it
@@ -77,7 +80,10 @@ class WandbRunLogger(WandbLogger):
         if self._experiment is None:
             if not self.disabled:
                 self._wandb_init["id"] = self._id = kept_id(self.run_dir)
-            run: Any = super().experiment
+            try:
+                run: Any = super().experiment
+            except Exception as error:  # a network that went away, a key that is refused
+                raise RunError(f"logger=wandb: W&B gave no run ({first_line(error)}); {_KEEP_HERE}") from error
             if self.stores_code:
                 run.config.update({"code": code_version()}, allow_val_change=True)
         return cast("Run", self._experiment)
@@ -93,6 +99,17 @@ class WandbRunLogger(WandbLogger):
         if self._experiment is not None:
             self.experiment.finish(exit_code=exit_code)
             self._experiment = None
+
+
+def refuse_without_network() -> None:
+    """Say at once what W&B would say after minutes.
+
+    Raises:
+        RunError: its server cannot be reached.
+    """
+    address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    if (reason := unreachable(address)) is not None:
+        raise RunError(f"logger=wandb: {address} cannot be reached ({reason}); {_KEEP_HERE}")
 
 
 def refuse_without_login() -> None:

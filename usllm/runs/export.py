@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +20,7 @@ from usllm.data.windows import resolved_rule
 from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.loggers import WandbRunLogger, log_export, logs_exports, reopened
 from usllm.models import ModelSpec
-from usllm.models.loading import load_config, load_dense, load_generation_config, load_tokenizer
+from usllm.models.loading import check_context_length, load_config, load_dense, load_generation_config, load_tokenizer
 from usllm.models.skeleton import skeleton
 from usllm.packed.card import CardFacts, model_card
 from usllm.packed.export import ModelFiles, RestStorage, export
@@ -168,7 +169,9 @@ def _from_dense(config: ExportConfig) -> _Origin:
     from usllm.calibration.measure import measure_importance
 
     compressor = compressor_of(config.sketch, config.allocation)
-    data = build_data(config.data, load_tokenizer(config.model), config.seed, load_config(config.model))
+    model_config = load_config(config.model)
+    check_context_length(model_config, config.data.context_length)
+    data = build_data(config.data, load_tokenizer(config.model), config.seed, model_config)
     model = load_dense(config.model).eval()
     swap_linears_(model, config.model.patterns)
     autocast = choose_autocast("auto", model.device)
@@ -230,7 +233,7 @@ def _print_export(inspection: Inspection, artifact: str | None) -> None:
     print_facts(facts, console)
     console.print("\nNext, try")
     for line in (
-        f"{program('usllm-inspect')} model={inspection.path}",
-        f'{program("usllm-generate")} model={inspection.path} prompt="…"',
+        shlex.join([program("usllm-inspect"), f"model={inspection.path}"]),
+        shlex.join([program("usllm-generate"), f"model={inspection.path}"]) + ' prompt="…"',
     ):
         console.print(f"  {line}", style="bold", markup=False, soft_wrap=True, highlight=False)

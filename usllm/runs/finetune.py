@@ -250,7 +250,7 @@ def sizes(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
 
 def next_commands(config: TrainConfig, command: str) -> list[str]:
     """What to try after this run, as commands that work from the same folder."""
-    commands = [f"{program('usllm-eval')} ckpt={config.run_dir}"]
+    commands = [shlex.join([program("usllm-eval"), f"ckpt={config.run_dir}"])]
     rate = compressor_of(config.sketch, config.allocation).options.bits_per_weight
     if rate is not None:
         changed = ("sketch.bits_per_weight=", "resume=")

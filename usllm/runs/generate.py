@@ -21,7 +21,7 @@ from transformers import (
 from usllm.config import section_of
 from usllm.config.packed import GenerateConfig, size_in_bytes
 from usllm.models import ModelSpec
-from usllm.models.loading import load_dense, load_tokenizer
+from usllm.models.loading import check_vocabulary, load_dense, load_tokenizer
 from usllm.packed.loading import load
 from usllm.runs.evaluate import choose_device
 from usllm.runs.saved_run import find_checkpoint, load_sketched_
@@ -48,6 +48,7 @@ def generate(config: GenerateConfig) -> str:
     model, tokenizer = _packed(config, device) if config.folder is not None else _checkpoint(config, device)
     refuse_nonfinite(model, f"ckpt={config.ckpt}" if config.folder is None else f"model={config.folder}")
     ids = _tokenised(text, tokenizer, config.chat).to(device)
+    check_vocabulary(model.config, int(ids.max()), "prompt")
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and ids.shape[1] + config.max_new_tokens > limit:
         raise UserError(

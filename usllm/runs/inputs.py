@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from usllm.data.overlap import SharedDocuments
 from usllm.data.sources import read_documents
 from usllm.data.windows import resolved_rule
 from usllm.eval.perplexity import check_long_enough, tokenise_test_sets
+from usllm.models.loading import check_vocabulary
 
 VALIDATION_SET = "validation"
 """Name of the held-out split among the test sets."""
@@ -53,6 +55,9 @@ def build_data(
         window_start=resolved_rule(section.window_start, model.model_type, tokenizer, "data.window_start"),
     )
     data.setup()
+    if max(tokenizer.get_vocab().values()) >= (getattr(model.get_text_config(), "vocab_size", None) or math.inf):
+        for key, sequences in (("data.train", data.train_sequences), ("data.validation", data.validation_sequences)):
+            check_vocabulary(model, max(max(row) for row in sequences["input_ids"]), key)
     return data
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hydra.errors import HydraException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
@@ -13,6 +13,8 @@ from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfi
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from usllm.config import TrainConfig
+from usllm.config.structure import arguments_refused
+from usllm.config.validation import user_error
 from usllm.system.errors import UserError
 from usllm.system.machine import choose_precision
 from usllm.training import build_strategy
@@ -35,6 +37,9 @@ def build_nodes(group: str, nodes: dict[str, Any] | None) -> dict[str, Any]:
         if node is None:
             continue
         try:
+            given = {key: value for key, value in node.items() if not str(key).startswith("_")}
+            if refused := arguments_refused(get_object(str(node.get("_target_"))), given, f"{group}.{name}"):
+                raise user_error(refused)
             built[name] = instantiate(node, _convert_="all")
         except HydraException as error:
             cause = error.__cause__
@@ -42,6 +47,9 @@ def build_nodes(group: str, nodes: dict[str, Any] | None) -> dict[str, Any]:
                 raise cause from None
             reason = str(cause or error).strip().splitlines()[0]
             raise UserError(f"{group}.{name} ({node.get('_target_')}) cannot be made: {reason}") from error
+        except (ImportError, AttributeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{group}.{name}._target_={node.get('_target_')}: cannot be found ({reason})") from error
     return built
 
 

@@ -88,7 +88,9 @@ class SketchConfig:
 
         rate = self.bits_per_weight
         if not math.isfinite(rate) or rate <= 0:
-            found.append(f"sketch.bits_per_weight={rate!r} must be above 0: give the ceiling in bits, such as 0.5")
+            found.append(
+                f"sketch.bits_per_weight={rate!r} must be a finite number above 0: give the ceiling in bits, as 0.5"
+            )
         whole("rows", 1, MAX_ROWS)
         whole("group_size", 1, MAX_GROUP_SIZE)
         whole("seed", 0, 2**32 - 1)

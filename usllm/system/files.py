@@ -18,6 +18,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def unusable(path: Path) -> str | None:
+    """Why a file cannot be written at ``path``, as far as that can be seen before; ``None`` where it can.
+
+    Folders that are missing would be made.
+    """
+    try:
+        if path.is_dir():
+            return "is a folder, not a file"
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+    except (OSError, ValueError) as error:  # a name that no system allows
+        return str(error)
+    if not parent.is_dir():
+        return f"{parent} is a file"
+    return None if os.access(parent, os.W_OK | os.X_OK) else f"{parent} cannot be written to"
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write ``content`` so that a reader never sees half a file, also when the process dies."""
     write_text(path, json.dumps(content, indent=2) + "\n")
@@ -160,18 +176,25 @@ def _drop_leftovers(path: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path, ours: bool = True) -> dict[str, Any] | None:
     """The object in a JSON file; ``None`` when there is no such file.
 
+    Args:
+        path: Of the file.
+        ours: Whether we have written it, so that it can be deleted when it is damaged; otherwise it is the user's.
+
     Raises:
-        UserError: The file is damaged.
+        UserError: The file is damaged, or is no such file.
     """
+    way_out = "is damaged ({}); delete it to go on" if ours else "is not a JSON object ({}); give another file"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it to go on") from error
+        raise UserError(f"{path} {way_out.format(error)}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (not an object); delete it to go on")
+        raise UserError(f"{path} {way_out.format('it holds something else')}")
     return content

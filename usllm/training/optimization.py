@@ -17,6 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from usllm.compress.parameters import KINDS, parameter_kinds
 from usllm.system.errors import UserError
 
+LARGEST = 1e6
+"""Of rates and decays: their products and quotients by the moments stay within fp32."""
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -99,13 +101,13 @@ def _problems(where: str, group: Any) -> list[str]:
     found = []
     for key in ("lr", "relative_lr"):
         value = getattr(group, key, None)
-        if value is not None and not (0 < value < math.inf):
-            found.append(f"{where}.{key}={value}: must be above 0, and finite")
+        if value is not None and not 0 < value <= LARGEST:
+            found.append(f"{where}.{key}={value}: must be above 0 and at most {LARGEST:g}")
     betas = group.betas
     if betas is not None and (len(betas) != 2 or not all(0 <= beta < 1 for beta in betas)):
         found.append(f"{where}.betas={list(betas)}: must be two numbers from 0 up to, not including, 1")
-    if group.weight_decay is not None and not 0 <= group.weight_decay < math.inf:
-        found.append(f"{where}.weight_decay={group.weight_decay}: must be 0 or more, and finite")
+    if group.weight_decay is not None and not 0 <= group.weight_decay <= LARGEST:
+        found.append(f"{where}.weight_decay={group.weight_decay}: must be 0 or more, and at most {LARGEST:g}")
     if group.schedule is not None and group.schedule not in SCHEDULES:
         found.append(f"{where}.schedule={group.schedule!r}: unknown; choose one of {', '.join(SCHEDULES)}")
     if group.warmup_steps is not None and group.warmup_steps < 0:

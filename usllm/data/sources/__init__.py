@@ -81,7 +81,7 @@ def _read(read: Callable[[Source, SourceSpec], T], spec: SourceSpec, key: str) -
         spec = with_kind(spec, key)
         return read(_source(spec.kind), spec)
     except UserError as error:
-        raise UserError(f"{key}: {error}") from error.__cause__
+        raise type(error)(f"{key}: {error}") from error.__cause__
 
 
 def _describe(spec: SourceSpec) -> str:

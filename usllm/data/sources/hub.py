@@ -6,6 +6,7 @@ from usllm.data.sources.boundaries import group_rows
 from usllm.data.sources.plain import plain_text
 from usllm.data.sources.spec import SourceSpec
 from usllm.system.errors import UserError
+from usllm.system.network import leave_unreachable_hub, network_or_user_error
 
 
 def documents(spec: SourceSpec) -> list[str]:
@@ -23,14 +24,16 @@ def _rows(spec: SourceSpec) -> list[str]:
     from datasets import load_dataset
 
     what = f"{spec.name}{f' ({spec.config})' if spec.config else ''}, split {spec.split!r}"
+    leave_unreachable_hub()
     try:
         data = load_dataset(str(spec.name), spec.config, split=spec.split)
     except Exception as error:  # hub, HTTP and builder errors have no common base class
         reason = (str(error).strip().splitlines() or ["no message"])[0]
-        raise UserError(
+        raise network_or_user_error(
             f"the data set {what} cannot be loaded from the Hugging Face hub ({type(error).__name__}: {reason}). "
             "Without a network, use data=pydoc (Python's own documentation), data=text data.train.path=<file>, or the "
-            "jsonl or parquet kinds"
+            "jsonl or parquet kinds",
+            error,
         ) from error
     if spec.text_field not in data.column_names:
         raise UserError(f"{what} has no column {spec.text_field!r} but {data.column_names}; set text_field")

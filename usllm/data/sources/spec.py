@@ -23,7 +23,8 @@ class SourceSpec:
         config: configuration of the hub data set, for example ``wikitext-2-raw-v1``.
         split: split of the hub data set.
         text_field: column that holds the text (``jsonl``, ``parquet``, ``hub``).
-        separator: what lies between two documents of a text file; also what joins rows into one test text.
+        separator: what lies between two documents of a text file; also what joins rows into one test text. ``\\n`` and
+            ``\\t``, as a shell hands them over, are the line end and the tabulator.
         document_start: regular expression; a line (text files) or row (the others) that matches it begins a new
             document, and rows up to the next one belong together. Null: every row is a document.
     """
@@ -40,6 +41,8 @@ class SourceSpec:
     def __post_init__(self) -> None:
         if self.path is not None and not isinstance(self.path, str):
             object.__setattr__(self, "path", tuple(str(path) for path in self.path))
+        if isinstance(self.separator, str):
+            object.__setattr__(self, "separator", self.separator.replace("\\n", "\n").replace("\\t", "\t"))
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -1,0 +1,196 @@
+"""All commands by all wrong inputs, as data: one row for what was typed, the exit status, and words of the one line.
+
+A new way to go wrong is one more row. Every row is tried through the real command. In overrides and words ``TEXT``,
+``LINES`` (JSON lines with half a surrogate pair), ``RUN``, ``PACKED``, ``DENSE``, ``FOREIGN`` (a dense model whose
+tokenizer has more tokens than it), ``TASKS``, ``FILE``, ``ODD`` (a text whose name Hydra cannot read) and ``HERE`` (the
+test's own folder) stand for places. ``TINY`` are the settings of a run of seconds, ``MEASURE`` of a measurement.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+USER, FAILED, DONE = 2, 1, 0
+ODD_NAME = "it's [a] ti=ny, ${x} é ~.txt"
+
+
+class Row(NamedTuple):
+    """What was typed after the command, the exit status, and what the message holds."""
+
+    command: str
+    typed: str | list[str]
+    status: int
+    words: list[str]
+
+
+def train(typed: str | list[str], *words: str, status: int = USER) -> Row:
+    return Row("train", ["TINY", *(typed if isinstance(typed, list) else [typed])], status, list(words))
+
+
+def evaluate(typed: str | list[str], *words: str, status: int = USER) -> Row:
+    return Row("eval", ["MEASURE", *(typed if isinstance(typed, list) else [typed])], status, list(words))
+
+
+def generate(typed: str | list[str], *words: str, status: int = USER) -> Row:
+    given = ["model=PACKED", "prompt=hi", "max_new_tokens=2"]
+    return Row("generate", [*given, *(typed if isinstance(typed, list) else [typed])], status, list(words))
+
+
+def export(typed: str | list[str], *words: str, status: int = USER) -> Row:
+    given = ["ckpt=RUN", "out=HERE/out"]
+    return Row("export", [*given, *(typed if isinstance(typed, list) else [typed])], status, list(words))
+
+
+def report(typed: str | list[str], *words: str, status: int = USER) -> Row:
+    given = ["runs=RUN", "out=HERE/report"]
+    return Row("report", [*given, *(typed if isinstance(typed, list) else [typed])], status, list(words))
+
+
+EVERY_COMMAND = [
+    Row(command, typed, USER, words)
+    for command in ("train", "eval", "export", "generate", "inspect", "report")
+    for typed, words in (
+        (["--experiment", "tiny"], ["--experiment: there is no such option", "key=value: experiment=tiny"]),
+        (["--experiment=tiny"], ["--experiment=tiny: there is no such option", "experiment=tiny"]),
+        (["--cfg", "foo"], ["--cfg", "invalid choice: 'foo'"]),
+        (["-V"], ["-V: there is no such option"]),
+        (["seed", "3"], ["seed: settings are given as key=value"]),
+        (["=5"], ["=5"]),
+        (["xyzzy.a=1"], ["xyzzy.a: there is no such key"]),
+        (["plugins=[no_such_module]"], ["plugins=no_such_module: cannot be imported"]),
+    )
+] + [
+    Row(command, ["--version"], DONE, [f"usllm-{command} 0."])
+    for command in ("train", "eval", "export", "generate", "inspect", "report")
+]
+
+COMPOSITION = [
+    train("sketch=minhash", "sketch=minhash: there is no such option", "absmaxmin"),
+    train("experiment=demoo", "did you mean experiment=demo?"),
+    train("model=nope", "model=nope: there is no such option", "a folder, a .gguf file"),
+    train("model=", "model=: needs a value; choose one of folder"),
+    train("model=null", "model=null: needs the name of an option"),
+    train("data=null", "data=null: needs the name of an option"),
+    train("callbacks=3", "callbacks=3: needs the name of an option"),
+    train("stages=[1]", "stages=[1]: needs the name of an option"),
+    train("stages=[default,foo]", "stages=foo: there is no such option", "reconstruct"),
+    train("sketch.row=1", "sketch.row: there is no such key; did you mean sketch.rows?"),
+    train("data.validation.kind=text", "data.validation is null; pass ++data.validation.kind"),
+    train("sketch.rows=1,2", "sketch.rows=1,2: several values are a sweep: add -m"),
+    train("seed=interval(1,2)", "seed=interval(1,2): is a range of a sweep: add -m"),
+    train("name=${nope}", "name=${nope}: Interpolation key 'nope' not found"),
+    train("seed=${oc.env:NO_SUCH_NAME}", "NO_SUCH_NAME"),
+    train("sketch.rows=[1", "sketch.rows=[1: must be a whole number"),
+    train("sketch.rows=foo(1)", "sketch.rows=foo(1): must be a whole number"),
+    train("sketch.rows=", "sketch.rows=: must be a whole number"),
+    train("resume=maybe", "resume=maybe: must be true or false"),
+    train("data.train.separator=null", "data.train.separator=null: must be a text"),
+    train("+sketch.rows=3", "An item is already at 'sketch.rows'"),
+    train("~sketch", "sketch: needs a value"),
+    train(["hydra/launcher=ray_local", "-m"], "hydra/launcher=ray_local: needs a plug-in", "pip install 'usllm[ray]'"),
+    train(["hydra/sweeper=foo", "-m"], "hydra/sweeper=foo: there is no such option", "bayes"),
+    train(["model=DENSE,random", "-m"], "model=DENSE,random: a sweep goes over options"),
+    train(["sketch.rows=0", "-m"], "sketch.rows=0 must be a whole number"),
+    Row("train", ["seed=1", "-m", "seed=2"], USER, ["seed=2: options such as -m stand before the first"]),
+]
+
+VALUES = [
+    train("trainer.val_check_interval=0", "trainer.val_check_interval=0: must be a share"),
+    train("trainer.val_check_interval=1000", "the run has 2 micro batches, so it would never validate"),
+    train("optimizer.lr=1e38", "optimizer.lr=1e+38: must be above 0 and at most"),
+    train("optimizer.lr=inf", "optimizer.lr=inf: must be above 0 and at most"),
+    train("optimizer.weight_decay=1e300", "optimizer.weight_decay=1e+300: must be 0 or more"),
+    train("sketch.bits_per_weight=inf", "sketch.bits_per_weight=inf must be a finite number"),
+    train("sketch.bits_per_weight=nan", "sketch.bits_per_weight=nan must be a finite number"),
+    train("seed=-1", "seed=-1: must be at least 0"),
+    train("seed=99999999999999999999999", "seed=99999999999999999999999: must fit into 64 bits"),
+    train("trainer.max_steps=99999999999999999999999", "trainer.max_steps=99999999999999999999999"),
+    train(["trainer.max_steps=null", "trainer.epochs=1e300"], "trainer.epochs", "must be below 2147483648 steps"),
+    train("trainer.accumulate_grad_batches=99999999999", "must be a whole number of at least 1"),
+    train("data.batch_size=9223372036854775807", "data.batch_size=9223372036854775807: must be at least 1 and below"),
+    train("data.num_workers=100000", "data.num_workers=100000: must be at least 0 and below 1025"),
+    train("callbacks.preemption.exit_code=abc", "callbacks.preemption.exit_code=abc: must be a whole number"),
+    train("callbacks.sketch_health.perplexity_max=abc", "callbacks.sketch_health.perplexity_max=abc: must be a number"),
+    train("stages.calibrate.sequences=abc", "stages.calibrate.sequences=abc: must be a whole number"),
+    train("callbacks.progress={_target_:no.Such}", "callbacks.progress._target_=no.Such: cannot be found"),
+    train("data.train.document_start=[", "data.train.document_start='[' is not a regular expression"),
+    evaluate("seed=-1", "seed=-1: must be at least 0"),
+    evaluate("evaluation.windows=32", "evaluation.windows=32: must be a list, as in [1,2]"),
+    evaluate("evaluation.batch_size=99999999999999999999999", "must fit into 64 bits"),
+    generate("seed=-1", "seed=-1: must be at least 0 and below 4294967296"),
+    generate("seed=4294967296", "seed=4294967296: must be at least 0 and below"),
+    generate("temperature=1e-320", "temperature=1e-320: must be 0", "at least 0.001"),
+    generate("temperature=nan", "temperature=nan: must be 0"),
+    generate("keep_decoded=null", "keep_decoded=null: must be a text"),
+    generate("max_new_tokens=3000", "more than the model's 2048 positions"),
+    export("max_shard_size=0", "max_shard_size=0: must be a size"),
+    export("rest.embeddings=3", "rest.embeddings=3: must be 16"),
+    report("reference.perplexity=nan", "reference.perplexity=nan: must be a positive number"),
+    report("title=[a,b]", "title"),
+]
+
+PLACES = [
+    train("data.train.path=HERE/nope", "data.train.path=HERE/nope: no such file"),
+    train("data.train.path=~/no such,file=[.txt", "data.train.path=~/no such,file=[.txt: no such file"),
+    train("output_root=FILE", "run_dir: cannot be made", "choose another run_dir or output_root"),
+    train("run_dir=FILE", "run_dir: cannot be made"),
+    train("output_root=/proc/no", "run_dir: cannot be made"),
+    train("data.cache_dir=FILE", "data.cache_dir=FILE: FILE is a file; choose another folder"),
+    train("model=/no/such/folder", "model.name=/no/such/folder: no such folder"),
+    train("model=no/such/folder", "model.name=no/such/folder: no such folder"),
+    train("model=no.gguf", "model.file=no.gguf: no such file"),
+    train("model=no/such", "model.name='no/such' is no folder here", status=FAILED),
+    train(["data=jsonl", "data.train.path=LINES"], "line 1 holds half of a surrogate pair"),
+    train("model=FOREIGN", "data.train holds token", "but the model has 264 tokens"),
+    evaluate("run_dir=FILE", "run_dir: cannot be made"),
+    evaluate("model=FOREIGN", "holds token", "but the model has 264 tokens"),
+    evaluate("data=[]", "data=[]: names no file to measure on"),
+    evaluate("data=[LINES]", "line 1 holds half of a surrogate pair"),
+    evaluate("data=[HERE/no such,file.txt]", "no such file"),
+    Row("eval", ["ckpt="], USER, ["ckpt=: is empty"]),
+    Row("eval", ["ckpt=TEXT"], USER, ["checkpoint TEXT cannot be read"]),
+    Row("generate", ["prompt=hi"], USER, ["model and ckpt: neither is given"]),
+    Row("generate", ["prompt=hi", "model=no/pe"], USER, ["model=no/pe: is no folder here"]),
+    generate("folder=PACKED", "model=… and folder=… are one thing"),
+    Row("inspect", [], USER, ["model: needs a value; pass model=…"]),
+    Row("inspect", ["model="], USER, ["model=: is empty"]),
+    Row("inspect", ["model=DENSE"], USER, ["model=DENSE", "is not that of a packed usllm model"]),
+    Row("inspect", ["model=PACKED", "folder=DENSE"], USER, ["model=… and folder=… are one thing"]),
+    Row("inspect", ["model=PACKED", "json=FILE/x.json"], USER, ["json=FILE/x.json: FILE is a file"]),
+    Row("inspect", ["model=PACKED", "json=HERE"], USER, ["json=HERE: is a folder, not a file"]),
+    Row("inspect", ["model=PACKED", "json=/proc/x.json"], FAILED, ["/proc/", "choose another one"]),
+    export("out=", "out=: is empty"),
+    export("out=FILE/x", "out=FILE/x: FILE cannot be written to"),
+    export("out=/proc/x", "/proc/", status=FAILED),
+    report("out=FILE/x", "out=FILE/x: FILE is a file"),
+    report("out=/proc/x", "/proc/x", status=FAILED),
+    report("out=", "out=: is empty"),
+    report("reference.evaluation=TEXT", "reference.evaluation=TEXT", "is not a JSON object", "give another file"),
+    report("reference.evaluation=HERE", "reference.evaluation=HERE", "cannot be read"),
+]
+
+ACCEPTED = [
+    train(["data.train.path=ODD"], "Next, try", status=DONE),
+    train([r"data.train.separator=\n\n", "trainer.max_steps=1"], "Next, try", status=DONE),
+    evaluate("data=[ODD]", "Perplexity", status=DONE),
+    generate("prompt=~ it's, [a] = ${x} é \\", "", status=DONE),
+]
+
+HARNESS = [
+    evaluate(
+        ["harness.tasks=[choose_a_word]", "harness.include_path=TASKS", "harness.num_fewshot=5"],
+        *("harness.num_fewshot=5: a task has too few documents",),
+    ),
+    evaluate(
+        ["harness.tasks=[choose_a_word]", "harness.include_path=TASKS", "harness.limit=1e300"],
+        *("harness.limit=1e+300: must be above 0 and below",),
+    ),
+    Row(
+        "eval",
+        ["model=FOREIGN", "harness.tasks=[choose_a_word]", "harness.include_path=TASKS", "run_dir=HERE/run"],
+        USER,
+        ["harness.tasks: a text holds a token"],
+    ),
+]
+
+ROWS = [*EVERY_COMMAND, *COMPOSITION, *VALUES, *PLACES, *ACCEPTED, *HARNESS]
