@@ -15,6 +15,7 @@ import torch
 from tiny_run import Killed, Send, Settings, differences, final_checkpoint, record
 
 from usllm.callbacks import Preempted, Preemption
+from usllm.callbacks.preemption import Interrupted
 from usllm.system.errors import UserError
 from usllm.training import latest_checkpoint
 
@@ -86,6 +87,33 @@ def test_before_the_first_step_there_is_nothing_to_wait_for(tmp_path: Path) -> N
     preempted(tmp_path / "run", Send("on_fit_start", 1))
     assert saved_step(tmp_path / "run") == 0
     assert not (tmp_path / "run" / "record.jsonl").exists()
+
+
+@pytest.mark.parametrize(("times", "step", "reason"), [(1, 3, "after step 3, which is saved"), (2, 0, "interrupted;")])
+def test_ctrl_c_saves_the_step_and_a_second_one_leaves_at_once(
+    times: int, step: int, reason: str, tmp_path: Path
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # processes of tests may ignore it
+    callback, pressed = Preemption(), [Send("on_after_backward", 6, signal.SIGINT) for _ in range(times)]
+    try:
+        with pytest.raises(Interrupted) as ended, callback.armed():
+            tiny_run.run(tmp_path / "run", SETTINGS, callback, *pressed)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130
+    assert reason in ended.value.reason
+    assert "resume=true" in ended.value.reason
+    assert saved_step(tmp_path / "run") == step
+
+
+def test_ctrl_c_that_somebody_else_handles_is_left_to_them() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Preemption().armed():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_exit_code_and_reason_are_the_users(tmp_path: Path) -> None:

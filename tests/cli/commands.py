@@ -76,23 +76,26 @@ def _child(name: str, arguments: tuple[str, ...], folder: Path, log: Path, befor
     os._exit(status)
 
 
-def killed_after(module: str, name: str, calls: int = 1) -> Callable[[], None]:
+def killed_after(module: str, name: str, calls: int = 1, number: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
     """Has the process killed when a function has returned for the ``calls``-th time.
 
     Args:
         module: That the function is called through.
         name: Its name there; ``Class.method`` for a method.
+        number: The signal that is sent; SIGINT is Ctrl-C.
     """
-    return _Killer(module, name, calls)
+    return _Killer(module, name, calls, number)
 
 
 class _Killer:
-    def __init__(self, module: str, name: str, calls: int) -> None:
-        self.module, self.name, self.calls = module, name, calls
+    def __init__(self, module: str, name: str, calls: int, number: signal.Signals) -> None:
+        self.module, self.name, self.calls, self.number = module, name, calls, number
 
     def __call__(self) -> None:
         import importlib
 
+        if self.number == signal.SIGINT:  # the parent, a server of forks, ignores it
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         owner: Any = importlib.import_module(self.module)
         *classes, last = self.name.split(".")
         for each in classes:
@@ -103,7 +106,7 @@ class _Killer:
             result = ordinary(*arguments, **options)
             made.append(None)
             if len(made) == self.calls:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), self.number)
             return result
 
         setattr(owner, last, wrapped)

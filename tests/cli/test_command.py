@@ -1,34 +1,15 @@
-"""What the commands share: places instead of options for ``model=``, and errors as messages."""
+"""What the commands share: errors as messages, each with its status."""
 
 from __future__ import annotations
 
 import errno
 import os
 import sys
-from pathlib import Path
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import example, given
-from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
-from usllm.cli.arguments import expand_model, quote_values
 from usllm.cli.command import EXIT_USER_ERROR, report_errors
 from usllm.system.errors import UserError
-
-
-def test_model_places_become_options(tmp_path: Path) -> None:
-    assert expand_model(["model=random", "seed=1"]) == ["model=random", "seed=1"]
-    assert expand_model(["model=a/b.gguf"]) == ["model=gguf", "model.file='a/b.gguf'"]
-    assert expand_model(["model=meta-llama/Llama-3.2-1B"]) == ["model=hub", "model.name='meta-llama/Llama-3.2-1B'"]
-    assert expand_model([f"model={tmp_path}"]) == ["model=folder", f"model.name='{tmp_path}'"]
-    assert expand_model(["model=./nowhere"]) == ["model=folder", "model.name='./nowhere'"]
-
-
-def test_model_sweep_and_other_keys_are_left_to_hydra() -> None:
-    argv = ["-m", "model=random,smollm2_135m", "model.name=a/b", "data.train.path=x.gguf"]
-    assert expand_model(argv) == argv
 
 
 def test_user_error_is_a_message_and_status_two(
@@ -107,15 +88,3 @@ def test_a_bug_keeps_its_traceback() -> None:
 
     with pytest.raises(ZeroDivisionError):
         report_errors("usllm-train", task)
-
-
-@given(st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=30))
-@example("it's \\alpha\\'")
-@example("a\\")
-@example("${oc.env:HOME}")
-@example("\\${x}")
-@example("null")
-def test_prompt_reaches_the_program_as_it_was_typed(prompt: str) -> None:
-    (argument,) = quote_values([f"prompt={prompt}"], ("prompt",))
-    (override,) = OverridesParser.create().parse_overrides([argument])
-    assert OmegaConf.create({"prompt": override.value()}).prompt == prompt

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import command, killed_after
 
 from usllm.callbacks import NanGuard
 from usllm.cli import train
@@ -56,6 +57,36 @@ def test_terminated_process_saves_its_step_and_exits_with_the_code_for_requeue(t
     assert "Traceback" not in done.stderr
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step=00000005.ckpt"]
     assert not (tmp_path / "run" / "failure.json").exists()
+
+
+MOMENTS = {
+    "in-training": (
+        [],
+        ("usllm.callbacks.nan_guard", "NanGuard.on_before_optimizer_step", 3),
+        "after step 3, which is saved",
+    ),
+    "without-the-callback": (
+        ["~callbacks.preemption"],
+        ("usllm.callbacks.nan_guard", "NanGuard.on_before_backward"),
+        "",
+    ),
+    "while-calibrating": ([], ("usllm.stages.calibrate", "measure_statistics"), ""),
+    "while-reading": ([], ("usllm.runs.finetune", "build_data"), ""),
+}
+
+
+@pytest.mark.parametrize(("more", "moment", "saved"), MOMENTS.values(), ids=MOMENTS)
+def test_ctrl_c_leaves_with_its_status_and_says_how_to_go_on(
+    more: list[str], moment: tuple[Any, ...], saved: str, tiny_text: Path, tmp_path: Path
+) -> None:
+    pressed = killed_after(*moment, number=signal.SIGINT)
+    status, output = command("train", *arguments(tiny_text, tmp_path / "run", *more), folder=tmp_path, before=pressed)
+    assert status == 130, output
+    last = output.splitlines()[-1]
+    assert last.startswith(f"usllm-train: interrupted{' ' * bool(saved)}{saved}")
+    assert last.endswith("; the same command with resume=true continues")
+    assert "Traceback" not in output
+    assert len(list(tmp_path.rglob("*.ckpt"))) == bool(saved)
 
 
 def test_preempted_study_is_left_with_the_same_code(

@@ -127,6 +127,7 @@ VALUES = [
     export("rest.embeddings=3", "rest.embeddings=3: must be 16"),
     report("reference.perplexity=nan", "reference.perplexity=nan: must be a positive number"),
     report("title=[a,b]", "title"),
+    report("reference=x", "reference=x: must be a group of settings"),
 ]
 
 PLACES = [
