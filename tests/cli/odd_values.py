@@ -78,29 +78,37 @@ class Odd(NamedTuple):
 
 def odd_configurations(first: int, count: int) -> Iterator[Odd]:
     """Configurations by number; each is always the same."""
-    keys = {command: _keys(command) for command in dict.fromkeys(COMMANDS)}
+    values = {command: _values(command) for command in dict.fromkeys(COMMANDS)}
     for number in range(first, first + count):
         draw = random.Random(number)
         command = draw.choice(COMMANDS)
-        chosen = draw.sample(keys[command], draw.choice((1, 1, 1, 2, 3)))
-        yield Odd(command, [f"++{key}={draw.choice(NUMBERS + TEXTS)}" for key in chosen])
+        keys = list(values[command])
+        chosen = draw.sample(keys, min(len(keys), draw.choice((1, 1, 1, 2, 3))))
+        yield Odd(command, [f"++{key}={draw.choice(_odd(values[command][key], draw))}" for key in chosen])
 
 
-def _keys(command: str) -> list[str]:
-    """Dotted keys of all values of a command's configuration."""
+def _odd(value: Any, draw: random.Random) -> tuple[str, ...]:
+    """Values that are odd for a key; most often of the kind that it has, so that they are not refused by their type."""
+    if value is None or isinstance(value, list | dict) or draw.random() < 0.15:
+        return NUMBERS + TEXTS
+    return NUMBERS if isinstance(value, int | float) else TEXTS
+
+
+def _values(command: str) -> dict[str, Any]:
+    """Dotted keys of a command's configuration, with their values."""
     register_resolvers()
     given = ["experiment=tiny", "model=random"] if command == "train" else []
     with initialize_config_module(config_module="usllm.conf", version_base="1.3"):
         plain = OmegaConf.to_container(compose(command, given))
-    return [key for key in _leaves(plain) if key not in LEFT_OUT and "_target_" not in key]
+    return {key: value for key, value in _leaves(plain) if key not in LEFT_OUT and "_target_" not in key}
 
 
-def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in node.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value
 
 
 def bounded() -> None:

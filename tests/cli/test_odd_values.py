@@ -45,12 +45,12 @@ def small(odd: Odd, text: Path, made: Path, here: Path) -> list[str]:
 
 def faults(odd: Odd, status: int, output: str) -> list[str]:
     """What is wrong with how a command ended."""
-    lines = [line for line in output.splitlines() if line.startswith(f"usllm-{odd.command}: error:")]
+    lines = output.count(f"usllm-{odd.command}: error:")
     found = ["a traceback"] if "Traceback" in output else []
     if status not in (0, 1, 2, STOPPED):
         found.append(f"status {status}")
-    if status in (1, 2) and len(lines) != 1:
-        found.append(f"{len(lines)} lines that say what is wrong")
+    if status in (1, 2) and lines != 1:
+        found.append(f"{lines} lines that say what is wrong")
     return found
 
 

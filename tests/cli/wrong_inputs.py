@@ -91,7 +91,7 @@ COMPOSITION = [
     train(["hydra/sweeper=foo", "-m"], "hydra/sweeper=foo: there is no such option", "bayes"),
     train(["model=DENSE,random", "-m"], "model=DENSE,random: a sweep goes over options"),
     train(["sketch.rows=0", "-m"], "sketch.rows=0 must be a whole number"),
-    Row("train", ["seed=1", "-m", "seed=2"], USER, ["seed=2: options such as -m stand before the first"]),
+    Row("train", ["seed=1", "-m", "name=x"], USER, ["name=x: options such as -m stand before the first"]),
 ]
 
 VALUES = [
@@ -112,7 +112,7 @@ VALUES = [
     train("callbacks.preemption.exit_code=abc", "callbacks.preemption.exit_code=abc: must be a whole number"),
     train("callbacks.sketch_health.perplexity_max=abc", "callbacks.sketch_health.perplexity_max=abc: must be a number"),
     train("stages.calibrate.sequences=abc", "stages.calibrate.sequences=abc: must be a whole number"),
-    train("callbacks.progress={_target_:no.Such}", "callbacks.progress._target_=no.Such: cannot be found"),
+    train("+callbacks.x._target_=no.Such", "callbacks.x._target_=no.Such: cannot be found"),
     train("data.train.document_start=[", "data.train.document_start='[' is not a regular expression"),
     evaluate("seed=-1", "seed=-1: must be at least 0"),
     evaluate("evaluation.windows=32", "evaluation.windows=32: must be a list, as in [1,2]"),
