@@ -6,10 +6,12 @@ outside the test's own folder that could be written to.
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_module
@@ -111,11 +113,22 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def bounded() -> None:
-    """Bound the memory and the time of this process; to be called in the child that is to run a command."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        taken = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + BYTES, taken + BYTES))
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = int(used.ru_utime + used.ru_stime) + SECONDS
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 2))
+class Bounded:
+    """Bounds the memory and the time of the child that is to run a command; compiled kernels are kept for the next.
+
+    Args:
+        cache: Folder of the cache.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+
+    def __call__(self) -> None:
+        """Called in the child."""
+        os.environ["USLLM_CACHE"] = str(self.cache)
+        with open("/proc/self/statm", encoding="ascii") as file:
+            taken = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + BYTES, taken + BYTES))
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = int(used.ru_utime + used.ru_stime) + SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 2))

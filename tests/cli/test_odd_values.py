@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from commands import command
-from odd_values import SECONDS, STOPPED, Odd, bounded, odd_configurations
+from odd_values import SECONDS, STOPPED, Bounded, Odd, odd_configurations
 
 FAST, CHUNK, ALL, PROCESSES = 40, 10, 2000, 20
 
@@ -59,7 +59,7 @@ def try_all(first: int, count: int, text: Path, made: Path, here: Path) -> None:
     for number, odd in enumerate(odd_configurations(first, count), first):
         folder = here / str(number)
         typed = small(odd, text, made, folder)
-        status, output = command(odd.command, *typed, folder=folder, before=bounded)
+        status, output = command(odd.command, *typed, folder=folder, before=Bounded(made / "cache"))
         if found := faults(odd, status, output):
             words = shlex.join([f"usllm-{odd.command}", *typed])
             failed.append(f"{number}: {' and '.join(found)}: {words}\n{output[-1500:]}")
