@@ -11,6 +11,7 @@ from hydra.errors import HydraException
 
 from usllm.data.sources.files import COMPRESSIONS
 from usllm.system.errors import UserError
+from usllm.system.files import expanded
 
 PLAIN_TEXT = ("prompt",)
 """Keys whose value ``null`` is the word."""
@@ -63,7 +64,7 @@ def _readable(parser: OverridesParser, argument: str) -> str:
 def is_there(place: str) -> bool:
     """Whether a file or folder of that name exists; a name that no system allows does not."""
     try:
-        return Path(place).expanduser().exists()
+        return expanded(place).exists()
     except (OSError, ValueError, RuntimeError):  # too long, NUL in it, or ~ of a user that there is not
         return False
 
@@ -105,7 +106,7 @@ def _place(value: str) -> str | None:
         return None
     if value.endswith(".gguf"):
         return "gguf file"
-    if value.startswith(("/", "./", "../", "~")) or (is_there(value) and Path(value).expanduser().is_dir()):
+    if value.startswith(("/", "./", "../", "~")) or (is_there(value) and expanded(value).is_dir()):
         return "folder name"
     if "/" in value:
         local = value.count("/") > 1 or value.endswith("/") or is_there(value.partition("/")[0])

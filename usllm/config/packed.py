@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -20,7 +19,7 @@ from usllm.config.structure import built, merge_typed
 from usllm.config.validation import plain_config, user_error
 from usllm.models import ModelSpec
 from usllm.packed.new_folder import check_out
-from usllm.system.files import unusable
+from usllm.system.files import expanded, unusable
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LEAST_TEMPERATURE = 0.001
@@ -124,7 +123,7 @@ def check_export(cfg: DictConfig | dict[str, Any], given: Sequence[str] = ()) ->
             problems.append("evaluation.test_sets: none given, so measure=true has nothing to measure")
     problems.require(bool(config.out), "out", config.out, "is empty; give the folder to make")
     if config.out:
-        built(lambda: check_out(Path(config.out).expanduser(), config.overwrite), problems)
+        built(lambda: check_out(expanded(config.out), config.overwrite), problems)
     if problems:
         raise user_error(problems)
     return config
@@ -176,7 +175,7 @@ def check_inspect(cfg: DictConfig | dict[str, Any]) -> InspectConfig:
         raise user_error([line.replace("folder", "model") if line.startswith("folder") else line for line in problems])
     problems.require(bool(config.folder), "model", config.folder, "is empty; give the folder of a packed model")
     if config.json is not None:
-        reason = unusable(Path(config.json).expanduser()) if config.json else "is empty"
+        reason = unusable(expanded(config.json)) if config.json else "is empty"
         problems.require(reason is None, "json", config.json, f"{reason}; give the name of a file")
     if problems:
         raise user_error(problems)

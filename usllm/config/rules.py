@@ -15,7 +15,7 @@ from usllm.data.sources.kinds import with_kind
 from usllm.data.windows import WINDOW_STARTS
 from usllm.models import ModelSpec
 from usllm.system.errors import UserError
-from usllm.system.files import unusable
+from usllm.system.files import expanded, unusable
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 
@@ -77,17 +77,17 @@ def check_model(model: ModelSpec, problems: Problems) -> None:
     if broken:
         return
     if model.kind == "folder":
-        found = (Path(str(model.name)).expanduser() / "config.json").is_file()
+        found = (expanded(str(model.name)) / "config.json").is_file()
         problems.require(found, "model.name", model.name, "no such folder with a config.json in it")
     if model.kind == "gguf":
-        found = Path(str(model.file)).expanduser().is_file()
+        found = expanded(str(model.file)).is_file()
         problems.require(found, "model.file", model.file, "no such file; give the path of a .gguf file")
 
 
 def check_source(key: str, source: SourceSpec, problems: Problems) -> None:
     """The rules of ``SourceSpec``, and that the files it names are there and of its kind."""
     broken = source.problems(key)
-    missing = [path for path in source.paths if not Path(path).expanduser().is_file()]
+    missing = [path for path in source.paths if not expanded(path).is_file()]
     problems.extend(broken)
     for path in missing:
         problems.require(False, f"{key}.path", path, f"no such file (relative paths start at {Path.cwd()})")
@@ -136,7 +136,7 @@ def check_data(data: DataConfig, problems: Problems) -> None:
 
 def _check_place(key: str, folder: str, problems: Problems) -> None:
     """A folder that files will be written to can be made."""
-    reason = unusable(Path(folder).expanduser() / "file")
+    reason = unusable(expanded(folder) / "file")
     problems.require(reason is None, key, folder, f"{reason}; choose another folder")
 
 
@@ -181,7 +181,7 @@ def sources_of_training(data: DataConfig) -> dict[str, SourceSpec]:
 def check_harness(harness: HarnessConfig, problems: Problems) -> None:
     """Ranges, and that the folder is there; whether the tasks are known is for the harness to say."""
     path = harness.include_path
-    found = path is None or Path(path).expanduser().is_dir()
+    found = path is None or expanded(path).is_dir()
     problems.require(
         found, "harness.include_path", path, "no such folder; give the one that holds the tasks' YAML files"
     )

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from usllm.data.identity import texts
 from usllm.system.cache import published
-from usllm.system.files import replacing
+from usllm.system.files import expanded, replacing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,7 +87,7 @@ def kept_hashes(documents: Dataset, digest: str, cache_dir: Path) -> NDArray[np.
         with replacing(folder / "hashes.npy") as file:
             file.write(content.getbuffer())
 
-    folder = published(cache_dir.expanduser() / "paragraphs" / f"{_FORMAT}-{digest[:32]}", build)
+    folder = published(expanded(cache_dir) / "paragraphs" / f"{_FORMAT}-{digest[:32]}", build)
     return np.load(folder / "hashes.npy", mmap_mode="r", allow_pickle=False)
 
 

@@ -13,6 +13,7 @@ from usllm.data.identity import texts
 from usllm.data.windows import NONE, cut_windows, start_token
 from usllm.system.cache import published
 from usllm.system.errors import UserError
+from usllm.system.files import expanded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,7 +80,7 @@ def pack(
         for file in folder.glob("tokenised*.arrow"):
             file.unlink()
 
-    folder = published(cache_dir.expanduser() / "sequences" / digest.hexdigest()[:32], build)
+    folder = published(expanded(cache_dir) / "sequences" / digest.hexdigest()[:32], build)
     return Dataset.from_file(str(folder / "sequences.arrow"))
 
 

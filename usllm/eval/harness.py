@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from usllm.system.errors import UserError
+from usllm.system.files import expanded
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -47,7 +48,7 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> 
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
         raise UserError(f"harness.tasks={list(tasks)}: needs lm-evaluation-harness ({error}); {INSTALL}") from error
-    own = None if include_path is None else Path(include_path).expanduser()
+    own = None if include_path is None else expanded(include_path)
     if own is not None and not own.is_dir():
         raise UserError(f"harness.include_path={include_path}: no such folder")
     if own is not None:

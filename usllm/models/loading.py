@@ -27,6 +27,7 @@ from usllm.models.spec import ModelSpec
 from usllm.packed.config import QUANT_METHOD
 from usllm.packed.loading import load
 from usllm.system.errors import PackedFormatError, UserError, first_line
+from usllm.system.files import expanded
 from usllm.system.finite import refuse_nonfinite
 from usllm.system.network import leave_unreachable_hub, network_or_user_error
 
@@ -202,9 +203,9 @@ def _locate(spec: ModelSpec) -> tuple[str, dict[str, Any]]:
     if spec.kind == "gguf_package":
         return str(decoded_folder(packaged_gguf(str(spec.name)))), {}
     if spec.kind == "gguf":
-        return str(decoded_folder(Path(str(spec.file)).expanduser())), {}
+        return str(decoded_folder(expanded(str(spec.file)))), {}
     if spec.kind == "folder":
-        folder = Path(str(spec.name)).expanduser()
+        folder = expanded(str(spec.name))
         if not (folder / "config.json").is_file():
             raise UserError(f"model.name={folder} is not a transformers model folder (there is no config.json in it)")
         return str(folder), {}

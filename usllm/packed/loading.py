@@ -10,6 +10,7 @@ import torch
 from usllm.packed.folder import CONFIG_FILE, PackedFolder, open_folder
 from usllm.packed.linear import keep_decoded_
 from usllm.system.errors import PackedFormatError, UserError, first_line
+from usllm.system.files import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -160,7 +161,7 @@ def _check_counts(section: dict[str, Any], tensors: int, where: str) -> None:
 
 
 def _local(model: str | Path, revision: str | None) -> Path:
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         return path
     if path.exists() or str(model).startswith(("/", ".", "~")) or str(model).count("/") != 1:

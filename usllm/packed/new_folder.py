@@ -12,7 +12,7 @@ from pathlib import Path
 
 from usllm.packed.folder import is_packed
 from usllm.system.errors import UserError
-from usllm.system.files import settle_folder
+from usllm.system.files import expanded, settle_folder
 
 _PARTIAL, _OLD = ".partial", ".old"
 _numbers = itertools.count()
@@ -45,7 +45,7 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
         UserError: See :func:`check_out`; also when ``out`` came into being meanwhile and is not to be overwritten.
     """
-    out = out.expanduser().absolute()
+    out = expanded(out).absolute()
     _clean_up(out)
     check_out(out, overwrite)
     partial = out.parent / f"{_prefix(out)}{os.getpid()}-{next(_numbers)}{_PARTIAL}"

@@ -13,7 +13,7 @@ from usllm.reports.curves import read_curves
 from usllm.reports.labels import with_short_names
 from usllm.reports.runs import FAILED, FINISHED, INTERRUPTED, RUNNING, Run, record
 from usllm.system.errors import UserError
-from usllm.system.files import read_json
+from usllm.system.files import expanded, read_json
 from usllm.system.run_files import CHECKPOINT_FOLDER, FAILURE_FILE, REPORT_FILE
 
 BASELINE_FILE = "baseline.json"  # usllm.runs.measure, which needs torch, writes it
@@ -31,7 +31,7 @@ def read_folder(folder: str | Path) -> list[Run]:
     Raises:
         UserError: There is no such folder, or no run in it.
     """
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     if not root.is_dir():
         raise UserError(f"runs={folder}: no such folder; give one that usllm-train wrote to, such as runs=runs/demo")
     root = root.resolve()

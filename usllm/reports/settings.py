@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -15,7 +14,7 @@ from usllm.reports.figures import Reference
 from usllm.reports.labels import by_model, texts_of, with_short_names
 from usllm.reports.runs import Run, TestText
 from usllm.system.errors import UserError
-from usllm.system.files import read_json, unusable
+from usllm.system.files import expanded, read_json, unusable
 
 WANDB = "wandb:"
 
@@ -63,7 +62,7 @@ def check_report(cfg: DictConfig) -> ReportSettings:
     settings.runs = places
     if not settings.out:
         raise UserError("out=: is empty; give the folder that the page goes to")
-    if (reason := unusable(Path(settings.out).expanduser() / "report.html")) is not None:
+    if (reason := unusable(expanded(settings.out) / "report.html")) is not None:
         raise UserError(f"out={settings.out}: {reason}; give another folder")
     given = settings.reference
     if given.perplexity is not None and given.evaluation is not None:
@@ -140,7 +139,7 @@ def _stated(perplexity: Any, texts: Sequence[TestText]) -> dict[TestText, float]
 
 def _evaluated(path: str, texts: Sequence[TestText]) -> dict[TestText, float]:
     try:
-        content = read_json(Path(path).expanduser(), ours=False)
+        content = read_json(expanded(path), ours=False)
     except UserError as error:
         raise UserError(f"reference.evaluation={path}: {error} (an evaluation.json of usllm-eval)") from error
     if content is None:

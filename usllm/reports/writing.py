@@ -18,7 +18,7 @@ from usllm.reports.page import Drawing, Section, render
 from usllm.reports.runs import Run
 from usllm.reports.style import png, settle, svg, themed, with_titles
 from usllm.reports.table import markdown
-from usllm.system.files import write_together
+from usllm.system.files import expanded, write_together
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +40,7 @@ class ReportWriter:
     """
 
     def __init__(self, out: str | Path) -> None:
-        self.out = Path(out).expanduser()
+        self.out = expanded(out)
         self.written: list[Path] = []
         self._contents: dict[Path, bytes] = {}
 

@@ -23,7 +23,7 @@ from usllm.runs.measure import measure
 from usllm.runs.report import perplexity_table, print_facts, print_warnings
 from usllm.runs.saved_run import find_checkpoint, load_sketched_, stored_config
 from usllm.system.errors import UserError
-from usllm.system.files import write_json
+from usllm.system.files import expanded, write_json
 from usllm.system.finite import refuse_nonfinite
 from usllm.system.machine import choose_autocast, machine, machine_line
 from usllm.training import load_checkpoint
@@ -94,7 +94,7 @@ def evaluate(config: EvalConfig, command: str, given: Sequence[str] = ()) -> dic
     planned = any(layer.plan is not None for layer in compressed_layers(model).values())
     compression = compression_report(model).to_dict() if planned else None
     if packed is not None:
-        compression = inspect_folder(Path(str(spec.name)).expanduser()).totals()
+        compression = inspect_folder(expanded(str(spec.name))).totals()
     result = {
         "command": command,
         "model": str(checkpoint or spec.file or spec.name),

@@ -32,7 +32,7 @@ from usllm.runs.measure import measure, merge_stages
 from usllm.runs.report import human_bytes, print_coverage, print_facts, print_warnings
 from usllm.runs.saved_run import find_checkpoint, stored_config
 from usllm.system.errors import RunError
-from usllm.system.files import read_json
+from usllm.system.files import expanded, read_json
 from usllm.system.machine import choose_autocast, machine, machine_line
 from usllm.system.run_files import CHECKPOINT_FOLDER, REPORT_FILE
 from usllm.system.stage_names import HEADINGS, with_todays_names
@@ -91,7 +91,7 @@ def export_model(config: ExportConfig, command: str, given: Sequence[str] = ()) 
             rows = merge_stages(**_stages(rows), packed=_measured(origin, folder))
         info = machine()
         facts = CardFacts(
-            title=Path(config.out).expanduser().absolute().name,
+            title=expanded(config.out).absolute().name,
             base=str(origin.spec.file or origin.spec.name),
             commands=[*([origin.report["command"]] if origin.report else []), command],
             machine=machine_line(info),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,6 +25,7 @@ from usllm.packed.loading import load
 from usllm.runs.evaluate import choose_device
 from usllm.runs.saved_run import find_checkpoint, load_sketched_
 from usllm.system.errors import PackedFormatError, RunError, UserError, first_line
+from usllm.system.files import expanded
 from usllm.system.finite import refuse_nonfinite
 from usllm.training import load_checkpoint
 from usllm.training.checkpoint_section import CHECKPOINT_KEY
@@ -111,7 +111,7 @@ def _packed(config: GenerateConfig, device: torch.device) -> tuple[PreTrainedMod
         )
     except PackedFormatError as error:
         raise UserError(f"model={place}: {error}") from error
-    source = Path(place).expanduser() if Path(place).expanduser().is_dir() else place
+    source = expanded(place) if expanded(place).is_dir() else place
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a folder without a tokenizer fails in many ways

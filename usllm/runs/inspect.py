@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +13,7 @@ from usllm.packed.inspection import Inspection, inspect_folder
 from usllm.packed.loading import check_against_model
 from usllm.runs.report import print_facts
 from usllm.system.errors import PackedFormatError, UserError
-from usllm.system.files import write_json
+from usllm.system.files import expanded, write_json
 
 TABLE_WIDTH = 180
 """Columns that the widest table takes."""
@@ -26,7 +25,7 @@ def inspect_model(config: InspectConfig) -> Inspection:
     Raises:
         UserError: It is no packed folder, or is damaged; the tensor or file is named.
     """
-    path = Path(config.folder).expanduser()
+    path = expanded(config.folder)
     if not path.is_dir():
         raise UserError(f"model={config.folder}: no such folder; give one written by usllm-export")
     try:
@@ -36,7 +35,7 @@ def inspect_model(config: InspectConfig) -> Inspection:
         raise UserError(f"model={config.folder}: {error}") from error
     print_inspection(inspection)
     if config.json is not None:
-        write_json(Path(config.json).expanduser(), account(inspection))
+        write_json(expanded(config.json), account(inspection))
     if inspection.accounted_bytes != inspection.disk_bytes:
         raise UserError(
             f"model={config.folder}: the parts add up to {inspection.accounted_bytes} bytes, the folder has "

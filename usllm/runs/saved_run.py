@@ -14,6 +14,7 @@ from usllm.compress import load_plans_, swap_linears_
 from usllm.compress.registry import from_checkpoint_section
 from usllm.system.cache import cache_root
 from usllm.system.errors import UserError
+from usllm.system.files import expanded
 from usllm.system.run_files import checkpoint_folder
 from usllm.training import latest_checkpoint
 from usllm.training.checkpoint_section import CHECKPOINT_KEY, check_format
@@ -26,7 +27,7 @@ def find_checkpoint(ckpt: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    path = Path(ckpt).expanduser()
+    path = expanded(ckpt)
     if path.is_file():
         return path
     if path.is_dir():
@@ -62,7 +63,7 @@ def stored_config(saved: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
 
 def _cache_here(kept: str) -> str:
     """A run's cache, where it can be used; elsewhere, such as on another machine, that of today's environment."""
-    path = Path(kept).expanduser()
+    path = expanded(kept)
     return kept if path.is_dir() and os.access(path, os.W_OK) else str(cache_root())
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from usllm.system.files import settle_folder
+from usllm.system.files import expanded, settle_folder
 from usllm.system.forks import closed_in_forks
 
 try:
@@ -23,7 +23,7 @@ _MODE = 0o755  # mkdtemp makes folders private; a shared cache is meant to be re
 
 def cache_root() -> Path:
     """Folder of everything usllm keeps between runs: ``$USLLM_CACHE``, else ``~/.cache/usllm``."""
-    return Path(os.environ.get("USLLM_CACHE") or "~/.cache/usllm").expanduser()
+    return expanded(os.environ.get("USLLM_CACHE") or "~/.cache/usllm")
 
 
 def published(folder: Path, build: Callable[[Path], None]) -> Path:

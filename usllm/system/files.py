@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def expanded(path: str | Path) -> Path:
+    """``path`` with ``~`` as the home folder; as it is where there is no such user: then there is no such place."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def unusable(path: Path) -> str | None:
     """Why a file cannot be written at ``path``, as far as that can be seen before; ``None`` where it can.
 

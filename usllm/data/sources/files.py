@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from usllm.system.errors import UserError
+from usllm.system.files import expanded
 
 HEAD_BYTES = 1 << 16
 """How much of a file is looked at to learn what it is."""
@@ -43,7 +44,7 @@ def existing(paths: tuple[str, ...]) -> list[Path]:
     Raises:
         UserError: one of them is not a file.
     """
-    found = [Path(path).expanduser() for path in paths]
+    found = [expanded(path) for path in paths]
     missing = [str(path) for path in found if not path.is_file()]
     if missing:
         raise UserError(f"there is no file {', '.join(missing)} (relative paths start at {Path.cwd()})")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+from usllm.system.files import expanded
 
 KINDS = ("pydoc", "text", "jsonl", "parquet", "hub", "auto")
 
@@ -58,8 +59,8 @@ class SourceSpec:
             return f"{other.name}, split {other.split}" if place == theirs else None
         if self.kind == "pydoc" and other.kind == "pydoc":
             return "Python's documentation"
-        ours = {Path(path).expanduser().resolve() for path in self.paths}
-        return next((path for path in other.paths if Path(path).expanduser().resolve() in ours), None)
+        ours = {expanded(path).resolve() for path in self.paths}
+        return next((path for path in other.paths if expanded(path).resolve() in ours), None)
 
     def problems(self, key: str) -> list[str]:
         """Everything wrong with the values themselves (nothing is opened).
