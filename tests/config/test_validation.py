@@ -6,9 +6,9 @@ import lzma
 from pathlib import Path
 
 import pytest
+import usllm.conf
 from composing import composed
 
-import usllm.conf
 from usllm.config import check_eval, check_train, sketch_config
 from usllm.system.errors import UserError
 
