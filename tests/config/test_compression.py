@@ -136,7 +136,7 @@ def test_configuration_without_a_method_is_that_of_a_sketch() -> None:
             "allocation.price_list='trained' is read by waterfill alone",
         ),
         ({}, NONE, "allocation.name=None is unknown: choose one of "),
-        ({"method": "rounding", "bits": "four"}, NONE, "sketch.bits=four: Value 'four' of type 'str'"),
+        ({"method": "rounding", "bits": "four"}, NONE, "sketch.bits=four: must be a whole number or null"),
     ],
 )
 def test_refused_in_one_line(sketch: dict[str, Any], allocation: AllocationConfig, message: str) -> None:

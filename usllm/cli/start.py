@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -47,6 +48,8 @@ def start(program: str, entry: Callable[[], object], prepared: Callable[[list[st
         with hydra_errors_in_one_line(program):
             entry()
     except UserError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(error.status)
     except KeyboardInterrupt:  # before the command's own work, such as while libraries are imported

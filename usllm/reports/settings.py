@@ -46,7 +46,7 @@ def check_report(cfg: DictConfig) -> ReportSettings:
     Raises:
         UserError: A key is unknown, a value has the wrong type, or ``runs`` is not given.
     """
-    if not isinstance(cfg.get("reference"), DictConfig):
+    if not isinstance(cfg.get("reference", DictConfig({})), DictConfig):
         raise UserError(f"reference={cfg.get('reference')}: must be a group of settings, as reference.perplexity=33.1")
     try:
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ReportSettings), cfg))
