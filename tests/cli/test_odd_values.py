@@ -24,6 +24,7 @@ def made(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     packed = command("export", f"ckpt={root}/run", f"out={root}/packed", folder=root)
     assert packed.status == 0, packed.output
     (root / "file").write_text("a file\n")
+    (root / "text.txt").write_text(tiny_text.read_text())  # a copy: what is named as a place to write to is written to
     return root
 
 
@@ -38,7 +39,7 @@ def small(odd: Odd, text: Path, made: Path, here: Path) -> list[str]:
         "inspect": [f"model={made}/packed"],
         "report": [f"runs={made}/run", f"out={here}/report"],
     }[odd.command]
-    typed = [word.replace("FILE", f"{made}/file").replace("TEXT", str(text)) for word in odd.typed]
+    typed = [word.replace("FILE", f"{made}/file").replace("TEXT", f"{made}/text.txt") for word in odd.typed]
     keys = {word.lstrip("+").partition("=")[0].replace("folder", "model") for word in typed}
     return [*(word for word in given if word.partition("=")[0] not in keys), *typed]
 
@@ -84,7 +85,7 @@ def test_odd_values_end_in_one_line_in_a_process_of_their_own(
 ) -> None:
     (odd,) = odd_configurations(number, 1)
     typed = small(odd, tiny_text, made, tmp_path)
-    limit = ["bash", "-c", f'ulimit -t {3 * SECONDS}; exec "$@"', "limited"]
+    limit = ["bash", "-c", f'ulimit -S -t {3 * SECONDS}; exec "$@"', "limited"]
     done = subprocess.run(
         [*limit, sys.executable, "-m", f"usllm.cli.{odd.command}", *typed],
         capture_output=True,

@@ -80,6 +80,8 @@ COMPOSITION = [
     train("seed=interval(1,2)", "seed=interval(1,2): is a range of a sweep: add -m"),
     train("name=${nope}", "name=${nope}: Interpolation key 'nope' not found"),
     train("seed=${oc.env:NO_SUCH_NAME}", "NO_SUCH_NAME"),
+    train("trainer.strategy=${x}", "trainer.strategy: does not resolve: Interpolation key 'x' not found"),
+    train("study=abc", "study=abc: must be a group of settings"),
     train("sketch.rows=[1", "sketch.rows=[1: must be a whole number"),
     train("sketch.rows=foo(1)", "sketch.rows=foo(1): must be a whole number"),
     train("sketch.rows=", "sketch.rows=: must be a whole number"),
@@ -136,6 +138,8 @@ PLACES = [
     train("output_root=FILE", "run_dir: cannot be made", "choose another run_dir or output_root"),
     train("run_dir=FILE", "run_dir: cannot be made"),
     train("output_root=/proc/no", "run_dir: cannot be made"),
+    train("data.train.path=~x/nobody", "data.train.path=~x/nobody: no such file"),
+    Row("inspect", ["model=~x"], USER, ["model=~x: no such folder"]),
     train("data.cache_dir=FILE", "data.cache_dir=FILE: FILE is a file; choose another folder"),
     train("model=/no/such/folder", "model.name=/no/such/folder: no such folder"),
     train("model=no/such/folder", "model.name=no/such/folder: no such folder"),
@@ -172,6 +176,7 @@ PLACES = [
 
 ACCEPTED = [
     train(["data.train.path=ODD"], "Next, try", status=DONE),
+    train("run_dir=${output_root}/two", "/runs/two", status=DONE),
     train([r"data.train.separator=\n\n", "trainer.max_steps=1"], "Next, try", status=DONE),
     evaluate("data=[ODD]", "Perplexity", status=DONE),
     generate("prompt=~ it's, [a] = ${x} é \\", "", status=DONE),

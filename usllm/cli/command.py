@@ -115,6 +115,15 @@ def _explained(error: Exception, resumes: bool) -> UserError | None:
     return None
 
 
+def given_overrides() -> list[str]:
+    """The overrides of this job, as they were typed: a reference in one of them stays one."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    given = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return [str(override) for override in given or ()]
+
+
 def _check_kernels() -> None:
     """Refuse a choice of kernels that no device here can run, before anything is read or written.
 

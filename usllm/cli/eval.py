@@ -8,11 +8,10 @@ from __future__ import annotations
 import shlex
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from usllm.cli.arguments import expand_model, expand_test_sets, quote_values
-from usllm.cli.command import quiet_environment, quiet_libraries, report_errors
+from usllm.cli.command import given_overrides, quiet_environment, quiet_libraries, report_errors
 from usllm.cli.start import start, typed
 from usllm.runs.directory import register_resolvers
 from usllm.system.plugins import import_plugins
@@ -27,7 +26,7 @@ def _eval(cfg: DictConfig) -> None:
         import_plugins(cfg.plugins)
         from usllm.config import check_eval
 
-        given = list(HydraConfig.get().overrides.task)
+        given = given_overrides()
         config = check_eval(cfg, given)
         from usllm.runs.evaluate import evaluate
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 import shlex
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from usllm.cli.arguments import expand_model, quote_values
-from usllm.cli.command import quiet_environment, quiet_libraries, report_errors
+from usllm.cli.command import given_overrides, quiet_environment, quiet_libraries, report_errors
 from usllm.cli.start import start, typed
 from usllm.system.plugins import import_plugins
 
@@ -26,7 +25,7 @@ def _export(cfg: DictConfig) -> None:
         import_plugins(cfg.plugins)
         from usllm.config.packed import check_export
 
-        given = [override.lstrip("+~") for override in HydraConfig.get().overrides.task]
+        given = [override.lstrip("+~") for override in given_overrides()]
         config = check_export(cfg, given)
         from usllm.runs.export import export_model
 

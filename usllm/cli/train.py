@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from usllm.cli.arguments import expand_model, without_wandb_argument
-from usllm.cli.command import quiet_environment, quiet_libraries, report_errors
+from usllm.cli.command import given_overrides, quiet_environment, quiet_libraries, report_errors
 from usllm.cli.start import start, typed
 from usllm.runs.directory import register_resolvers
 from usllm.system.plugins import import_plugins
@@ -37,7 +37,7 @@ def _run(cfg: DictConfig, in_sweep: bool) -> Metric:
     import_plugins(cfg.plugins)
     from usllm.config import check_train, plain_config
 
-    given = list(HydraConfig.get().overrides.task)
+    given = given_overrides()
     asked = any(override.lstrip("+").startswith("resume=") for override in given)
     if in_sweep and not asked:
         cfg.resume = True  # a sweep started again skips the jobs that are finished and goes on with the others

@@ -90,6 +90,8 @@ def _merge_value(hint: Any, key: str, value: Any, values: dict[str, Any], proble
                     values[key][str(name)] = merged
             elif entry is not None:  # null removes an entry of a group
                 problems.append(f"{full}.{name}={_short(entry)}: must be a group of settings ({_names(entries)})")
+    elif _is_group(hint) and not (isinstance(value, Mapping) or (value is None and type(None) in get_args(hint))):
+        problems.append(f"{full}={_short(value)}: must be a group of settings")
     else:
         try:
             values[key] = _converted(hint, value)
@@ -148,6 +150,11 @@ def _expressible(hint: Any) -> bool:
     if get_origin(hint) is dict or hint is dict:
         return True
     return hint in _SCALARS
+
+
+def _is_group(hint: Any) -> bool:
+    """Whether a value of the type is a dictionary, or null."""
+    return any(part is dict or get_origin(part) is dict for part in (hint, *get_args(hint)))
 
 
 def _dataclass_in(hint: Any) -> type | None:

@@ -34,7 +34,11 @@ def plain_config(cfg: DictConfig | dict[str, Any]) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"the configuration does not resolve: {str(error).splitlines()[0]}") from error
+        place = getattr(error, "full_key", None) or "the configuration"
+        raise UserError(
+            f"{place}: does not resolve: {str(error).splitlines()[0]}; give a key that there is, or \\${{ for the "
+            "characters themselves"
+        ) from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
