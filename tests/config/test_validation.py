@@ -93,7 +93,7 @@ def test_sketch_and_allocation_make_one_sketch_config(tiny_text: Path) -> None:
         ("data.context_length=1", "data.context_length=1"),
         ("data.batch_size=0", "data.batch_size=0"),
         ("data.validation_fraction=1.5", "data.validation_fraction=1.5"),
-        ("trainer.max_steps=0", "trainer.max_steps=0"),
+        ("trainer.max_steps=-1", "trainer.max_steps=-1"),
         ("trainer.max_steps=null", "trainer.epochs=None"),
         ("trainer.epochs=1", "set exactly one"),
         ("trainer.precision=16", "trainer.precision=16"),

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from synthetic import NASTY
 
 from usllm.reports.axes import plain_number
+from usllm.reports.block_figures import block_errors
 from usllm.reports.curve_figures import training_curves
 from usllm.reports.figures import Reference, pareto_front, perplexity_by_bytes, perplexity_by_rate
 from usllm.reports.heat_maps import ERROR, RATE, STRIPS, grid, heat_maps, quantities
@@ -138,6 +139,14 @@ def test_a_legend_of_many_entries_has_one_line_for_each_kind(runs: list[Run]) ->
     assert len(names) == 8
     assert set(names[::2]) == set(rules)
     assert names[1::2] == ["1 row", "2 rows", "3 rows", "Pareto front"]
+
+
+def test_reconstructed_blocks_are_drawn_over_depth(runs: list[Run]) -> None:
+    assert block_errors(runs) is None
+    rows = tuple({"block": n, "stream_error": 0.1 * n, "increment_error": 0.5, "seconds": 1.0} for n in range(3))
+    drawn = block_errors([replace(runs[0], blocks=rows), *runs[1:]])
+    assert drawn is not None
+    assert [list(axes.lines[0].get_ydata()) for axes in drawn.axes] == [[0.0, 0.1, 0.2], [0.5, 0.5, 0.5]]
 
 
 def test_runs_without_curves_have_no_figure(runs: list[Run]) -> None:

@@ -17,9 +17,11 @@ from usllm.models.loading import load_dense
 from usllm.sketch import SketchConfig
 from usllm.stages import Allocate, Reconstruct, Start, Work
 from usllm.stages.block_errors import increment_error, relative_error
+from usllm.stages.block_progress import BlockProgress
 from usllm.stages.blocks import decoder_blocks
 from usllm.stages.reconstruct import sequence_order
 from usllm.system.errors import UserError
+from usllm.system.run_files import found_by_stages
 
 TINY = ModelSpec(kind="random", name="llama")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -97,6 +99,63 @@ def test_every_block_is_trained_from_full_ramp_back_to_none() -> None:
     assert [block["block"] for block in work.found["reconstruct"]] == list(range(len(decoder_blocks(work.model))))
 
 
+def errors_of(work: Work) -> list[float]:
+    return [block["stream_error"] for block in work.found["reconstruct"]]
+
+
+def test_windows_of_blocks_come_closer_together_and_later_blocks_start_where_windows_left_them() -> None:
+    errors = []
+    for steps in (1, 40):
+        work = compressed(method("sketch")(SketchConfig(**OPTIONS["sketch"])))
+        stage(steps=steps, warmup_steps=1, statistics="dense", ramp=0.0, window=2).run(work)
+        errors.append(errors_of(work))
+    assert errors[1][-1] < errors[0][-1]
+    assert len(errors[1]) == len(decoder_blocks(work.model))
+
+
+def test_blocks_after_the_first_ones_stay_as_they_started() -> None:
+    work = compressed(method("sketch")(SketchConfig(bits_per_weight=2.0)))
+    before = {name: layer.weight.clone() for name, layer in compressed_layers(work.model).items()}
+    stage(steps=2, warmup_steps=0, blocks=1).run(work)
+    first, second = decoder_blocks(work.model)
+    assert not any(torch.equal(layer.weight, before[n]) for n, layer in compressed_layers(first).items())
+    assert all(torch.equal(layer.weight, before[n]) for n, layer in compressed_layers(second).items())
+    assert [block["block"] for block in work.found["reconstruct"]] == [0]
+
+
+@pytest.mark.parametrize("key", ["blocks", "window"])
+def test_more_blocks_than_the_model_has_are_refused(key: str) -> None:
+    work = compressed(method("sketch")(SketchConfig(bits_per_weight=2.0)))
+    with pytest.raises(UserError, match=rf"stages\.reconstruct\.{key}=3: the model has 2 blocks"):
+        stage(**{key: 3}).run(work)
+
+
+@pytest.mark.parametrize(("window", "stop"), [(1, 2), (1, 33), (1, 45), (2, 20)])
+def test_a_run_that_was_killed_in_a_window_ends_with_the_same_bits(
+    window: int, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def dies(self: BlockProgress, window: Any, step: int, error: float) -> None:
+        if window.number * 30 + step == stop:
+            raise Killed
+
+    settings = {"window": window, "save_every_n_steps": 7}
+    folder = tmp_path / "stages"
+    whole = compressed(method("sketch")(SketchConfig(**OPTIONS["sketch"])))
+    stage(**settings).run(whole)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(BlockProgress, "stepped", dies)
+        stage(**settings).run(compressed(method("sketch")(SketchConfig(**OPTIONS["sketch"])), folder))
+    resumed = compressed(method("sketch")(SketchConfig(**OPTIONS["sketch"])), folder)
+    stage(**settings).run(resumed)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    assert errors_of(whole) == errors_of(resumed)
+    assert [row["block"] for row in found_by_stages(tmp_path)["reconstruct"]] == [0, 1]
+
+
 def test_errors_are_relative_to_what_is_aimed_at() -> None:
     target = torch.randn(2, 8, 16)
     assert float(relative_error(target, target)) == 0.0
@@ -130,6 +189,9 @@ def test_every_sequence_is_taken_once_before_one_comes_again() -> None:
         ("ramp", 1.1),
         ("statistics", "teacher"),
         ("calibration_sequences", 0),
+        ("window", 0),
+        ("stride", 2),
+        ("blocks", 0),
         ("save_every_n_steps", 0),
     ],
 )

@@ -205,14 +205,15 @@ def check_trainer(trainer: dict[str, Any], warmup_steps: int, problems: Problems
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
             problems.append(f"trainer.{key}={value}: must be a number")
         else:
-            problems.number(f"trainer.{key}", value, above=0)
+            bounds = (0, None) if kind is int else (None, 0)
+            problems.number(f"trainer.{key}", value, least=bounds[0], above=bounds[1])
     accumulate = trainer.get("accumulate_grad_batches", 1)
     is_count = isinstance(accumulate, int) and not isinstance(accumulate, bool) and 1 <= accumulate < TOO_MANY
     what = f"must be a whole number of at least 1 and below {TOO_MANY}"
     problems.require(is_count, "trainer.accumulate_grad_batches", accumulate, what)
     problems.choice("trainer.precision", trainer.get("precision", "auto"), PRECISIONS)
     problems.extend(argument_problems(trainer))
-    if isinstance(steps, int) and 0 < steps < TOO_MANY:
+    if isinstance(steps, int) and 0 <= steps < TOO_MANY:
         problems.extend(length_problems(trainer, warmup_steps, steps))
 
 

@@ -59,8 +59,10 @@ def length_problems(trainer: Mapping[str, Any], warmup_steps: int, max_steps: in
     Args:
         trainer: the group ``trainer``.
         warmup_steps: of the optimizer.
-        max_steps: optimizer steps of the run.
+        max_steps: optimizer steps of the run, 0 for none.
     """
+    if max_steps == 0:  # nothing is trained: the model stays as its stages leave it
+        return []
     found = []
     accumulate = trainer.get("accumulate_grad_batches", 1)
     batches = max_steps * accumulate if isinstance(accumulate, int) else None

@@ -212,8 +212,8 @@ class TextDataModule(LightningDataModule):
             UserError: ``trainer.max_steps`` is not set.
         """
         trainer = self.trainer
-        if trainer is None or trainer.max_steps < 1:
-            raise UserError("trainer.max_steps must be a positive number: the order of training is laid out for it")
+        if trainer is None or trainer.max_steps < 0:
+            raise UserError("trainer.max_steps must be 0 or more: the order of training is laid out for it")
         self.setup()
         sampler = UnrolledSampler(
             self._sizes,

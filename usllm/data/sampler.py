@@ -41,8 +41,8 @@ class UnrolledSampler(Sampler[int]):
         shares: Sequence[float] = (1.0,),
     ) -> None:
         sizes = (size,) if isinstance(size, int) else tuple(size)
-        if min(sizes) < 1 or total < 1 or not 0 <= rank < world_size or len(sizes) != len(shares):
-            raise ValueError(f"size={size} and total={total} must be positive, rank={rank} below {world_size}")
+        if min(sizes) < 1 or total < 0 or not 0 <= rank < world_size or len(sizes) != len(shares):
+            raise ValueError(f"size={size} must be positive, total={total} not below 0, rank={rank} below {world_size}")
         self.sizes, self.shares = sizes, tuple(shares)
         self.total = total
         self.seed = seed

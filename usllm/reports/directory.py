@@ -14,13 +14,13 @@ from usllm.reports.labels import with_short_names
 from usllm.reports.runs import FAILED, FINISHED, INTERRUPTED, RUNNING, Run, record
 from usllm.system.errors import UserError
 from usllm.system.files import expanded, read_json
-from usllm.system.run_files import CHECKPOINT_FOLDER, FAILURE_FILE, REPORT_FILE
+from usllm.system.run_files import CHECKPOINT_FOLDER, FAILURE_FILE, REPORT_FILE, STAGES_FOLDER, found_by_stages
 
 BASELINE_FILE = "baseline.json"  # usllm.runs.measure, which needs torch, writes it
 LOCK_FILE = ".lock"  # usllm.system.lock, which needs lightning
 HYDRA_FOLDER = ".hydra"
 # Folders of a run that hold no runs; a large tree is walked quickly without them.
-_CLOSED = {CHECKPOINT_FOLDER, "csv", "wandb", HYDRA_FOLDER}
+_CLOSED = {CHECKPOINT_FOLDER, STAGES_FOLDER, "csv", "wandb", HYDRA_FOLDER}
 # Overrides that say where and how, not what, as in conf/hydra/usllm.yaml.
 _PLACES = ("experiment", "name", "output_root", "resume", "run_dir")
 
@@ -65,7 +65,7 @@ def read_run(folder: Path, name: str) -> Run:
     else:
         status = RUNNING if _locked(folder / LOCK_FILE) else INTERRUPTED
     if not report:
-        report = {"perplexity": _baseline(_json(folder / BASELINE_FILE, notes))}
+        report = {"perplexity": _baseline(_json(folder / BASELINE_FILE, notes)), "stages": found_by_stages(folder)}
     config = report.get("config") or _logged_config(folder) or _yaml(folder / HYDRA_FOLDER / "config.yaml")
     return record(
         name,

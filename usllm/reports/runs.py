@@ -105,11 +105,11 @@ class Run:
         objective: What was minimised; training losses of different objectives do not compare.
         perplexity: By test text.
         curves: Metrics over steps.
-        steps: Optimizer steps made.
-        tokens: Tokens trained on.
+        steps, tokens: Optimizer steps made, and tokens trained on.
         seconds: Of training.
         seed: Random seed.
         layers: The compressed layers.
+        blocks: What reconstruction has found, a row for each block.
         warnings: Of the health checks, and notes about what could not be read.
         machine: What it ran on, as in ``report.json``.
         command: What was typed.
@@ -138,6 +138,7 @@ class Run:
     seconds: float | None = None
     seed: int | None = None
     layers: tuple[Layer, ...] = ()
+    blocks: tuple[Mapping[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()
     machine: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
@@ -209,6 +210,7 @@ def record(
         seconds=_number(_mapping(report.get("seconds")).get("training")),
         seed=config.get("seed"),
         layers=tuple(_layer(entry) for entry in _mappings(sketch.get("layers"))),
+        blocks=tuple(_mappings(_mapping(report.get("stages")).get("reconstruct"))),
         warnings=(*warnings, *found),
         machine=_mapping(report.get("machine")),
         command=str(report.get("command", "")),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from usllm import __version__
+from usllm.reports.block_figures import block_errors
 from usllm.reports.curve_figures import NAMED, training_curves
 from usllm.reports.figures import Reference, perplexity_by_bytes, perplexity_by_rate
 from usllm.reports.heat_maps import Quantity, heat_maps, quantities
@@ -102,6 +103,11 @@ class ReportWriter:
                 self._drawing(
                     curves, f"{prefix}training_curves", "Losses of all runs", _HINTS["curves"] + unnamed, True
                 )
+            )
+        if (blocks := block_errors(runs)) is not None:
+            caption = "Reconstruction: how far each block is from the dense one, on its own stream."
+            training.append(
+                self._drawing(blocks, f"{prefix}block_errors", "Errors of reconstructed blocks", caption, True)
             )
         layers: list[Drawing] = []
         for quantity in quantities(runs):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -49,7 +50,7 @@ from usllm.system.files import write_json
 from usllm.system.lock import sole_user
 from usllm.system.machine import machine
 from usllm.system.renamed_keys import with_todays_keys
-from usllm.system.run_files import REPORT_FILE, STAGES_FOLDER, checkpoint_folder
+from usllm.system.run_files import REPORT_FILE, STAGES_FOLDER, checkpoint_folder, found_by_stages
 from usllm.training import SketchFinetuner, build_objective, latest_checkpoint, load_checkpoint
 from usllm.training.checkpoint_section import checked_section, refuse_to_continue
 from usllm.training.differences import agree, run_differences
@@ -121,7 +122,7 @@ def _finetune(
         refuse_unreachable(swap_linears_(described, config.model.patterns), compressor)
     config, plain = with_window_starts(config, plain, tokenizer, model_config)
     steps = config.trainer.get("max_steps")
-    length = f"{steps} steps" if steps else f"{config.trainer.get('epochs')} epochs"
+    length = f"{config.trainer.get('epochs')} epochs" if steps is None else f"{steps} steps"
     console.print(f"Run {config.name}: {length}, in {run_dir}", markup=False, soft_wrap=True)
     print_coverage(covered, console)
     console.print("Reading and tokenising text …")
@@ -129,9 +130,9 @@ def _finetune(
     streams = token_streams(config.evaluation, tokenizer, data)
     shared = shared_documents(config.evaluation, data)
     accumulate = int(config.trainer.get("accumulate_grad_batches", 1))
-    max_steps = config.trainer.get("max_steps") or data.steps_for(
-        config.trainer["epochs"], accumulate, devices_in(config.trainer)
-    )
+    max_steps = config.trainer.get("max_steps")
+    if max_steps is None:
+        max_steps = data.steps_for(config.trainer["epochs"], accumulate, devices_in(config.trainer))
     if problems := length_problems(config.trainer, config.optimizer.warmup_steps, max_steps):
         raise user_error(problems)
 
@@ -163,6 +164,8 @@ def _finetune(
         if isinstance(logger, CsvRunLogger):
             logger.continue_from(0 if checkpoint is None else load_checkpoint(checkpoint)["global_step"])
         logger.log_hyperparams(dict(plain))
+    if max_steps == 0:
+        warnings.filterwarnings("ignore", "Total length of .* across ranks is zero")
     with noting_failure(run_dir), ending_together(trainer):
         trainer.ckpt_path = checkpoint  # known before the model is configured, whose plans it holds
         trainer.fit(module, datamodule=data)
@@ -192,6 +195,7 @@ def _finetune(
         "report": str(run_dir / REPORT_FILE),
         "coverage": {**covered.to_dict(), "line": covered.line()},
         "health": health,
+        "stages": found_by_stages(run_dir),
         "next": next_commands(config, command),
         "machine": machine(),
         "code": code_version(),

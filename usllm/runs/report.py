@@ -112,8 +112,9 @@ def _run_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     seconds = report["seconds"]
     early = report.get("ended_early")
     steps = f"{report['steps']:,} of {report['max_steps']:,} steps" if early else f"{report['steps']:,} steps"
+    trained = f"{steps}, {report['tokens']:,} tokens, precision {report['precision']}"
     return [
-        ("training", f"{steps}, {report['tokens']:,} tokens, precision {report['precision']}"),
+        ("training", trained if report["steps"] or early else "none: the model is as its stages leave it"),
         *([("ended early", str(early))] if early else []),
         ("time", f"{human_seconds(seconds['training'])} training, {human_seconds(seconds['total'])} in all"),
         ("tokenizer", f"{report['tokenizer']['name']}, beginning-of-text token: {report['tokenizer']['bos']}"),

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from usllm.compress import Compressor, LayerPlan, Statistics
 from usllm.stages.store import Store, store_of
+from usllm.system.files import write_json
+from usllm.system.run_files import found_file
 
 Batch = Mapping[str, Tensor]
 
@@ -63,6 +65,18 @@ class Work:
     bits: dict[str, int] = field(default_factory=dict)
     plans: dict[str, LayerPlan] = field(default_factory=dict)
     found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def tell(self, stage: Stage, row: dict[str, Any]) -> None:
+        """Add a row to what a stage has found; where there is a folder, its :func:`found_file` is written anew.
+
+        Args:
+            stage: Whose it is.
+            row: Plain Python, with the keys of the rows before.
+        """
+        rows = self.found.setdefault(stage.name, [])
+        rows.append(row)
+        if self.folder is not None and self.writes:
+            write_json(found_file(self.folder, stage.name), {"rows": rows})
 
     def store(self, stage: Stage, **more: Any) -> Store:
         """Files of a stage, for the model as it is now: ask before anything is changed.

@@ -1,6 +1,7 @@
 """What a stage that works block by block keeps, so that a killed run continues to the same bits.
 
-A finished block is written once; the one that is being worked on is written now and then, with its optimizer.
+A finished window of blocks is written once; the one that is being worked on is written now and then, with its
+optimizer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _UNFINISHED = "unfinished"
 
 
 class BlockStates:
-    """Blocks of one stage in its store.
+    """Windows of blocks of one stage in its store.
 
     Args:
         store: Of the stage.
@@ -26,47 +27,50 @@ class BlockStates:
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def load_plans(self, number: int, block: nn.Module, compressor: Compressor) -> bool:
-        """Give a block that was being worked on its plans; whether there was one."""
-        saved = self._of_block(number)
+    def load_plans(self, number: int, blocks: nn.Module, compressor: Compressor) -> bool:
+        """Give blocks that were being worked on their plans; whether there were any."""
+        saved = self._of_window(number)
         if saved is None:
             return False
-        load_plans_(block, saved["plans"], compressor)
+        load_plans_(blocks, saved["plans"], compressor)
         return True
 
-    def load_finished(self, number: int, block: nn.Module, compressor: Compressor) -> bool:
-        """Fill a block that was finished before; whether there was one."""
+    def load_finished(self, number: int, blocks: nn.Module, compressor: Compressor) -> dict[str, Any] | None:
+        """Fill a window that was finished before, and what :meth:`save_finished` was told; ``None`` if it was not."""
         saved = self.store.load(_finished(number))
         if saved is None:
-            return False
-        load_plans_(block, saved["plans"], compressor)
-        block.load_state_dict(saved["block"])
-        return True
+            return None
+        load_plans_(blocks, saved["plans"], compressor)
+        blocks.load_state_dict(saved["blocks"])
+        found: dict[str, Any] = saved["found"]
+        return found
 
-    def save_finished(self, number: int, block: nn.Module) -> None:
-        """Keep a block for good."""
-        self.store.save(_finished(number), {"block": block.state_dict(), "plans": save_plans(block)})
+    def save_finished(self, number: int, blocks: nn.Module, found: dict[str, Any]) -> None:
+        """Keep a window for good, with plain Python about it."""
+        content = {"blocks": blocks.state_dict(), "plans": save_plans(blocks), "found": found}
+        self.store.save(_finished(number), content)
         self.store.drop(_UNFINISHED)
 
-    def load_unfinished(self, number: int, block: nn.Module, optimizer: Optimizer) -> int:
-        """Fill a block and its optimizer as they were when they were last kept; the steps that were made."""
-        saved = self._of_block(number)
+    def load_unfinished(self, number: int, blocks: nn.Module, optimizer: Optimizer) -> tuple[int, float]:
+        """Fill blocks and their optimizer as they were when they were last kept; steps made, and seconds they took."""
+        saved = self._of_window(number)
         if saved is None:
-            return 0
-        block.load_state_dict(saved["block"])
+            return 0, 0.0
+        blocks.load_state_dict(saved["blocks"])
         optimizer.load_state_dict(saved["optimizer"])
-        recall_winners_(block)
-        return int(saved["steps"])
+        recall_winners_(blocks)
+        return int(saved["steps"]), float(saved["seconds"])
 
-    def save_unfinished(self, number: int, block: nn.Module, optimizer: Optimizer, steps: int) -> None:
-        """Keep a block that is being worked on."""
-        content = {"number": number, "block": block.state_dict(), "plans": save_plans(block), "steps": steps}
-        self.store.save(_UNFINISHED, {**content, "optimizer": optimizer.state_dict()})
+    def save_unfinished(self, number: int, blocks: nn.Module, optimizer: Optimizer, steps: int, seconds: float) -> None:
+        """Keep a window that is being worked on."""
+        content = {"number": number, "blocks": blocks.state_dict(), "plans": save_plans(blocks)}
+        counts = {"steps": steps, "seconds": seconds}
+        self.store.save(_UNFINISHED, {**content, **counts, "optimizer": optimizer.state_dict()})
 
-    def _of_block(self, number: int) -> dict[str, Any] | None:
+    def _of_window(self, number: int) -> dict[str, Any] | None:
         saved = self.store.load(_UNFINISHED)
         return saved if saved is not None and saved["number"] == number else None
 
 
 def _finished(number: int) -> str:
-    return f"block_{number:04}"
+    return f"window_{number:04}"

@@ -103,6 +103,18 @@ def run_block(
     for first in range(0, len(stream), batch_size):
         part = slice(first, first + batch_size)
         with context():
-            output = block(stream[part], **arguments)
-        after[part] = output[0] if isinstance(output, tuple) else output
+            after[part] = output_of(block, stream[part], arguments)
     return after
+
+
+def output_of(block: nn.Module, stream: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """Hidden states behind a block, [sequences, context, hidden]; some blocks give them as the first of several.
+
+    Args:
+        block: A decoder block.
+        stream: Hidden states before it, of the same shape.
+        arguments: What it is called with besides.
+    """
+    output = block(stream, **arguments)
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found

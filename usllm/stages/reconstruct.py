@@ -7,11 +7,11 @@ relative to the energy of its target, held above a share of the median so that s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+import time
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from usllm.compress import compressed_layers, reproject_
@@ -19,14 +19,13 @@ from usllm.compress.gradients import spread_gradients_
 from usllm.stages.base import Stage, Work
 from usllm.stages.block_errors import increment_error, relative_error
 from usllm.stages.block_plans import plan_for_stream_
+from usllm.stages.block_progress import BlockProgress
 from usllm.stages.block_state import BlockStates
-from usllm.stages.blocks import capture, decoder_blocks, run_block
+from usllm.stages.block_windows import BlockWindow, DenseStreams, block_windows
+from usllm.stages.blocks import capture, decoder_blocks, output_of, run_block
 from usllm.system.errors import UserError
 from usllm.system.modes import evaluating
 from usllm.training.optimization import GroupConfig, OptimizerConfig, build_optimizer, share_of_peak
-
-if TYPE_CHECKING:
-    pass
 
 STATISTICS = ("student", "dense")
 
@@ -47,7 +46,10 @@ class Reconstruct(Stage):
         statistics: What a block's states are shared out by: ``student`` measures the stream that its compressed
             predecessors make, ``dense`` keeps the plans that were made from the dense model.
         calibration_sequences: Of the first ones, how many ``student`` measures.
-        save_every_n_steps: A kill costs at most these steps; finished blocks are never done again.
+        window: Blocks that are trained together, aimed at the dense stream behind the last of them.
+        stride: Blocks from one window to the next, at most ``window``; those that two windows share learn twice.
+        blocks: Only the first ones, to try settings; the others stay as they started. ``None``: all.
+        save_every_n_steps: A kill costs at most these steps; finished windows are never done again.
 
     Raises:
         UserError: A value is out of range.
@@ -67,12 +69,20 @@ class Reconstruct(Stage):
         ramp: float = 0.3,
         statistics: str = "student",
         calibration_sequences: int = 128,
+        window: int = 1,
+        stride: int = 1,
+        blocks: int | None = None,
         save_every_n_steps: int = 50,
     ) -> None:
         counts = {"steps": steps, "batch_size": batch_size, "save_every_n_steps": save_every_n_steps}
-        for key, value in (counts | {"calibration_sequences": calibration_sequences}).items():
+        counts |= {"calibration_sequences": calibration_sequences, "window": window, "stride": stride}
+        for key, value in (counts | {"blocks": 1 if blocks is None else blocks}).items():
             if value < 1:
                 raise UserError(f"stages.reconstruct.{key}={value}: must be 1 or more")
+        if stride > window:
+            raise UserError(
+                f"stages.reconstruct.stride={stride}: leaves blocks out where window={window}; at most that"
+            )
         if sequences < batch_size:
             raise UserError(f"stages.reconstruct.sequences={sequences}: must be at least batch_size={batch_size}")
         for key, rate in {"latent_lr": latent_lr, "scale_lr": scale_lr, "lr": lr}.items():
@@ -88,18 +98,23 @@ class Reconstruct(Stage):
         self.sequences, self.steps, self.batch_size = sequences, steps, batch_size
         self.latent_lr, self.scale_lr, self.lr, self.warmup_steps = latent_lr, scale_lr, lr, warmup_steps
         self.ramp, self.statistics, self.calibration_sequences = ramp, statistics, calibration_sequences
+        self.window, self.stride, self.blocks = window, stride, blocks
         self.save_every_n_steps = save_every_n_steps
 
     def run(self, work: Work) -> None:
         """Train all blocks, or those that a killed run has left.
 
         Raises:
-            UserError: The text is shorter than a batch.
+            UserError: The text is shorter than a batch, or there are fewer blocks than asked for.
         """
         tokens = torch.cat([batch["input_ids"] for batch in work.batches(self.sequences)])
         tokens = tokens[: len(tokens) // self.batch_size * self.batch_size]
         if not len(tokens):
             raise UserError(f"stages.reconstruct.batch_size={self.batch_size}: the text has fewer sequences")
+        count = len(decoder_blocks(work.model))
+        for key, value in {"blocks": self.blocks or 1, "window": self.window}.items():
+            if value > count:
+                raise UserError(f"stages.reconstruct.{key}={value}: the model has {count} blocks; give at most that")
         teacher = work.load_dense().to(work.device).eval()
         states = BlockStates(work.store(self, tokens=tokens))
         with evaluating(work.model):  # the streams are those of a model that is measured, without dropout
@@ -108,71 +123,92 @@ class Reconstruct(Stage):
     def _run_blocks(self, work: Work, teacher: nn.Module, tokens: Tensor, states: BlockStates) -> None:
         blocks, dense_blocks = decoder_blocks(work.model), decoder_blocks(teacher)
         names = {id(module): name for name, module in teacher.named_modules()}
-        batches = tokens.split(self.batch_size)
+        batches, size = tokens.split(self.batch_size), self.batch_size
         with work.context():
             student, inputs = capture(work.model, blocks, batches, work.device)
-            dense, _ = capture(teacher, dense_blocks, batches, work.device)
-        with Progress(disable=not work.shows_progress, transient=True) as bar:
-            task = bar.add_task("Reconstructing", total=len(blocks) * self.steps)
-            for number, (block, dense_block) in enumerate(zip(blocks, dense_blocks, strict=True)):
-                arguments, of_block = inputs[number], f"Reconstructing block {number + 1} of {len(blocks)}"
-                bar.update(task, description=of_block)
-                targets = run_block(dense_block, dense, arguments, self.batch_size, work.context)
-                if not states.load_finished(number, block, work.compressor):
-                    if self.statistics == "student" and not states.load_plans(number, block, work.compressor):
-                        some = student[: -(-self.calibration_sequences // self.batch_size) * self.batch_size]
-                        prefix = names[id(dense_block)]
-                        plan_for_stream_(work, block, dense_block, prefix, some, arguments, self.batch_size)
-                    for step, loss in self._train(work, number, block, student, targets, arguments, states):
-                        bar.update(task, advance=1, description=f"{of_block}, step {step + 1}, error {loss:.3f}")
-                after = run_block(block, student, arguments, self.batch_size, work.context)
-                found = {
-                    "block": number,
-                    "stream_error": float(relative_error(after, targets)),
-                    "increment_error": increment_error(after - student, targets - dense),
-                }
-                work.found.setdefault(self.name, []).append(found)
-                bar.update(task, completed=(number + 1) * self.steps)
-                student, dense = after, targets
+            stream, _ = capture(teacher, dense_blocks, batches, work.device)
+        dense = DenseStreams(stream, dense_blocks, inputs, size, work.context)
+        windows = block_windows(self.blocks or len(blocks), self.window, self.stride)
+        with BlockProgress(len(windows), self.steps, work.shows_progress) as progress:
+            for window in windows:
+                together = nn.ModuleList(blocks[number] for number in window.blocks)
+                found = states.load_finished(window.number, together, work.compressor)
+                if found is None:
+                    if self.statistics == "student" and not states.load_plans(window.number, together, work.compressor):
+                        some = student[: -(-self.calibration_sequences // size) * size]
+                        for number in window.blocks:  # as dense ones: what stands before a block is not trained yet
+                            block, prefix = dense_blocks[number], names[id(dense_blocks[number])]
+                            if number in window.new:
+                                plan_for_stream_(work, blocks[number], block, prefix, some, inputs[number], size)
+                            if number + 1 in window.new:
+                                some = run_block(block, some, inputs[number], size, work.context)
+                    targets = dense.before(window.blocks.stop)
+                    found = self._train(work, window, together, student, targets, inputs, states, progress)
+                for number in window.leaving:
+                    after = run_block(blocks[number], student, inputs[number], size, work.context)
+                    before, target = dense.before(number), dense.before(number + 1)
+                    row = {
+                        "block": number,
+                        "stream_error": float(relative_error(after, target)),
+                        "increment_error": increment_error(after - student, target - before),
+                        **found,
+                    }
+                    work.tell(self, row)
+                    progress.finished(row)
+                    student = after
+                    dense.forget_before(number + 1)
+                progress.window_done(window.number)
 
     def _train(
         self,
         work: Work,
-        number: int,
-        block: nn.Module,
+        window: BlockWindow,
+        together: nn.ModuleList,
         student: Tensor,
         targets: Tensor,
-        arguments: dict[str, Any],
+        inputs: Sequence[dict[str, Any]],
         states: BlockStates,
-    ) -> Iterator[tuple[int, float]]:
-        optimizer = build_optimizer(block, self._settings(), fused=True)
+        progress: BlockProgress,
+    ) -> dict[str, float]:
+        began = time.perf_counter()
+        optimizer = build_optimizer(together, self._settings(), fused=True)
         peaks = [group["lr"] for group in optimizer.param_groups]
-        first = states.load_unfinished(number, block, optimizer)
+        first, spent = states.load_unfinished(window.number, together, optimizer)
         if first:  # rates belong to the tensors that training began with
             peaks = [group["peak"] for group in optimizer.param_groups]
-        order = sequence_order(len(student), self.steps * self.batch_size, work.seed + number).view(self.steps, -1)
+        compressed = compressed_layers(together).values()
+        ramping = [layer for i in window.new for layer in compressed_layers(together[i - window.blocks.start]).values()]
+        seed = work.seed + window.number
+        order = sequence_order(len(student), self.steps * self.batch_size, seed).view(self.steps, -1)
+        error = 0.0
         for step in range(first, self.steps):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 share = (step + 1) / self.warmup_steps if step < self.warmup_steps else self._fallen(step)
                 group["peak"], group["lr"] = peak, peak * share
-            for layer in compressed_layers(block).values():
+            for layer in ramping:
                 layer.ramp = min(step / (self.ramp * self.steps), 1.0) if self.ramp else 1.0
+            stream = student[order[step]]
             with work.context():
-                output = block(student[order[step]], **arguments)
-                output = output[0] if isinstance(output, tuple) else output
-            loss = relative_error(output, targets[order[step]])
+                for number, block in zip(window.blocks, together, strict=True):
+                    stream = output_of(block, stream, inputs[number])
+            loss = relative_error(stream, targets[order[step]])
             loss.backward()
-            spread_gradients_(block)
-            torch.nn.utils.clip_grad_norm_(block.parameters(), 1.0)
+            spread_gradients_(together)
+            torch.nn.utils.clip_grad_norm_(together.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            reproject_(block)
+            reproject_(together)
+            error = float(loss.detach())
             if (step + 1) % self.save_every_n_steps == 0 and step + 1 < self.steps:
-                states.save_unfinished(number, block, optimizer, step + 1)
-            yield step, float(loss.detach())
-        for layer in compressed_layers(block).values():
+                states.save_unfinished(
+                    window.number, together, optimizer, step + 1, spent + time.perf_counter() - began
+                )
+            progress.stepped(window, step, error)
+        for layer in compressed:
             layer.ramp = 1.0
-        states.save_finished(number, block)
+        found = {"last_loss": error, "seconds": spent + time.perf_counter() - began}
+        states.save_finished(window.number, together, found)
+        return found
 
     def _settings(self) -> OptimizerConfig:
         return OptimizerConfig(

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 REPORT_FILE = "report.json"
 FAILURE_FILE = "failure.json"
 STAGES_FOLDER = "stages"
 CHECKPOINT_FOLDER = "checkpoints"
+
+
+def found_file(stages_folder: Path, stage: str) -> Path:
+    """Where a run keeps the rows that a stage reports."""
+    return stages_folder / stage / "found.json"
+
+
+def found_by_stages(run_dir: Path) -> dict[str, Any]:
+    """The rows that the stages of a run have reported, by stage; a file that cannot be read is left out."""
+    found = {}
+    for path in sorted(run_dir.glob(f"{STAGES_FOLDER}/*/found.json")):
+        try:
+            found[path.parent.name] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
 def checkpoint_folder(run_dir: Path) -> Path:

@@ -69,7 +69,8 @@ class StepCheckpoint(ModelCheckpoint):
       lack the gradients gathered so far.
     - On a step that is followed by validation it saves after the validation. From a file saved before it, Lightning
       resumes *behind* the validation: its metrics and the count of early stopping would be lost.
-    - It saves the end of training, on whatever step that falls.
+    - It saves the end of training, on whatever step that falls, and a model whose stages were all that was asked for
+      (``max_steps=0``).
 
     Args:
         dirpath: folder of the checkpoints.
@@ -141,6 +142,11 @@ class StepCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of training."""
         self._save(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save a model that no step was asked for: Lightning leaves training out as a whole."""
+        if trainer.max_steps == 0:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save(self, trainer: Trainer) -> None:
         self._requested = False

@@ -165,10 +165,10 @@ def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: i
         total_steps: optimizer steps of the whole run, warm-up included.
 
     Raises:
-        UserError: the run has no end (``total_steps`` not above 0).
+        UserError: the run has no end (``total_steps`` below 0).
     """
-    if total_steps <= 0:
-        raise UserError(f"trainer.max_steps={total_steps}: the schedule needs the number of optimizer steps, above 0")
+    if total_steps < 0:
+        raise UserError(f"trainer.max_steps={total_steps}: the schedule needs the number of optimizer steps")
     shares: list[Callable[[int], float]] = []
     for group in optimizer.param_groups:
         settings = config.of(group["kind"])
