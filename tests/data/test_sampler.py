@@ -51,7 +51,7 @@ def test_global_rng_is_neither_read_nor_changed() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("arguments", [(0, 1, 0), (1, 0, 0), (1, 1, 0, 2, 2)])
+@pytest.mark.parametrize("arguments", [(0, 1, 0), (1, -1, 0), (1, 1, 0, 2, 2)])
 def test_impossible_sizes_are_refused(arguments: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="must be positive"):
         UnrolledSampler(*arguments)

@@ -50,6 +50,7 @@ class PerplexityResult:
         tokenizer: class and size of the vocabulary, or where the tokenizer came from.
         bos: where a beginning-of-text token stands, in words.
         window_start: ``none``, or ``each`` where every window begins with that token.
+        window_losses: mean cross-entropy of each window, in nats.
     """
 
     perplexity: float
@@ -61,6 +62,7 @@ class PerplexityResult:
     tokenizer: str = "unknown"
     bos: str = "unknown"
     window_start: str = NONE
+    window_losses: tuple[float, ...] = ()
 
 
 def perplexity(
@@ -108,18 +110,19 @@ def perplexity(
     windows = len(cut) if max_windows is None else min(len(cut), max_windows)
     device = device or next(model.parameters()).device
     batches = torch.from_numpy(cut[:windows]).split(batch_size)
-    losses = torch.zeros(len(batches), dtype=torch.float64, device=device)
+    losses = torch.zeros(windows, dtype=torch.float64, device=device)
     started = time.perf_counter()
     with _evaluating(model), torch.no_grad(), _autocast(device, autocast):
         for number, batch, counts in dealt(batches):
             ids = batch.to(device=device, dtype=torch.long)
-            loss = _summed_loss(model(input_ids=ids, use_cache=False).logits, ids)
+            summed = _summed_losses(model(input_ids=ids, use_cache=False).logits, ids)
             if counts:
-                losses[number] = loss
+                losses[number * batch_size :][: len(ids)] = summed
             if progress is not None:
                 done = min((number // ranks().world_size + 1) * ranks().world_size * batch_size, windows)
                 progress(name, done, windows)
-    mean = math.fsum(sum_over_ranks_(losses).tolist()) / (windows * (window - 1))
+    by_window = [loss / (window - 1) for loss in sum_over_ranks_(losses).tolist()]
+    mean = math.fsum(by_window) / windows
     return PerplexityResult(
         perplexity=math.exp(mean) if not mean > 700 else math.inf,
         window=window,
@@ -128,6 +131,7 @@ def perplexity(
         seconds=time.perf_counter() - started,
         name=name,
         window_start=NONE if first is None else EACH,
+        window_losses=tuple(by_window),
     )
 
 
@@ -264,13 +268,14 @@ def bos_rule(tokenizer: PreTrainedTokenizerBase, window_start: str) -> str:
     return "none added"
 
 
-def _summed_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Summed cross-entropy in nats, fp64 scalar, of ``logits`` [batch, window, vocabulary] predicting the next id."""
-    predicted = logits[:, :-1].flatten(0, 1)
-    targets = ids[:, 1:].flatten()
-    chunks = zip(predicted.split(_POSITIONS_PER_CHUNK), targets.split(_POSITIONS_PER_CHUNK), strict=True)
-    losses = [F.cross_entropy(part.float(), target, reduction="sum").double() for part, target in chunks]
-    return torch.stack(losses).sum()
+def _summed_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Summed cross-entropy in nats, fp64 [batch], of ``logits`` [batch, window, vocabulary] predicting the next id."""
+    losses = []
+    for predicted, targets in zip(logits[:, :-1], ids[:, 1:], strict=True):
+        chunks = zip(predicted.split(_POSITIONS_PER_CHUNK), targets.split(_POSITIONS_PER_CHUNK), strict=True)
+        parts = [F.cross_entropy(part.float(), target, reduction="sum").double() for part, target in chunks]
+        losses.append(torch.stack(parts).sum())
+    return torch.stack(losses)
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ from usllm.runs.directory import finished_report, noting_failure, refuse_used
 from usllm.runs.ending import early_end, timer_of
 from usllm.runs.inputs import build_data, program, shared_documents, sharing, token_streams, with_window_starts
 from usllm.runs.launched import ending_together
-from usllm.runs.measure import BaselinePerplexity, measure, merge_stages
+from usllm.runs.measure import BaselinePerplexity, intervals, measure, merge_stages, window_losses
 from usllm.runs.report import print_coverage, print_outcome, print_report
 from usllm.runs.tracking import finishing, log_results
 from usllm.runs.trainer import build_nodes, build_trainer, devices_in
@@ -50,7 +50,7 @@ from usllm.system.files import write_json
 from usllm.system.lock import sole_user
 from usllm.system.machine import machine
 from usllm.system.renamed_keys import with_todays_keys
-from usllm.system.run_files import REPORT_FILE, STAGES_FOLDER, checkpoint_folder, found_by_stages
+from usllm.system.run_files import REPORT_FILE, STAGES_FOLDER, WINDOWS_FILE, checkpoint_folder, found_by_stages
 from usllm.training import SketchFinetuner, build_objective, latest_checkpoint, load_checkpoint
 from usllm.training.checkpoint_section import checked_section, refuse_to_continue
 from usllm.training.differences import agree, run_differences
@@ -177,12 +177,14 @@ def _finetune(
     saved = latest_checkpoint(checkpoint_folder(run_dir))
     health = next((callback.health for callback in callbacks if isinstance(callback, SketchHealth)), {})
     per_step = accumulate * trainer.world_size * config.data.batch_size * config.data.context_length
+    losses = window_losses(**baseline.rows, finetuned=after)
     report = {
         "finished": True,
         "name": config.name,
         "command": command,
         **sharing(shared),
         "perplexity": merge_stages(**baseline.rows, finetuned=after),
+        "intervals": intervals(losses),
         **sizes(model, config),
         "steps": trainer.global_step,
         "max_steps": max_steps,
@@ -203,6 +205,7 @@ def _finetune(
     }
     if trainer.is_global_zero:
         log_results(loggers, report, axis_step(trainer))
+        write_json(run_dir / WINDOWS_FILE, losses)
         write_json(run_dir / REPORT_FILE, report)
         print_report(report)
     return report

@@ -6,6 +6,7 @@ directory: a resumed run reports them without measuring again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from usllm.config import EvaluationConfig
 from usllm.data.windows import NONE
+from usllm.eval.bootstrap import interval
 from usllm.eval.perplexity import PerplexityResult, evaluate
 from usllm.models.identity import weights_digest
 from usllm.system.files import read_json, write_json
@@ -87,6 +89,37 @@ def merge_stages(**stages: Sequence[dict[str, Any]] | None) -> list[dict[str, An
             shared["window_start"] = row.get("window_start", NONE)  # rows of older versions do not say it
             merged.setdefault(tuple(shared.values()), shared)[stage] = row["perplexity"]
     return list(merged.values())
+
+
+def window_losses(**stages: Sequence[dict[str, Any]] | None) -> dict[str, dict[str, list[float]]]:
+    """Mean loss of each measured window, in nats, by test set with window and by stage."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for stage, rows in stages.items():
+        for row in rows or []:
+            if losses := row.get("window_losses"):  # not in files of older versions
+                found.setdefault(_place(row["test_set"], row["window"]), {})[stage] = losses
+    return found
+
+
+def intervals(losses: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """95 % intervals by bootstrap over windows, by test set with window and by stage.
+
+    Args:
+        losses: From :func:`window_losses`.
+
+    Returns:
+        ``perplexity``: its two bounds; ``over_dense``: the ratio to the dense model, and the bounds of that.
+    """
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for place, by_stage in losses.items():
+        dense = by_stage.get(DENSE)
+        for stage, values in by_stage.items():
+            entry = {"perplexity": list(interval(values))}
+            if dense is not None and stage != DENSE and len(dense) == len(values):
+                ratio = math.exp(min(math.fsum(values) / len(values) - math.fsum(dense) / len(dense), 700))
+                entry["over_dense"] = [ratio, *interval(values, dense)]
+            found.setdefault(place, {})[stage] = entry
+    return found
 
 
 class BaselinePerplexity(Callback):
@@ -155,7 +188,7 @@ class BaselinePerplexity(Callback):
 
         alone = trainer.world_size == 1 and not isinstance(model, FSDPModule)
         if self.reuse and stage == DENSE and alone:
-            self.rows[stage] = kept_rows("perplexity", self._key(model), fresh)
+            self.rows[stage] = kept_rows("perplexity_by_window", self._key(model), fresh)
         else:
             self.rows[stage] = fresh()
         with failing_together():
@@ -218,5 +251,6 @@ def _row(result: PerplexityResult) -> dict[str, Any]:
         "tokens": result.tokens,
         "window_start": result.window_start,
         "perplexity": result.perplexity,
+        "window_losses": [round(loss, 6) for loss in result.window_losses],
         "seconds": result.seconds,
     }

@@ -59,7 +59,7 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     console = console or Console()
     console.print()
     console.print(perplexity_table(report["perplexity"], title=f"Perplexity, {report['name']}"))
-    print_facts([*_size_facts(report), *_run_facts(report)], console)
+    print_facts([*_certainty(report), *_size_facts(report), *_run_facts(report)], console)
     for warning in (report.get("health") or {}).get("warnings", []):
         console.print(f"warning (step {warning['step']}): {warning['message']}", style="yellow", markup=False)
     print_warnings(report.get("warnings", []), console)
@@ -92,6 +92,21 @@ def print_outcome(report: dict[str, Any], console: Console | None = None) -> Non
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _certainty(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """How certain the last figures are; nothing for reports of older versions."""
+    found: list[tuple[str, str]] = []
+    for place, stages in (report.get("intervals") or {}).items():
+        entry = stages.get(FINETUNED)
+        if entry is None:
+            continue
+        low, high = (perplexity_text(bound) for bound in entry["perplexity"])
+        words = f"{place}: {low} to {high}"
+        if "over_dense" in entry:
+            words += ", {:.3g} times the dense model's ({:.3g} to {:.3g})".format(*entry["over_dense"])
+        found.append(("" if found else "95 % interval", words))
+    return found
 
 
 def _size_facts(report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -8,6 +8,8 @@ from typing import Any
 
 REPORT_FILE = "report.json"
 FAILURE_FILE = "failure.json"
+WINDOWS_FILE = "windows.json"
+"""Mean losses of the windows that were measured, by test set and stage: for intervals, and pairs with other runs."""
 STAGES_FOLDER = "stages"
 CHECKPOINT_FOLDER = "checkpoints"
 
