@@ -10,6 +10,7 @@ forward pass of a decoder layer saves for the backward pass. --write puts the ta
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cache
@@ -20,6 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds only its own folder there
+
+from benchmarks.page_sections import between_markers
 from usllm.compress import CompressedLinear, compressed_layers, swap_linears_
 from usllm.sketch import SketchConfig, build_plan
 from usllm.training.sharding import units
@@ -255,9 +259,7 @@ def _gigabytes(count: int) -> str:
 
 def page_with(text: str, content: str) -> str:
     """``text`` with ``content`` between its two markers."""
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n\n{content}\n{END}{tail}"
+    return between_markers(text, BEGIN, END, content)
 
 
 def main() -> None:

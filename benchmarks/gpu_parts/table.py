@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.gpu_parts.results import Refused, Results
+from benchmarks.page_sections import MissingMarkers, between_markers
 
 BEGIN = "<!-- figures: benchmarks/gpu_table.py -->"
 END = "<!-- end of figures -->"
@@ -76,11 +77,10 @@ def page_with(page: str, text: str) -> str:
     Raises:
         Refused: The page has no such section.
     """
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise Refused(f"the page must hold one line {BEGIN} and one line {END}: put them back")
-    before, _, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2]
-    return f"{before}{BEGIN}\n{text.strip()}\n{END}{after}"
+    try:
+        return between_markers(page, BEGIN, END, text)
+    except MissingMarkers as error:
+        raise Refused(str(error)) from error
 
 
 def section(kept: Iterable[Results]) -> str:

@@ -64,7 +64,7 @@ def test_only_results_of_a_card_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_page_without_the_place_is_refused() -> None:
-    assert page_with(f"a\n{BEGIN}\nold\n{END}\nb", " new ") == f"a\n{BEGIN}\nnew\n{END}\nb"
+    assert page_with(f"a\n{BEGIN}\nold\n{END}\nb", " new ") == f"a\n{BEGIN}\n\nnew\n\n{END}\nb"
     with pytest.raises(Refused, match="put them back"):
         page_with("a page", "new")
 

@@ -91,6 +91,12 @@ DECISIVE: dict[str, dict[str, Any]] = {
     | {"data.train.name": WIKITEXT, "data.train.config": "wikitext-103-raw-v1", "data.train.split": "train"}
     | {"data.validation.name": WIKITEXT, "data.validation.split": "validation"}
     | {"data.max_sequences": None, "data.batch_size": 4},
+    "paper_smollm2": PAPER_SKETCH
+    | SMOLLM2
+    | TRAINING
+    | {"data.train.kind": "text", "data.context_length": 256, "data.max_sequences": None, "data.batch_size": 4}
+    | {"stages.calibrate.sequences": 128, "trainer.max_steps": 520, "trainer.epochs": None}
+    | {"evaluation.validation_split": False, "evaluation.max_windows": 64},
     "ste_convergence": PAPER_SKETCH
     | SMOLLM2
     | PYDOC

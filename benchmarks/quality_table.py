@@ -1,0 +1,180 @@
+"""The comparison in docs/results.md and its short form in README.md, made from benchmarks/results/quality/*.json.
+
+python benchmarks/quality_table.py           write both
+python benchmarks/quality_table.py --check   say whether the pages are what the results give
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds only its own folder there
+
+from benchmarks.page_sections import between_markers
+from benchmarks.quality_rows import ROWS
+
+ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "benchmarks" / "results" / "quality"
+BEGIN, END = "<!-- quality: benchmarks/quality_table.py -->", "<!-- end of quality -->"
+TEXTS = {"wikitext2": "WikiText-2", "imdb": "film reviews", "pydoc": "Python's documentation"}
+NONE = "No row has been made yet."
+
+
+def kept_rows(folder: Path = KEPT) -> list[dict[str, Any]]:
+    """The kept results, in the order of the comparison; files of rows that no longer exist come last."""
+    names = list(ROWS)
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return sorted(found, key=lambda row: names.index(row["row"]) if row["row"] in ROWS else len(names))
+
+
+def full(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Tables of all rows: after training, then untrained and what a row costs."""
+    if not rows:
+        return NONE
+    dense = {text: _figures(rows[0], text)["dense"] for text in TEXTS}
+    lines = [
+        "Dense: " + ", ".join(f"{TEXTS[text]} {_number(value)}" for text, value in dense.items()) + ".",
+        "",
+        *_table(
+            ["method", "bits", "seed", *[f"{name} (95 %), times dense (95 %)" for name in TEXTS.values()]],
+            (
+                [row["method"], _bits(row), str(row["config"]["seed"]), *[_with_ratio(row, t) for t in TEXTS]]
+                for row in rows
+            ),
+        ),
+        "",
+        "The same runs before training (untrained figures mislead, [method.md](method.md) §5), after the blocks, and",
+        "what they took:",
+        "",
+        *_table(
+            [
+                "method",
+                "bits",
+                "over all",
+                "MB",
+                *[f"{n}: untrained, blocks" for n in list(TEXTS.values())[:2]],
+                "tokens end to end",
+                "minutes",
+            ],
+            (
+                [
+                    row["method"],
+                    _bits(row),
+                    *_size(row),
+                    *[_before(row, t) for t in list(TEXTS)[:2]],
+                    f"{row['tokens']:,}",
+                    _minutes(row),
+                ]
+                for row in rows
+            ),
+        ),
+    ]
+    long = [row for row in rows if row.get("long_windows")]
+    if long:
+        lines += ["", "All windows of 2,048 tokens of WikiText-2 (dense 21.98):", ""]
+        lines += _table(
+            ["method", "bits", "windows", "perplexity"],
+            (
+                [row["method"], _bits(row), str(each["windows"]), _number(each["perplexity"])]
+                for row in long
+                for each in row["long_windows"]
+            ),
+        )
+    made = sorted({(row["date"], row["machine"]["cpu"]) for row in rows})
+    lines += ["", "Made " + "; ".join(f"{date} on {cpu}" for date, cpu in made) + "."]
+    return "\n".join(lines)
+
+
+def short(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of README.md: seed 0, two texts, as ratio to the dense model."""
+    first = [row for row in rows if row["config"]["seed"] == 0]
+    if not first:
+        return NONE
+    return "\n".join(
+        _table(
+            ["method", "bits per weight", "WikiText-2, times dense", "film reviews, times dense"],
+            (
+                [row["method"], _bits(row), *[f"{_ratio(row, text)[0]:.3g}" for text in list(TEXTS)[:2]]]
+                for row in first
+            ),
+        )
+    )
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _figures(row: Mapping[str, Any], text: str) -> Mapping[str, Any]:
+    return next(each for each in row["perplexity"] if each["test_set"] == text)
+
+
+def _interval(row: Mapping[str, Any], text: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = row["intervals"][f"{text}/{_figures(row, text)['window']}"]["finetuned"]
+    return found
+
+
+def _ratio(row: Mapping[str, Any], text: str) -> Sequence[float]:
+    found: Sequence[float] = _interval(row, text)["over_dense"]
+    return found
+
+
+def _with_ratio(row: Mapping[str, Any], text: str) -> str:
+    low, high = _interval(row, text)["perplexity"]
+    ratio, least, most = _ratio(row, text)
+    figure = _number(_figures(row, text)["finetuned"])
+    return f"{figure} ({_number(low)} to {_number(high)}), {ratio:.3g} ({least:.3g} to {most:.3g})"
+
+
+def _before(row: Mapping[str, Any], text: str) -> str:
+    figures = _figures(row, text)
+    return f"{_number(figures.get('sketched'))}, {_number(figures.get('reconstructed'))}"
+
+
+def _bits(row: Mapping[str, Any]) -> str:
+    return f"{row['bits_per_weight']['achieved']:.4f}"
+
+
+def _size(row: Mapping[str, Any]) -> tuple[str, str]:
+    return f"{row['bits_per_weight']['model']:.2f}", f"{row['bytes']['sketched'] / 1e6:.1f}"
+
+
+def _minutes(row: Mapping[str, Any]) -> str:
+    return f"{row['seconds']['total'] / 60:.0f}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if not math.isfinite(value) or value >= 1e6:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; what it returns is the exit status."""
+    parser = argparse.ArgumentParser(description="Tables of docs/results.md and README.md from kept results.")
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a page is another")
+    check = parser.parse_args(arguments).check
+    rows, changed = kept_rows(), False
+    for page, text in ((ROOT / "docs" / "results.md", full(rows)), (ROOT / "README.md", short(rows))):
+        before = page.read_text(encoding="utf-8")
+        after = between_markers(before, BEGIN, END, text)
+        changed |= after != before
+        if not check and after != before:
+            page.write_text(after, encoding="utf-8")
+            print(page)
+    if check and changed:
+        print("the pages are not what the results give: run python benchmarks/quality_table.py", file=sys.stderr)
+    return int(check and changed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""The comparison: every row is a configuration that runs, and the pages are what the kept results give."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from benchmarks import quality, quality_table
+from benchmarks.page_sections import MissingMarkers, between_markers
+from benchmarks.quality_rows import ROWS
+from usllm.config import check_train
+from usllm.runs.directory import register_resolvers
+
+
+def kept(name: str, **changed: Any) -> dict[str, Any]:
+    """The kept result of a row, as short as the tables allow."""
+    stages = {"dense": 30.0, "sketched": 1e7, "reconstructed": 200.0, "finetuned": 120.0}
+    entry = {"perplexity": [110.0, 130.0], "over_dense": [4.0, 3.8, 4.2]}
+    return {
+        "row": name,
+        "method": ROWS[name].method,
+        "date": "2026-11-26",
+        "bits_per_weight": {"achieved": 0.4999, "model": 4.91},
+        "bytes": {"sketched": 82_600_000},
+        "perplexity": [{"test_set": text, "window": 512, **stages} for text in quality_table.TEXTS],
+        "intervals": {f"{text}/512": {"finetuned": entry} for text in quality_table.TEXTS},
+        "tokens": 122_880,
+        "seconds": {"total": 2700.0},
+        "machine": {"cpu": "a processor"},
+        "long_windows": None,
+        "config": {"seed": int(name.endswith("seed1"))},
+        **changed,
+    }
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_is_a_configuration_that_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("USLLM_DATA", str(tmp_path))
+    for file in ("imdb.train.txt.xz", "imdb.valid.txt.xz", "wikitext2.valid.txt", "wikitext2.test.raw.txt"):
+        opened = lzma.open if file.endswith(".xz") else open
+        with opened(tmp_path / file, "wb") as text:
+            text.write(b"words\n")
+    row = ROWS[name]
+    if row.rate_of is not None:
+        (tmp_path / f"{row.rate_of}.json").write_text(json.dumps(kept(row.rate_of)))
+    register_resolvers()
+    with initialize_config_module("usllm.conf", version_base="1.3"):
+        cfg = compose("train", quality.overrides_of(row, tmp_path / "run", tmp_path))
+    config = check_train(cfg)
+    tokens = config.data.batch_size * config.data.context_length * config.trainer["max_steps"]
+    reconstruct = config.stages.get("reconstruct")
+    if reconstruct is not None:
+        tokens += reconstruct["steps"] * reconstruct["batch_size"] * config.data.context_length
+    assert tokens == 532_480
+    assert config.evaluation.max_windows == 64
+
+
+def test_a_row_at_the_bits_of_another_asks_for_that_first(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="rounding_1bit: make that row first"):
+        quality.overrides_of(ROWS["sign_as_rounding_1bit"], tmp_path, tmp_path)
+
+
+def test_unknown_rows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert quality.main(["sign_0.7"]) == 2
+    assert "no such row" in capsys.readouterr().err
+
+
+def test_pages_are_what_the_kept_results_give() -> None:
+    assert quality_table.main(["--check"]) == 0, "run python benchmarks/quality_table.py"
+
+
+def test_tables_hold_every_row_in_the_order_of_the_comparison(tmp_path: Path) -> None:
+    for name in ("littlebit_0.5_seed1", "sign_0.5_seed0"):
+        (tmp_path / f"{name}.json").write_text(quality.compact(kept(name)))
+    rows = quality_table.kept_rows(tmp_path)
+    assert [row["row"] for row in rows] == ["sign_0.5_seed0", "littlebit_0.5_seed1"]
+    text = quality_table.full(rows)
+    assert "| sign sketch | 0.4999 | 0 | 120 (110 to 130), 4 (3.8 to 4.2) |" in text
+    assert "| LittleBit | 0.4999 | 4.91 | 82.6 | 1.0e+07, 200 |" in text
+    assert quality_table.short(rows).count("\n") == 2  # the second seed is not in the short one
+    assert quality_table.full([]) == quality_table.short([]) == quality_table.NONE
+
+
+def test_a_page_without_its_markers_is_refused() -> None:
+    assert between_markers("a\nB\nold\nE\nc", "B", "E", " new\n") == "a\nB\n\nnew\n\nE\nc"
+    for page in ("a page", "B only", "B E B"):
+        with pytest.raises(MissingMarkers, match="put them back"):
+            between_markers(page, "B", "E", "new")
