@@ -94,7 +94,9 @@ DECISIVE: dict[str, dict[str, Any]] = {
     "paper_smollm2": PAPER_SKETCH
     | SMOLLM2
     | TRAINING
-    | {"data.train.kind": "text", "data.context_length": 256, "data.max_sequences": None, "data.batch_size": 4}
+    | {"data.validation": None}
+    | {"data.train.kind": "text", "data.validation_fraction": 0.005, "data.context_length": 256}
+    | {"data.max_sequences": None, "data.batch_size": 4}
     | {"stages.calibrate.sequences": 128, "trainer.max_steps": 520, "trainer.epochs": None}
     | {"evaluation.validation_split": False, "evaluation.max_windows": 64},
     "ste_convergence": PAPER_SKETCH

@@ -28,9 +28,16 @@ class TextSamples(Inspection):
         prompts: texts to be continued, one or more.
         max_new_tokens: tokens per continuation, 1 or more.
         every_n_validations: as for :class:`Inspection`.
+        side_by_side: whether ``usllm-train`` also prints, at its end, what the dense and the finished model write.
     """
 
-    def __init__(self, prompts: Sequence[str], max_new_tokens: int = 32, every_n_validations: int = 1) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 32,
+        every_n_validations: int = 1,
+        side_by_side: bool = False,
+    ) -> None:
         super().__init__(every_n_validations)
         if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
             raise UserError(
@@ -39,7 +46,7 @@ class TextSamples(Inspection):
         if max_new_tokens < 1:
             raise UserError(f"callbacks.text_samples.max_new_tokens={max_new_tokens}: must be 1 or more")
         self.prompts = tuple(prompts)
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.side_by_side = max_new_tokens, side_by_side
         self.rows: list[list[Any]] = []
 
     def state_dict(self) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from usllm.runs.inputs import build_data, program, shared_documents, sharing, to
 from usllm.runs.launched import ending_together
 from usllm.runs.measure import BaselinePerplexity, intervals, measure, merge_stages, window_losses
 from usllm.runs.report import print_coverage, print_outcome, print_report
+from usllm.runs.side_by_side import SideBySide
 from usllm.runs.tracking import finishing, log_results
 from usllm.runs.trainer import build_nodes, build_trainer, devices_in
 from usllm.stages import Allocate, Preparation, refuse_wrong_order
@@ -147,6 +148,7 @@ def _finetune(
         reuse=config.reuse_statistics,
         resumed=checkpoint is not None,
     )
+    samples = SideBySide(run_dir, tokenizer, callbacks, config.evaluation.precision)
     if not loggers:  # Lightning refuses this one where it has nowhere to write
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer = build_trainer(config, max_steps, [baseline, LoggedSteps(), *callbacks], loggers)
@@ -158,7 +160,7 @@ def _finetune(
         patterns=config.model.patterns,
         config=plain,
         gradient_checkpointing=config.model.gradient_checkpointing,
-        preparation=Preparation(stages, run_dir / STAGES_FOLDER, [baseline.observe]),
+        preparation=Preparation(stages, run_dir / STAGES_FOLDER, [baseline.observe, samples.observe]),
     )
     for logger in loggers:
         if isinstance(logger, CsvRunLogger):
@@ -174,6 +176,7 @@ def _finetune(
             cast(nn.Module, model).to(trainer.strategy.root_device)  # Lightning has put it back on the CPU
         shown, device = trainer.is_global_zero, trainer.strategy.root_device
         after = measure(model, tokenizer, streams, config.evaluation, "Finetuned model", shown, device)
+        written = samples.rows(model)
     saved = latest_checkpoint(checkpoint_folder(run_dir))
     health = next((callback.health for callback in callbacks if isinstance(callback, SketchHealth)), {})
     per_step = accumulate * trainer.world_size * config.data.batch_size * config.data.context_length
@@ -197,6 +200,7 @@ def _finetune(
         "report": str(run_dir / REPORT_FILE),
         "coverage": {**covered.to_dict(), "line": covered.line()},
         "health": health,
+        "samples": written,
         "stages": found_by_stages(run_dir),
         "next": next_commands(config, command),
         "machine": machine(),

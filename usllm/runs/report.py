@@ -12,7 +12,7 @@ from rich.text import Text
 from usllm.compress.coverage import Coverage
 from usllm.data.windows import EACH, NONE
 from usllm.system.machine import machine_line
-from usllm.system.stage_names import FINETUNED, HEADINGS, with_todays_names
+from usllm.system.stage_names import DENSE, FINETUNED, HEADINGS, with_todays_names
 from usllm.system.text import perplexity_text
 
 
@@ -59,6 +59,7 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     console = console or Console()
     console.print()
     console.print(perplexity_table(report["perplexity"], title=f"Perplexity, {report['name']}"))
+    print_samples(report.get("samples", []), console)
     print_facts([*_certainty(report), *_size_facts(report), *_run_facts(report)], console)
     for warning in (report.get("health") or {}).get("warnings", []):
         console.print(f"warning (step {warning['step']}): {warning['message']}", style="yellow", markup=False)
@@ -67,6 +68,15 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     for command in report["next"]:
         # Plain and unwrapped, so that it can be copied from the screen.
         console.print(f"  {command}", style="bold", markup=False, soft_wrap=True, highlight=False)
+
+
+def print_samples(rows: Sequence[dict[str, str]], console: Console) -> None:
+    """Print what both models wrote, each text in a line of its own."""
+    for row in rows:
+        console.print(f"\n{row['prompt']}", style="bold", markup=False, highlight=False)
+        for name in (DENSE, FINETUNED):
+            text = " ".join(row[name].split())
+            console.print(f"  {name:<10} {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_coverage(covered: Coverage, console: Console) -> None:
