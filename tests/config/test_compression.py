@@ -66,7 +66,7 @@ def test_option_of_the_group_chooses_method_options_and_allocation(
 
 def test_experiment_demo_leaves_the_method_to_the_command_line() -> None:
     demo = sketch_config(check_train(composed("experiment=demo")))
-    assert (demo.allocation, demo.bits_per_weight, demo.output_scale) == ("waterfill", 2.0, True)
+    assert (demo.operator, demo.bits_per_weight, demo.layer_budget) == ("mean", 1.0, "sensitivity")
     for name, options in (("littlebit", LittleBitConfig()), ("rounding", RoundingConfig())):
         assert sketch_config(check_train(composed("experiment=demo", f"sketch={name}"))) == options
 
