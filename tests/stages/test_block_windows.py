@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from itertools import pairwise
 
 import torch
 from hypothesis import given
@@ -23,7 +24,7 @@ def test_every_block_comes_and_leaves_once_and_windows_overlap_by_what_they_shar
     assert [n for window in windows for n in window.leaving] == list(range(count))
     assert [window.number for window in windows] == list(range(len(windows)))
     assert windows[-1].blocks.stop == count
-    for window, after in zip(windows, windows[1:], strict=False):
+    for window, after in pairwise(windows):
         assert after.blocks.start - window.blocks.start == stride
         assert len(window.blocks) == size
     for window in windows:

@@ -145,9 +145,11 @@ def test_a_run_that_was_killed_in_a_window_ends_with_the_same_bits(
     folder = tmp_path / "stages"
     whole = compressed(method("sketch")(SketchConfig(**OPTIONS["sketch"])))
     stage(**settings).run(whole)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    killed = compressed(method("sketch")(SketchConfig(**OPTIONS["sketch"])), folder)
+    with monkeypatch.context() as patch:
         patch.setattr(BlockProgress, "stepped", dies)
-        stage(**settings).run(compressed(method("sketch")(SketchConfig(**OPTIONS["sketch"])), folder))
+        with pytest.raises(Killed):
+            stage(**settings).run(killed)
     resumed = compressed(method("sketch")(SketchConfig(**OPTIONS["sketch"])), folder)
     stage(**settings).run(resumed)
     for name, value in whole.model.state_dict().items():
