@@ -61,6 +61,7 @@ TRAINING = {
     "optimizer.weight_decay": 0.0,
     "optimizer.schedule": "linear",
     "optimizer.warmup_steps": 0,
+    "optimizer.until": 1.0,
     **{f"optimizer.{kind}.{field.name}": None for kind in KINDS for field in dataclasses.fields(GroupConfig)},
     "stages.calibrate.sequences": 32,
     "callbacks.sketch_reprojection.every_n_steps": 1,

@@ -40,6 +40,23 @@ def test_constant_stays_after_the_warm_up() -> None:
     assert found == pytest.approx([0, 0.5, 1, 1, 1])
 
 
+def test_a_kind_that_learns_in_a_share_of_the_steps_stays_as_it_is_behind_it() -> None:
+    config = OptimizerConfig(lr=0.1, schedule="constant", latents=GroupConfig(until=0.5))
+    model = compressed()
+    optimizer = build_optimizer(model, config)
+    schedule = build_schedule(optimizer, config, 4)
+    for step in range(4):
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        schedule.step()
+        kinds = {id(p): group["kind"] for group in optimizer.param_groups for p in group["params"]}
+        for name, parameter in model.named_parameters():
+            moved = not torch.equal(parameter, before[name])
+            assert moved == (kinds[id(parameter)] != "latents" or step < 2), name
+
+
 def test_only_matrices_are_decayed() -> None:
     matrix, gain = nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(3))
     optimizer = build_optimizer(nn.ParameterList([matrix, gain]), OptimizerConfig(weight_decay=0.1))
@@ -155,6 +172,8 @@ def test_schedules_of_kinds_run_side_by_side() -> None:
         (GroupConfig(lr=1.0, relative_lr=1.0), "optimizer.latents.relative_lr=1.0: stands in the place of lr=1.0"),
         (GroupConfig(relative_lr=-1.0), "optimizer.latents.relative_lr=-1.0: must be above 0"),
         (GroupConfig(schedule="step"), "optimizer.latents.schedule='step'"),
+        (GroupConfig(until=0.0), "optimizer.latents.until=0.0: is a share of the steps"),
+        (GroupConfig(until=1.1), "optimizer.latents.until=1.1: is a share of the steps"),
     ],
 )
 def test_settings_of_a_kind_are_checked_by_their_key(group: GroupConfig, words: str) -> None:

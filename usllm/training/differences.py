@@ -48,6 +48,7 @@ ADDED_LATER: Mapping[str, Any] = {
     "data.window_start": "none",
     "evaluation.window_start": "none",
     "evaluation.allow_shared": [],
+    "optimizer.until": 1.0,
 }
 """Keys that configurations of older versions lack, with what those versions did."""
 

@@ -31,7 +31,7 @@ class GroupConfig:
         relative_lr: the same in units of each tensor's root mean square when training starts, in the place of ``lr``:
             one value then serves layers, and models, of any size of weights. It is measured once; a run that continues
             goes on with the rates it has stored.
-        betas, weight_decay, schedule, warmup_steps: as in :class:`OptimizerConfig`.
+        betas, weight_decay, schedule, warmup_steps, until: as in :class:`OptimizerConfig`.
     """
 
     lr: float | None = None
@@ -40,6 +40,7 @@ class GroupConfig:
     weight_decay: float | None = None
     schedule: str | None = None
     warmup_steps: int | None = None
+    until: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class OptimizerConfig:
         weight_decay: decoupled decay, applied to matrices only (norm gains and biases are not decayed).
         schedule: ``linear`` or ``cosine`` down to 0 at the last step, or ``constant``; after the warm-up.
         warmup_steps: optimizer steps of linear rise from 0 to ``lr``.
+        until: share of the steps in which parameters learn; the schedule ends there, and they stay as they are. That of
+            ``latents`` below 1 freezes the states for a last part in which the scales and the rest learn alone.
         latents: settings of what carries the compressed weights, where they differ.
         scales: the same for the scales of a method that trains them.
         rest: the same for all other parameters.
@@ -64,6 +67,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     schedule: str = "linear"
     warmup_steps: int = 0
+    until: float = 1.0
     latents: GroupConfig = field(default_factory=GroupConfig)
     scales: GroupConfig = field(default_factory=GroupConfig)
     rest: GroupConfig = field(default_factory=GroupConfig)
@@ -88,7 +92,7 @@ class OptimizerConfig:
     def of(self, kind: str) -> GroupConfig:
         """All settings of a kind of parameters; one of ``lr`` and ``relative_lr`` is ``None``."""
         group: GroupConfig = getattr(self, kind)
-        keys = ("betas", "weight_decay", "schedule", "warmup_steps")
+        keys = ("betas", "weight_decay", "schedule", "warmup_steps", "until")
         filled = {key: getattr(self, key) for key in keys if getattr(group, key) is None}
         if group.lr is None and group.relative_lr is None:
             filled["lr"] = self.lr
@@ -110,6 +114,8 @@ def _problems(where: str, group: Any) -> list[str]:
         found.append(f"{where}.weight_decay={group.weight_decay}: must be 0 or more, and at most {LARGEST:g}")
     if group.schedule is not None and group.schedule not in SCHEDULES:
         found.append(f"{where}.schedule={group.schedule!r}: unknown; choose one of {', '.join(SCHEDULES)}")
+    if group.until is not None and not 0 < group.until <= 1:
+        found.append(f"{where}.until={group.until}: is a share of the steps; must be above 0 and at most 1")
     if group.warmup_steps is not None and group.warmup_steps < 0:
         found.append(f"{where}.warmup_steps={group.warmup_steps}: must be 0 or more")
     return found
@@ -172,9 +178,15 @@ def build_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: i
     shares: list[Callable[[int], float]] = []
     for group in optimizer.param_groups:
         settings = config.of(group["kind"])
-        assert settings.schedule is not None and settings.warmup_steps is not None
-        shares.append(partial(share_of_peak, settings.schedule, settings.warmup_steps, total_steps))
+        assert settings.schedule is not None and settings.warmup_steps is not None and settings.until is not None
+        learning = max(round(total_steps * settings.until), min(total_steps, 1))
+        share = partial(share_of_peak, settings.schedule, settings.warmup_steps, learning)
+        shares.append(share if learning == total_steps else partial(_ending_at, learning, share))
     return LambdaLR(optimizer, shares)
+
+
+def _ending_at(learning: int, share: Callable[[int], float], step: int) -> float:
+    return share(step) if step < learning else 0.0
 
 
 def share_of_peak(schedule: str, warmup_steps: int, total_steps: int, step: int) -> float:
