@@ -11,7 +11,7 @@ import pytest
 from usllm.cli import train
 
 EXPERIMENTS = [
-    # The same five runs as smollm2_quality_cpu.
+    # Three runs, of which recipe is one.
     pytest.param(name, marks=pytest.mark.slow) if name == "smollm2_quality" else name
     for name in sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "experiment").glob("*.yaml"))
 ]

@@ -73,7 +73,6 @@ DIFFERENT = {
     "GenerateConfig and load: keep_decoded": "a size with a unit; bytes in Python",
     "experiment=layer_error: shown": _EXPERIMENT,
     "experiment=smollm2_quality: variants": _EXPERIMENT,
-    "experiment=smollm2_quality_cpu: variants": _EXPERIMENT,
     "experiment=ste_convergence: variants": _EXPERIMENT,
 }
 """``<place>: <key>`` -> why the two differ."""

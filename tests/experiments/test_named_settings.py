@@ -76,15 +76,6 @@ TRAINING = {
     "evaluation.precision": "auto",
 }
 WIKITEXT = "Salesforce/wikitext"
-QUALITY = (
-    PAPER_SKETCH
-    | SMOLLM2
-    | CALIBRATION_TEXT
-    | TRAINING
-    | {"data.train.kind": "text", "data.validation_fraction": 0.005, "data.batch_size": 16}
-    | {"optimizer.lr": 1e-4, "optimizer.schedule": "cosine", "optimizer.warmup_steps": 50}
-    | {"trainer.max_steps": 2500, "trainer.epochs": None, "evaluation.validation_split": False}
-)
 DECISIVE: dict[str, dict[str, Any]] = {
     "paper_llama32_1b": PAPER_SKETCH
     | TRAINING
@@ -117,10 +108,6 @@ DECISIVE: dict[str, dict[str, Any]] = {
     | {"evaluation.max_windows": 16}
     | {"study.thresholds": [0, 0.01, 0.03, 0.1, 0.3, 1.0], "study.sequences": 32},
     "layer_error": PAPER_SKETCH | SMOLLM2 | PYDOC | WATERFILL | {"study.rates": [0.5, 1.0], "study.sequences": 16},
-    "smollm2_quality": QUALITY,
-    "smollm2_quality_cpu": QUALITY
-    | {"data.context_length": 128, "data.batch_size": 1, "optimizer.warmup_steps": 10, "trainer.max_steps": 200}
-    | {"stages.calibrate.sequences": 64, "evaluation.max_windows": 8},
 }
 """By experiment."""
 

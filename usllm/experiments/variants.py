@@ -15,7 +15,7 @@ from usllm.system.metric_rows import METRICS_FILE, STEP, part_folders, read_rows
 
 # Without these a run finetunes the dense model.
 DENSE = {
-    "stages": {"calibrate": None, "allocate": None, "start": None},
+    "stages": {"calibrate": None, "allocate": None, "start": None, "reconstruct": None},
     "callbacks": {"sketch_reprojection": None, "sketch_health": None},
 }
 
