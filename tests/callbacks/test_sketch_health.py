@@ -123,6 +123,14 @@ def test_uneven_layers_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert callback.health["allocation_variation"] == {"value": 0.5, "limit": 0.2, "ok": False}
 
 
+def test_layers_that_were_to_differ_are_not_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sketch_health, "compression_report", lambda model: report(layer(), layer(bits_per_weight=1.5)))
+    monkeypatch.setattr(sketch_health, "_even", lambda module: False)
+    callback, messages, _ = trained(tmp_path / "run", allocation_variation_max=0.2)
+    assert not messages
+    assert callback.health["allocation_variation"] == {"value": 0.5, "limit": None, "ok": None}
+
+
 def test_new_allocation_is_looked_at_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
 

@@ -22,7 +22,8 @@ class SketchHealth(Callback):
     """Warns, once per kind, when a sketched model shows one of the failures of `docs/method.md` §2.
 
     - *occupancy*: the share of states with at least one member, in the worst layer.
-    - *allocation_variation*: the spread of bits per weight across layers (coefficient of variation).
+    - *allocation_variation*: the spread of bits per weight across layers (coefficient of variation), where all layers
+      were to have the same.
     - *perplexity*: above ``perplexity_max`` after ``warmup_steps``, from validation, and from the running mean of the
       training loss where the objective is cross-entropy. The diagnosis names the likely cause.
     - *loss_stability*: the mean relative change of the loss from one step to the next, over that of a floating-point
@@ -152,13 +153,13 @@ class SketchHealth(Callback):
                     else "is balanced, so this layer's plan has more states than weights: lower sketch.bits_per_weight"
                 ),
             )
-        if report.allocation_variation > self.allocation_variation_max:
+        if _even(module) and report.allocation_variation > self.allocation_variation_max:
             self._warn(
                 "allocation_variation",
                 trainer,
                 f"bits per weight vary by {report.allocation_variation:.0%} across layers (limit "
-                f"{self.allocation_variation_max:.0%}). Likely cause: allocation.layer_budget="
-                f"{module.compressor.options.layer_budget}; allocation.layer_budget=equal gives all layers the same",
+                f"{self.allocation_variation_max:.0%}) though allocation.layer_budget=equal. Likely cause: layers that "
+                "are too small for the rate, or cannot store as much as it; usllm-inspect shows each layer's",
             )
 
     def _check_perplexity(self, trainer: Trainer, module: SketchFinetuner, value: float, source: str) -> None:
@@ -212,12 +213,19 @@ class SketchHealth(Callback):
                 "ok": None if occupancy is None else occupancy >= self.occupancy_min,
                 "layer": None if worst is None else worst.name,
             },
-            "allocation_variation": _at_most(report.allocation_variation, self.allocation_variation_max),
+            "allocation_variation": _at_most(
+                report.allocation_variation, self.allocation_variation_max if _even(module) else None
+            ),
             "perplexity": {**_at_most(perplexity, self.perplexity_max), "source": source},
             "loss_stability": _at_most(self._instability(), self.instability_max),
         }
         healthy = all(check["ok"] is not False for check in checks.values())
         self.health = {**checks, "warnings": list(self._warnings), "healthy": healthy}
+
+
+def _even(module: SketchFinetuner) -> bool:
+    """Whether all layers were to have the same rate."""
+    return bool(module.compressor.options.layer_budget == "equal")
 
 
 def explosion_cause(loss: RunningLoss, report: CompressionReport, allocation: str | None) -> str:
@@ -260,8 +268,8 @@ def _plans(module: SketchFinetuner) -> list[LayerPlan | None]:
     return [layer.plan for layer in compressed_layers(module.network).values()]
 
 
-def _at_most(value: float | None, limit: float) -> dict[str, Any]:
-    return {"value": value, "limit": limit, "ok": None if value is None else value <= limit}
+def _at_most(value: float | None, limit: float | None) -> dict[str, Any]:
+    return {"value": value, "limit": limit, "ok": None if value is None or limit is None else value <= limit}
 
 
 def _exp(loss: float) -> float:
