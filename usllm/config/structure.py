@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -137,9 +138,15 @@ def _converted(hint: Any, value: Any) -> Any:
     """``value`` in the type of ``hint``; hints that OmegaConf cannot express are left to the dataclass's own checks."""
     if not _expressible(hint):
         return value
-    holder = OmegaConf.structured(dataclasses.make_dataclass("Field", [("value", hint, MISSING)]))
+    holder = OmegaConf.structured(_holder(hint))
     holder.value = value
     return OmegaConf.to_container(holder)["value"]  # type: ignore[index,call-overload]
+
+
+@functools.cache  # made by compiling source, a millisecond each
+def _holder(hint: Any) -> type:
+    """A dataclass with one field of a type."""
+    return dataclasses.make_dataclass("Field", [("value", hint, MISSING)])
 
 
 def _expressible(hint: Any) -> bool:
@@ -153,8 +160,10 @@ def _expressible(hint: Any) -> bool:
 
 
 def _is_group(hint: Any) -> bool:
-    """Whether a value of the type is a dictionary, or null."""
-    return any(part is dict or get_origin(part) is dict for part in (hint, *get_args(hint)))
+    """Whether a value of the type can be nothing but a dictionary, or null."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    found = [part is dict or get_origin(part) is dict for part in parts if part is not type(None)]
+    return bool(found) and all(found)
 
 
 def _dataclass_in(hint: Any) -> type | None:
