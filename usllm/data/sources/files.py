@@ -90,7 +90,7 @@ def opened(path: Path) -> Iterator[IO[str]]:
     Raises:
         UserError: the content is not UTF-8, holds NUL among its first bytes, or a packed file is damaged.
     """
-    _refuse_other_encodings(path, head(path))
+    refuse_other_encodings(path, head(path))
     try:
         with _unpacked(path) as file, TextIOWrapper(file, encoding="utf-8-sig") as text:
             yield text
@@ -115,7 +115,12 @@ def _unpacked(path: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"{path} cannot be read ({error})") from error
 
 
-def _refuse_other_encodings(path: Path, start: bytes) -> None:
+def refuse_other_encodings(path: Path, start: bytes) -> None:
+    """Refuse what is no UTF-8 text, as far as its first bytes tell.
+
+    Raises:
+        UserError: names the file, and how to convert it.
+    """
     for mark, name in _OTHER_MARKS.items():
         if start.startswith(mark):
             raise UserError(f"{path} is {name} text; convert it, for example with `iconv -f {name} -t UTF-8`")

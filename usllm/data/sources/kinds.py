@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from usllm.data.sources.files import COMPRESSIONS, HEAD_BYTES, compression_of, existing, head
+from usllm.data.sources.files import COMPRESSIONS, HEAD_BYTES, compression_of, existing, head, refuse_other_encodings
 from usllm.data.sources.spec import SourceSpec
 from usllm.system.errors import UserError
 
@@ -76,7 +76,7 @@ def with_kind(spec: SourceSpec, key: str) -> SourceSpec:
         key: what the source is called in the configuration, for messages.
 
     Raises:
-        UserError: names the file, and how to say what is meant.
+        UserError: names the file, and how to say what is meant; or it is no text of any kind.
     """
     if not spec.paths or spec.kind not in ("auto", "text", "jsonl", "parquet"):
         return spec
@@ -88,9 +88,12 @@ def with_kind(spec: SourceSpec, key: str) -> SourceSpec:
 
 
 def _kind_of(path: Path, given: str, key: str) -> str:
-    named, content = kind_by_name(path), kind_by_content(head(path))
+    start = head(path)
+    named, content = kind_by_name(path), kind_by_content(start)
     if "parquet" in (given, content) and compression_of(path) is not None:
         raise UserError(f"{path}: Parquet files are not unpacked; unpack it first")
+    if "parquet" not in (given, named, content):
+        refuse_other_encodings(path, start)  # now, not after a model has been decoded
     if content == JSON_DOCUMENT and (given == "jsonl" or (given == "auto" and named != "text")):
         raise UserError(
             f"{path} is one JSON document, not JSON lines; write one object a line, for example with "
