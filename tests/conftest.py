@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from preloaded import PRELOADED
 
 # Before torch is imported: several test processes share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network; a forgotten request fails at once
+
+# A process has one server of forks: said here, so that no test starts it with less.
+multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
 
 TEXT = "the cat sat on a mat while seven dogs ran over green hills and sang of rivers that bend toward home"
 

@@ -1,6 +1,7 @@
 """Real commands in forked children of one parent that has imported everything, and ways to kill them.
 
-The parent is a process of its own that only imports, so that no thread of a test's computations is lost in a fork.
+The parent is a process of its own that only imports (``preloaded.py`` says what), so that no thread of a test's
+computations is lost in a fork.
 """
 
 from __future__ import annotations
@@ -15,18 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_PRELOADED = [
-    *(f"usllm.cli.{name}" for name in ("train", "eval", "export", "generate", "inspect", "report")),
-    *("usllm.runs.finetune", "usllm.runs.evaluate", "usllm.runs.export", "usllm.runs.generate", "usllm.runs.inspect"),
-    *("usllm.reports.writing", "transformers.models.llama.modeling_llama"),
-    # What commands import only when they need it, which most do: a second of each that reads a text and runs kernels.
-    *(f"usllm.compress.methods.{name}" for name in ("sketch", "rounding", "littlebit")),
-    *(f"usllm_kernels.ops.{name}.numba" for name in ("project", "project_query", "query", "sketch_linear")),
-    *("usllm_kernels.ops.state_gradient.numba", "usllm.runs.sweeps", "datasets", "datasets.load", "hydra.experimental"),
-    *("pandas", "multiprocess.pool", "xxhash", "lightning.pytorch.loops"),
-]
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(_PRELOADED)
 
 
 class Outcome(NamedTuple):

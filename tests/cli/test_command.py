@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import sys
+from pathlib import Path
 
 import pytest
+from preloaded import PRELOADED
 
 from usllm.cli.command import EXIT_USER_ERROR, report_errors
 from usllm.system.errors import UserError
@@ -88,3 +91,16 @@ def test_a_bug_keeps_its_traceback() -> None:
 
     with pytest.raises(ZeroDivisionError):
         report_errors("usllm-train", task)
+
+
+def _leave_imported(file: Path) -> None:
+    file.write_text("\n".join(sys.modules))
+
+
+def test_forked_processes_of_the_tests_have_imported_what_commands_need(tmp_path: Path) -> None:
+    """The server of forks says nothing of a module that it does not find, and each command would take seconds more."""
+    pytest.importorskip("numba")
+    process = multiprocessing.get_context("forkserver").Process(target=_leave_imported, args=(tmp_path / "names",))
+    process.start()
+    process.join()
+    assert set(PRELOADED) - set((tmp_path / "names").read_text().split()) == set()

@@ -121,7 +121,6 @@ def test_training_moves_latents_and_states_at_every_checkpoint(uninterrupted: An
 def run_and_expect_sigkill(folder: Path, settings: Settings) -> None:
     # Children of the fork server start without the test process's threads and with the imports done.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny_run"])
     child = context.Process(target=tiny_run.run, args=(folder, settings))
     child.start()
     child.join()

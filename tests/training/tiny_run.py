@@ -211,7 +211,6 @@ def run_on_ranks(folder: Path, settings: Settings) -> list[int | None]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny_run"])
     ranks = [
         context.Process(target=_rank, args=(folder, settings, rank, port), daemon=True)
         for rank in range(settings.ranks)
