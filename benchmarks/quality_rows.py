@@ -14,7 +14,7 @@ LITTLEBIT = (
     *RECIPE,
     "sketch=littlebit",
     "stages.reconstruct.latent_lr=0.1",
-    "stages.reconstruct.scale_lr=1e-3",
+    "stages.reconstruct.scale_lr=4e-3",
 )
 ROUNDING = (*RECIPE, "sketch=rounding", "allocation.layer_budget=equal")
 PAPER = ("experiment=paper_smollm2",)
