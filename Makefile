@@ -16,10 +16,10 @@ demo: $(VENV)/.installed ## sketch, finetune and measure SmolLM2-135M on the CPU
 	$(BIN)/usllm-train experiment=demo resume=true $(ARGS)
 
 test: $(VENV)/.tools ## the tests that take seconds
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-oldest: $(OLDEST)/.tools ## what depends on transformers, under the oldest release of it that pyproject.toml names
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 tests/packed tests/models tests/compress tests/docs/test_examples.py tests/cli/test_packed.py $(ARGS)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal tests/packed tests/models tests/compress tests/docs/test_examples.py tests/cli/test_packed.py $(ARGS)
 
 test-slow: $(VENV)/.tools ## all tests, those that take minutes included
 	$(BIN)/python -m pytest -m '' $(ARGS)

@@ -21,6 +21,12 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
 TEXT = "the cat sat on a mat while seven dogs ran over green hills and sang of rivers that bend toward home"
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes long."""
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Point the cache to a folder of this session."""

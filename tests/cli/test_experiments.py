@@ -32,6 +32,9 @@ def test_experiment_passes_fast_dev_run(
         "data.batch_size=1",
         "data.num_proc=1",
         "trainer=fast_dev_run",
+        "trainer.max_steps=2",  # an experiment's own length stands above that of trainer=fast_dev_run
+        "trainer.epochs=null",
+        "stages.calibrate.sequences=2",
         "optimizer.warmup_steps=0",
         "evaluation=default",
         "evaluation.validation_split=true",
@@ -40,6 +43,8 @@ def test_experiment_passes_fast_dev_run(
         f"output_root={tmp_path}",
         "~callbacks.progress",
     ]
+    if experiment == "recipe":
+        argv += [f"stages.reconstruct.{few}" for few in ("sequences=8", "steps=2", "warmup_steps=0")]
     if experiment in ("collision_rate", "importance_threshold", "layer_error"):
         argv.append("study.sequences=2")
     if experiment == "layer_error":

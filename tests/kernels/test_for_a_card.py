@@ -17,6 +17,8 @@ import pytest
 
 from usllm_kernels.dispatch import installed
 
+pytestmark = pytest.mark.first  # one fixture of half a minute
+
 # Compiles instead of launching: a driver that only names its target, and launches that stop behind the compiler.
 SCRIPT = """
 import json

@@ -13,6 +13,7 @@ import torch
 from usllm_kernels.dispatch import installed, interpreted
 
 
+@pytest.mark.first
 @pytest.mark.timeout(900)  # a minute of one core, which several processes may share
 @pytest.mark.skipif(not installed("triton"), reason="triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a card is at hand: the other tests run the kernels on it")
