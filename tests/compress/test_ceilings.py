@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
-from usllm.compress import Statistics, as_compressor, swap_linears_
+from usllm.compress import Compressor, Statistics, as_compressor, swap_linears_
 from usllm.compress.budgets import BUDGETS, BudgetProblem
-from usllm.compress.ceilings import layer_bits
+from usllm.compress.ceilings import layer_bits, shortfall
 from usllm.sketch import SketchConfig
 from usllm.system.errors import UserError
 
@@ -63,3 +64,25 @@ def test_rounding_of_each_layer_is_no_fault() -> None:
 def test_ceilings_come_in_the_order_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BUDGETS, "mine", lambda problem: dict(reversed(BUDGETS["equal"](problem).items())))
     assert list(bits_by("mine", 1.0, (32, 64), (64, 32))) == ["layer0", "layer1"]
+
+
+@pytest.mark.parametrize(
+    ("method", "rate", "reason"),
+    [
+        ("sketch", 1.0, None),
+        ("sketch", 16.0, "1 of 1 layers can use no more than"),
+        ("rounding", 3.9, "the next step of these layers would be above it"),
+    ],
+)
+def test_bits_that_are_not_used_have_their_reason(method: str, rate: float, reason: str | None) -> None:
+    compressor = as_compressor(SketchConfig(bits_per_weight=rate)) if method == "sketch" else rounding_at(rate)
+    bits = int(rate * 64 * 256)
+    plan = compressor.plan((64, 256), "layer", Statistics(torch.ones(256), torch.ones(256)), bits)
+    found = shortfall({"layer": plan}, compressor)
+    assert found is None if reason is None else reason in str(found)
+
+
+def rounding_at(rate: float) -> Compressor:
+    from usllm.rounding import RoundingConfig
+
+    return as_compressor(RoundingConfig(bits_per_weight=rate))

@@ -13,16 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_families import config_of
 from tiny_packed import SKETCH, logits, pack, random_config, sketched_model
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import usllm
-from usllm.compress import compression_report
+from usllm.compress import compress_, compression_report
 from usllm.compress.methods.sketch import computing
 from usllm.models import ModelSpec
 from usllm.models.loading import load_tokenizer
 from usllm.packed import export as exporting
-from usllm.packed.export import ModelFiles, RestStorage, export
+from usllm.packed.export import ModelFiles, RestStorage, export, left_whole
 from usllm.packed.inspection import inspect_folder
 from usllm.packed.new_folder import new_folder
 from usllm.packed.quantizer import can_be_blocks
@@ -269,3 +270,24 @@ def test_plan_of_a_layer_that_the_model_does_not_have_is_refused(tmp_path: Path)
 def test_unknown_storage_is_refused(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"rest.{key}"):
         RestStorage(**{key: value})  # type: ignore[arg-type]
+
+
+def test_rest_that_is_not_stored_as_asked_is_named() -> None:
+    config = random_config()
+    config.hidden_size, config.head_dim = 48, 16
+    source = from_model(sketched_model())
+    assert left_whole(source, random_config(), RestStorage("bfloat16", 4, 16)) == []
+    assert left_whole(source, config, RestStorage()) == []
+    (line,) = left_whole(source, config, RestStorage("bfloat16", 4, 16))
+    assert line == "rest.embeddings=4: model.embed_tokens stays at 16 bits: rows are no whole blocks of 32"
+
+
+def test_embedding_that_blocks_cannot_stand_in_for_stays_tied(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(**config_of("gemma3_text"))
+    model = AutoModelForCausalLM.from_config(config)
+    compress_(model, SketchConfig(**SKETCH))
+    asked = RestStorage("bfloat16", 4, 16)
+    (line,) = left_whole(from_model(model), model.config, asked)
+    assert line == "rest.embeddings=4: model.embed_tokens stays at 16 bits: no plain embedding or linear"
+    smaller, plain = (inspect_folder(pack(model, tmp_path / str(at), rest)) for at, rest in enumerate((asked, None)))
+    assert smaller.rest_bytes == plain.rest_bytes

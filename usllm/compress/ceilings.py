@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 
-from usllm.compress.base import Compressor
+from usllm.compress.base import Compressor, LayerPlan
 from usllm.compress.budgets import BUDGETS, BudgetProblem, LayerDemand
 from usllm.compress.layer import CompressedLinear
 from usllm.compress.values import Statistics
 from usllm.system.errors import UserError
 from usllm.system.plugins import unknown_name
+
+USED = 0.98
+"""Below this share of what was asked for, the reason is said."""
 
 
 def layer_bits(
@@ -74,6 +77,19 @@ def _sensitivity(known: Statistics) -> torch.Tensor | None:
         return None
     of_weights = 1.0 if known.weight_energy is None else known.weight_energy.double()
     return known.energy.double() * of_weights * known.gradient.double().mean()
+
+
+def shortfall(plans: Mapping[str, LayerPlan], compressor: Compressor) -> str | None:
+    """Why layers take noticeably fewer bits than were asked for, in one line; ``None`` where they do not."""
+    rate = compressor.options.bits_per_weight
+    weights = {name: plan.shape[0] * plan.shape[1] for name, plan in plans.items()}
+    if rate is None or sum(plan.total_bits for plan in plans.values()) >= USED * rate * sum(weights.values()):
+        return None
+    most = {name: compressor.most_bits(plan.shape) / weights[name] for name, plan in plans.items()}
+    full = [held for held in most.values() if held < rate]
+    if full:
+        return f"{len(full)} of {len(most)} layers can use no more than {max(full):.4g} with these options of sketch"
+    return "the next step of these layers would be above it"
 
 
 def refuse_unreachable(layers: Mapping[str, CompressedLinear], compressor: Compressor) -> None:

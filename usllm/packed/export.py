@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from usllm.packed.blocks import fits, pack_blocks
+from usllm.packed.blocks import BLOCK, fits, pack_blocks
 from usllm.packed.checksums import Checksums, of_keys, of_tensors
 from usllm.packed.config import BlockEntry, PackedConfig, PackedLayerEntry
 from usllm.packed.description import ModelFiles, write_description
@@ -120,11 +120,7 @@ def packed_skeleton(
     Raises:
         UserError: A sketched layer is not in the model that ``config`` describes.
     """
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(plain, dtype=REST_DTYPES[rest.dtype])
+    model = _empty(config, rest)
     layers = {name: PackedLayerEntry(plan.shape, plan.total_bits // 8) for name, plan in source.plans.items()}
     stored = PackedConfig(source.compressor, layers, _blocks(model, layers, rest))
     try:
@@ -134,20 +130,73 @@ def packed_skeleton(
     return model, stored
 
 
-def _blocks(model: Any, layers: Mapping[str, Any], rest: RestStorage) -> dict[str, BlockEntry]:
-    """Embeddings and linear layers that are asked for in blocks and whose rows are whole blocks; tied ones once."""
-    ends = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
-    found: dict[str, BlockEntry] = {}
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        if not can_be_blocks(module) or name in layers or id(module.weight) in seen:
+def _empty(config: PretrainedConfig, rest: RestStorage) -> PreTrainedModel:
+    """The dense model without memory."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(plain, dtype=REST_DTYPES[rest.dtype])
+    return model
+
+
+def left_whole(source: PackingSource, config: PretrainedConfig, rest: RestStorage) -> list[str]:
+    """One line for each key of ``rest`` that does not have its whole effect on a model, with the reason."""
+    model = _empty(config, rest)
+    lines = []
+    for key in ("embeddings", "linears"):
+        outside = [matrix for matrix in _outside(model, source.plans) if matrix.key == key]
+        whole = [matrix for matrix in outside if not matrix.stored_in_blocks]
+        if (bits := getattr(rest, key)) == 16 or (outside and not whole):
             continue
-        seen.add(id(module.weight))
-        bits = rest.embeddings if id(module) in ends or isinstance(module, nn.Embedding) else rest.linears
-        rows, columns = module.weight.shape
-        if bits != 16 and fits(columns):
-            found[name] = BlockEntry((rows, columns), bits)
-    return found
+        if not outside:
+            lines.append(f"rest.{key}={bits} has no effect: the model has no such layer outside of the sketch")
+            continue
+        shown = ", ".join(matrix.name for matrix in whole[:3]) + (f", … ({len(whole)} tensors)" if whole[3:] else "")
+        stay = f"{shown} stay{'s' * (len(whole) == 1)} at 16 bits"
+        why = f"rows are no whole blocks of {BLOCK}" if all(m.plain for m in whole) else "no plain embedding or linear"
+        lines.append(f"rest.{key}={bits}: {stay}: {why}")
+    return lines
+
+
+class _Matrix(NamedTuple):
+    """What is stored beside the compressed layers.
+
+    Attributes:
+        name: of the module.
+        key: of :class:`RestStorage`.
+        shape: ``(out, in)``.
+        plain: whether blocks can stand in for all modules that share the weight.
+    """
+
+    name: str
+    key: str
+    shape: tuple[int, int]
+    plain: bool
+
+    @property
+    def stored_in_blocks(self) -> bool:
+        return self.plain and fits(self.shape[1])
+
+
+def _outside(model: Any, layers: Collection[str]) -> list[_Matrix]:
+    """Embeddings and linear layers outside of ``layers``; tied ones once, under the first name."""
+    ends = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    found: dict[int, _Matrix] = {}
+    for name, module in model.named_modules():
+        if name in layers or not isinstance(module, (nn.Linear, nn.Embedding)):
+            continue
+        key = "embeddings" if id(module) in ends or isinstance(module, nn.Embedding) else "linears"
+        shape, plain = (int(module.weight.shape[0]), int(module.weight.shape[1])), can_be_blocks(module)
+        first = found.setdefault(id(module.weight), _Matrix(name, key, shape, plain))
+        found[id(module.weight)] = first._replace(plain=first.plain and plain)
+    return list(found.values())
+
+
+def _blocks(model: Any, layers: Mapping[str, Any], rest: RestStorage) -> dict[str, BlockEntry]:
+    """Embeddings and linear layers that are asked for in blocks and can be stored so."""
+    asked = ((matrix, getattr(rest, matrix.key)) for matrix in _outside(model, layers) if matrix.stored_in_blocks)
+    return {matrix.name: BlockEntry(matrix.shape, bits) for matrix, bits in asked if bits != 16}
 
 
 def _write_tensors(

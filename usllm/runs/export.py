@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from usllm.compress import allocate_, swap_linears_
+from usllm.compress.ceilings import shortfall
 from usllm.compress.coverage import coverage
 from usllm.config import DataConfig, EvaluationConfig, compressor_of, evaluation_of_run, section_of
 from usllm.config.packed import ExportConfig, size_in_bytes
@@ -23,7 +24,7 @@ from usllm.models import ModelSpec
 from usllm.models.loading import check_context_length, load_config, load_dense, load_generation_config, load_tokenizer
 from usllm.models.skeleton import skeleton
 from usllm.packed.card import CardFacts, model_card
-from usllm.packed.export import ModelFiles, RestStorage, export
+from usllm.packed.export import ModelFiles, RestStorage, export, left_whole
 from usllm.packed.inspection import Inspection
 from usllm.packed.loading import load
 from usllm.packed.source import PackingSource, from_checkpoint, from_model
@@ -106,17 +107,20 @@ def export_model(config: ExportConfig, command: str, given: Sequence[str] = ()) 
         )
         return model_card(facts, inspection)
 
+    rest = RestStorage(config.rest.dtype, config.rest.embeddings, config.rest.linears)
+    print_warnings(left_whole(origin.source, files.config, rest), Console(stderr=True))
     inspection = export(
         origin.source,
         files,
         config.out,
-        rest=RestStorage(config.rest.dtype, config.rest.embeddings, config.rest.linears),
+        rest=rest,
         max_shard_size=size_in_bytes(config.max_shard_size),
         overwrite=config.overwrite,
         card=card,
     )
     tracker = origin.tracker
-    _print_export(inspection, log_export(tracker, inspection.path, inspection.totals()) if tracker else None)
+    artifact = log_export(tracker, inspection.path, inspection.totals()) if tracker else None
+    _print_export(inspection, artifact, origin.source)
     return inspection
 
 
@@ -218,12 +222,15 @@ def _in_words(source: PackingSource) -> str:
     return ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(source.compressor.options).items())
 
 
-def _print_export(inspection: Inspection, artifact: str | None) -> None:
-    totals = inspection.totals()
+def _print_export(inspection: Inspection, artifact: str | None, source: PackingSource) -> None:
+    totals, rate = inspection.totals(), source.compressor.options.bits_per_weight
+    got = f"{totals['bits_per_weight']:.4f} bits per weight" + (f" of {rate:g} asked" if rate is not None else "")
+    reason = shortfall(source.plans, source.compressor)
     console = Console()
     facts = [
         ("packed model", str(inspection.path)),
-        ("sketched", f"{human_bytes(totals['sketched_bytes'])}, {totals['bits_per_weight']:.4f} bits per weight"),
+        ("sketched", f"{human_bytes(totals['sketched_bytes'])}, {got}"),
+        *([("", f"less than asked: {reason}")] if reason else []),
         ("", f"{totals['bits_per_weight_with_entries']:.4f} with the JSON entries of tensors, which are not in it"),
         ("everything else", human_bytes(totals["rest_bytes"])),
         ("weight files", f"{totals['weight_bytes']:,} bytes, {totals['model_bits_per_weight']:.4f} bits per parameter"),

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from usllm.callbacks import LoggedSteps, Preemption, SketchHealth
 from usllm.compress import compressed_layers, compression_report, swap_linears_
-from usllm.compress.ceilings import refuse_unreachable
+from usllm.compress.ceilings import refuse_unreachable, shortfall
 from usllm.compress.coverage import coverage
 from usllm.config import TrainConfig, compressor_of
 from usllm.config.compression import DEFAULT_METHOD
@@ -246,11 +246,14 @@ def sizes(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
     if any(layer.plan is None for layer in compressed_layers(model).values()):
         return {"bits_per_weight": None, "bytes": None, "compression": None}
     compression = compression_report(model)
+    compressor = compressor_of(config.sketch, config.allocation)
+    plans = {name: layer.plan for name, layer in compressed_layers(model).items() if layer.plan is not None}
     parameters = compression.compressed_weights + compression.other_parameters
     return {
         "bits_per_weight": {
-            "asked": compressor_of(config.sketch, config.allocation).options.bits_per_weight,  # None: by a width
+            "asked": compressor.options.bits_per_weight,  # None: by a width
             "achieved": compression.bits_per_weight,
+            "reason": shortfall(plans, compressor),
             "with_entries": compression.bits_per_weight_with_entries,
             "model": compression.model_bits_per_weight,
         },

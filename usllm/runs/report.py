@@ -126,9 +126,10 @@ def _size_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     asked = "scales and metadata included" if bits["asked"] is None else f"of {bits['asked']:g} asked"
     return [
         ("bits per weight", f"{bits['achieved']:.4f} {asked} (compressed layers)"),
+        *[("", f"less than asked: {reason}") for reason in (bits.get("reason"),) if reason],
         *[("", f"{stored:.4f} with the JSON entries of tensors") for stored in (bits.get("with_entries"),) if stored],
-        *[("compressed", str(covered["line"])) for covered in (report.get("coverage"),) if covered],
         ("", f"{bits['model']:.4f} over all parameters of the model"),
+        *[("compressed", str(covered["line"])) for covered in (report.get("coverage"),) if covered],
         ("model", f"{human_bytes(size['sketched'])} sketched, {human_bytes(size['dense_bf16'])} dense, both with bf16"),
     ]
 
