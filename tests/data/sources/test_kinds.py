@@ -77,6 +77,8 @@ def test_name_and_first_bytes_give_the_kind(name: str, content: bytes, kind: str
         ("a.jsonl.bz2", ARRAY, ["one JSON document"]),
         ("a.parquet", LINES, ["Parquet by its name", "begins like JSON lines"]),
         ("a.parquet.gz", PARQUET, ["Parquet files are not unpacked"]),
+        ("a.csv", PROSE, ["a table by its name", "as JSON lines", "x.kind=text"]),
+        ("a.tsv.gz", PROSE, ["a table by its name"]),
     ],
 )
 def test_disagreement_is_refused_with_the_way_to_say_it(
@@ -92,7 +94,10 @@ def test_disagreement_is_refused_with_the_way_to_say_it(
 
 @pytest.mark.parametrize(
     ("kind", "name", "content"),
-    [("text", "a.txt", LINES), ("text", "a.jsonl", PROSE), ("jsonl", "a.txt", LINES), ("text", "a.txt", ARRAY)],
+    [
+        *(("text", "a.txt", LINES), ("text", "a.jsonl", PROSE), ("jsonl", "a.txt", LINES), ("text", "a.txt", ARRAY)),
+        ("text", "a.csv", PROSE),
+    ],
 )
 def test_given_kind_wins_where_name_or_bytes_agree_with_it(
     kind: str, name: str, content: bytes, tmp_path: Path

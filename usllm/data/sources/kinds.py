@@ -26,6 +26,7 @@ _KIND_OF_SUFFIX = {
     ".parquet": "parquet",
     ".pq": "parquet",
 }
+_TABLES = (".csv", ".tsv")
 _IN_WORDS = {
     "text": "plain text",
     "jsonl": "JSON lines",
@@ -39,8 +40,12 @@ _UTF8_MARK = b"\xef\xbb\xbf"
 
 def kind_by_name(path: Path) -> str | None:
     """The kind that a file's name says, packed or not; ``None`` where it says nothing."""
+    return _KIND_OF_SUFFIX.get(_suffix(path))
+
+
+def _suffix(path: Path) -> str:
     inner = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
-    return _KIND_OF_SUFFIX.get(inner.suffix.lower())
+    return inner.suffix.lower()
 
 
 def kind_by_content(start: bytes) -> str | None:
@@ -90,6 +95,11 @@ def with_kind(spec: SourceSpec, key: str) -> SourceSpec:
 def _kind_of(path: Path, given: str, key: str) -> str:
     start = head(path)
     named, content = kind_by_name(path), kind_by_content(start)
+    if given == "auto" and _suffix(path) in _TABLES:
+        raise UserError(
+            f"{path} is a table by its name: write its text column as JSON lines, or pass {key}.kind=text "
+            f"{key}.path=<file> to read it, names of columns and quotes included, as plain text"
+        )
     if "parquet" in (given, content) and compression_of(path) is not None:
         raise UserError(f"{path}: Parquet files are not unpacked; unpack it first")
     if "parquet" not in (given, named, content):
