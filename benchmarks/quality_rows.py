@@ -13,6 +13,7 @@ RECIPE = ("experiment=recipe",)
 LITTLEBIT = (
     *RECIPE,
     "sketch=littlebit",
+    "sketch.paths=2",
     "stages.reconstruct.latent_lr=0.1",
     "stages.reconstruct.scale_lr=4e-3",
 )
