@@ -16,6 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
+_OPEN = ("callbacks.", "logger.", "trainer.", "stages.", "evaluation.test_sets.", "hydra.")
+"""Groups that take keys of one's own; all others refuse what is added to them."""
 _REFUSED = re.compile(r"Could not override '(.+?)'")
 
 
@@ -45,7 +47,9 @@ def _inside_null(key: str, cfg: DictConfig) -> str | None:
 
 def _hint(key: str, known: Sequence[str]) -> str:
     nearest = _nearest(key, known)
-    return f"; +{key}=… adds one" if nearest is None else f"; did you mean {nearest}?"
+    if nearest is not None:
+        return f"; did you mean {nearest}?"
+    return f"; +{key}=… adds one" if key.startswith(_OPEN) else "; --help shows those that there are"
 
 
 def unknown_keys(config_name: str, arguments: Sequence[str]) -> dict[str, str | None]:

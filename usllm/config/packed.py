@@ -24,7 +24,7 @@ from usllm.system.files import expanded, unusable
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LEAST_TEMPERATURE = 0.001
 """Scores divided by less are too large to be drawn from."""
-WITHOUT_CKPT = ("model", "data", "sketch", "allocation", "calibration_sequences")
+WITHOUT_CKPT = ("model", "data", "sketch", "allocation", "calibration_sequences", "seed")
 """Keys of ``usllm-export`` that say what to pack where there is no checkpoint."""
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?$", re.IGNORECASE)
 
@@ -153,6 +153,11 @@ def check_generate(cfg: DictConfig | dict[str, Any]) -> GenerateConfig:
     )
     problems.number("top_p", config.top_p, above=0)
     problems.require(config.top_p <= 1, "top_p", config.top_p, "must be at most 1")
+    for key, default in (("seed", 0), ("top_p", 1)):
+        drawn = config.temperature != 0 or getattr(config, key) == default
+        problems.require(
+            drawn, key, getattr(config, key), "nothing is drawn at temperature=0; raise it, or leave it out"
+        )
     problems.choice("device", config.device, ("auto", "cpu", "cuda"))
     problems.choice("dtype", config.dtype, DTYPES)
     _check_size("keep_decoded", config.keep_decoded, 0, problems)

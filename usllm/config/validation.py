@@ -115,7 +115,8 @@ def _idle(config: EvalConfig, given: Sequence[str]) -> list[str]:
         found += idle_beside_checkpoint(config.ckpt, given, ("model",))
     for override in given:
         key = key_of(override)
-        if key.startswith("harness.") and key != "harness.tasks" and not config.harness.tasks:
+        of_tasks = key == "seed" or (key.startswith("harness.") and key != "harness.tasks")
+        if of_tasks and not config.harness.tasks:
             found.append(f"{override}: no task is run; name some with harness.tasks=[…], or leave it out")
         if config.ckpt is None and key == "evaluation.validation_split" and config.evaluation.validation_split:
             found.append(f"{override}: only a run has a validation split; give ckpt=<run>, or leave it out")
