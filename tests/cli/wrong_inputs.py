@@ -182,7 +182,7 @@ ACCEPTED = [
     train("sketch.bits_per_weight=16", "less than asked: 12 of 12 layers can use no more than", status=DONE),
     train(["sketch=rounding", "sketch.bits_per_weight=3.9"], "the next step of these layers would be", status=DONE),
     train("callbacks=[default,timer]", "Next, try", status=DONE),
-    export("rest.linears=8", "rest.linears=8", status=DONE),
+    export("rest.linears=8", "packed model", status=DONE),
     train(["data.train.path=ODD"], "Next, try", status=DONE),
     train("run_dir=${output_root}/two", "/runs/two", status=DONE),
     train([r"data.train.separator=\n\n", "trainer.max_steps=1"], "Next, try", status=DONE),
