@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
 
-from usllm.config.structure import merge_typed, merge_values
+import pytest
+
+from usllm.config.structure import arguments_refused, merge_typed, merge_values
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,11 @@ class Whole:
     parts: dict[str, Part] = field(default_factory=dict)
     numbers: list[int] = field(default_factory=list)
     limit: int | None = None
+
+
+@dataclass
+class Free:
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def test_nested_sections_lists_and_dictionaries_are_built() -> None:
@@ -76,3 +85,20 @@ def test_excluded_fields_are_unknown_keys() -> None:
     problems: list[str] = []
     assert merge_values(Part, {"size": 1, "share": 1.0}, problems, exclude=["share"]) == {"size": 1}
     assert len(problems) == 1
+
+
+def run(length: str | timedelta | dict[str, int] | None = None, groups: dict[str, Any] | None = None) -> None:
+    """A function whose arguments are checked."""
+
+
+@pytest.mark.parametrize("length", ["00:12:00:00", {"days": 1}, None])
+def test_argument_that_may_be_a_text_or_a_group_takes_both(length: Any) -> None:
+    assert arguments_refused(run, {"length": length, "groups": None}, "timer") == []
+    assert arguments_refused(run, {"length": length, "groups": 3}, "timer") == [
+        "timer.groups=3: must be a group of settings"
+    ]
+
+
+def test_text_in_a_group_of_anything_is_left_as_it_is() -> None:
+    values = merge_values(Free, {"settings": {"name": "${"}}, problems := [])
+    assert (problems, values["settings"]) == ([], {"name": "${"})

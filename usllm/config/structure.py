@@ -155,7 +155,7 @@ def _expressible(hint: Any) -> bool:
     if get_origin(hint) in (list, tuple):
         return all(part in (*_SCALARS, Ellipsis) for part in get_args(hint))
     if get_origin(hint) is dict or hint is dict:
-        return True
+        return get_args(hint)[1:] not in ((), (Any,))  # of anything: also of a text such as ${, which it would parse
     return hint in _SCALARS
 
 
