@@ -77,6 +77,11 @@ def assert_product(found: Tensor, a: Tensor, b: Tensor) -> None:
     assert bool(((found.double() - expected).abs() <= _TOLERANCE[a.dtype] * size + 1e-12).all())
 
 
+def slow_interpreted(*values: Any) -> list[Any]:
+    """Parameters that Triton's interpreter leaves to the slow suite: it takes a second or two for each."""
+    return [pytest.param(value, marks=[pytest.mark.slow] if interpreted() else []) for value in values]
+
+
 every_case = pytest.mark.parametrize("name", FIELDS)
 
 # All products decode by the same function: in the interpreter, which is slow, a few layers do.

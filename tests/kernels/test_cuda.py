@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_product, stream
+from cases import assert_product, slow_interpreted, stream
 from torch import Tensor
 
 from usllm import sketch
@@ -59,7 +59,7 @@ def on(device: torch.device, states: States) -> States:
 
 every_layer = [
     pytest.mark.parametrize("operator", OPERATORS),
-    pytest.mark.parametrize("rows", [1, 4] if interpreted() else [1, 2, 3, 4, 5]),
+    pytest.mark.parametrize("rows", [*slow_interpreted(1), 4] if interpreted() else [1, 2, 3, 4, 5]),
     pytest.mark.parametrize("shape", SHAPES[:1] if interpreted() else SHAPES, ids=str),
 ]
 

@@ -14,11 +14,12 @@ from usllm_kernels.dispatch import installed, interpreted
 
 
 @pytest.mark.first
-@pytest.mark.timeout(900)  # a minute of one core, which several processes may share
+@pytest.mark.timeout(900)  # minutes of one core, which several processes may share
 @pytest.mark.skipif(not installed("triton"), reason="triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a card is at hand: the other tests run the kernels on it")
 @pytest.mark.skipif(interpreted(), reason="this is the process")
-def test_contract_of_the_triton_kernels() -> None:
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_contract_of_the_triton_kernels(which: str) -> None:
     folder = Path(__file__).parent
     command = [
         sys.executable,
@@ -26,7 +27,7 @@ def test_contract_of_the_triton_kernels() -> None:
         "pytest",
         str(folder),
         "-m",
-        "cuda and not slow",
+        f"cuda and {which}",
         "-q",
         "-p",
         "no:xdist",
