@@ -16,7 +16,7 @@ from usllm.models import ModelSpec
 from usllm.models.loading import load_dense
 from usllm.sketch import SketchConfig
 from usllm.stages import Allocate, Reconstruct, Start, Work
-from usllm.stages.block_errors import increment_error, relative_error
+from usllm.stages.block_errors import increment_error, relative_error, stream_error
 from usllm.stages.block_progress import BlockProgress
 from usllm.stages.blocks import decoder_blocks
 from usllm.stages.reconstruct import sequence_order
@@ -162,8 +162,18 @@ def test_errors_are_relative_to_what_is_aimed_at() -> None:
     target = torch.randn(2, 8, 16)
     assert float(relative_error(target, target)) == 0.0
     assert float(relative_error(torch.zeros_like(target), target)) == pytest.approx(1.0)
-    assert increment_error(target, target) == 0.0
-    assert increment_error(torch.zeros_like(target), target) == pytest.approx(1.0)
+    none = torch.zeros_like(target)
+    assert increment_error((none, target), (none, target)) == 0.0
+    assert increment_error((none, none), (none, target)) == pytest.approx(1.0)
+
+
+def test_errors_of_streams_are_those_of_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after, dense_before, dense_after = torch.randn(4, 5, 8, 16)
+    whole = [stream_error(after, dense_after), increment_error((before, after), (dense_before, dense_after))]
+    assert whole[0] == pytest.approx(float(relative_error(after, dense_after)))
+    monkeypatch.setattr("usllm.stages.block_errors._PART_ELEMENTS", 256)
+    parts = [stream_error(after, dense_after), increment_error((before, after), (dense_before, dense_after))]
+    assert parts == pytest.approx(whole)
 
 
 def test_silent_tokens_do_not_decide() -> None:

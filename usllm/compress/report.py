@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -47,6 +48,12 @@ class LayerReport:
         """Plain Python, for JSON."""
         plain = {**{f.name: getattr(self, f.name) for f in fields(self)}, "shape": list(self.shape)}
         return {**plain, "facts": {name: fact._asdict() for name, fact in self.facts.items()}}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> LayerReport:
+        """The report that :meth:`to_dict` was made of."""
+        facts = {name: Fact(**fact) for name, fact in plain["facts"].items()}
+        return cls(**{**plain, "shape": tuple(plain["shape"]), "facts": facts})
 
 
 @dataclass(frozen=True)
@@ -123,14 +130,19 @@ def compression_report(model: nn.Module) -> CompressionReport:
     latent = {id(tensor) for layer in layers.values() for tensor in layer.latents.values()}
     rest = {id(p): p.numel() for p in model.parameters() if id(p) not in latent}
     return CompressionReport(
-        layers=tuple(_layer_report(layer) for layer in layers.values()),
+        layers=tuple(layer_report(layer) for layer in layers.values()),
         compressed_weights=sum(layer.out_features * layer.in_features for layer in layers.values()),
         other_parameters=sum(rest.values()),
     )
 
 
 @torch.no_grad()
-def _layer_report(layer: CompressedLinear) -> LayerReport:
+def layer_report(layer: CompressedLinear) -> LayerReport:
+    """Report of one layer that is planned and projected.
+
+    Raises:
+        RuntimeError: It has no plan.
+    """
     plan = layer.plan
     if plan is None:
         raise RuntimeError(f"{layer.name} has no plan yet: calibrate and allocate first")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,11 +21,15 @@ def weights_digest(model: PreTrainedModel) -> str:
     """
     import xxhash  # a dependency of datasets
 
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _PLACES}
-    kind = [type(model).__name__, getattr(model.config, "_attn_implementation", None)]
-    digest = xxhash.xxh3_128(json.dumps([kind, config], sort_keys=True, default=str).encode())
+    digest = xxhash.xxh3_128(json.dumps(configuration_words(model), sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         values = parameter.detach().cpu().contiguous()
         digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
         digest.update(values.flatten().view(torch.uint8).numpy().data)
     return str(digest.hexdigest())
+
+
+def configuration_words(model: PreTrainedModel) -> list[Any]:
+    """What a model computes besides its weights: its kind and its configuration, without where it came from."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _PLACES}
+    return [[type(model).__name__, getattr(model.config, "_attn_implementation", None)], config]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,9 +26,10 @@ from usllm.models.gguf_package import packaged_gguf
 from usllm.models.random_model import byte_tokenizer, random_config, random_model
 from usllm.models.spec import ModelSpec
 from usllm.packed.config import QUANT_METHOD
+from usllm.packed.folder import INDEX_FILE, WEIGHTS_FILE
 from usllm.packed.loading import load
 from usllm.system.errors import PackedFormatError, UserError, first_line
-from usllm.system.files import expanded
+from usllm.system.files import expanded, read_json
 from usllm.system.finite import refuse_nonfinite
 from usllm.system.network import leave_unreachable_hub, network_or_user_error
 
@@ -51,7 +53,7 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
     config: PretrainedConfig = _explained(spec, lambda: AutoConfig.from_pretrained(source, **_SAFE, **options))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"The model {_place(spec)} is a {config.model_type!r}, not a decoder-only language model that "
+            f"The model {place_of(spec)} is a {config.model_type!r}, not a decoder-only language model that "
             "transformers' AutoModelForCausalLM loads; choose a Llama-like model"
         )
     return config
@@ -71,8 +73,8 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         spec, lambda: AutoTokenizer.from_pretrained(source, **_SAFE, **options)
     )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"The tokenizer of model {_place(spec)} has no end-of-text token (eos_token); set one in it")
-    tokenizer.name_or_path = _place(spec)  # reports show it; the folder of a decoded GGUF file says nothing
+        raise UserError(f"The tokenizer of model {place_of(spec)} has no end-of-text token (eos_token); set one in it")
+    tokenizer.name_or_path = place_of(spec)  # reports show it; the folder of a decoded GGUF file says nothing
     return tokenizer
 
 
@@ -103,20 +105,9 @@ def load_dense(spec: ModelSpec) -> PreTrainedModel:
             one, or its weight files and its configuration do not describe the same model.
         RunError: a weight is not finite.
     """
-    config = load_config(spec)
-    if _is_packed(config):
-        raise UserError(
-            f"model.name={spec.name} is a packed model: it has no latent weights to train. Take the dense model, or "
-            "continue the run that it was packed from"
-        )
+    config = refuse_quantised(spec)
     if spec.kind == "random":
         return random_model(str(spec.name)).eval()
-    if (section := getattr(config, "quantization_config", None)) is not None:
-        method = section.get("quant_method") if isinstance(section, dict) else getattr(section, "quant_method", None)
-        raise UserError(
-            f"The model at {_place(spec)} is quantised ({method}): it has no dense weights. Take the model that it was "
-            "made from"
-        )
     source, options = _locate(spec)
     loaded: Any = _explained(
         spec,
@@ -134,10 +125,58 @@ def load_dense(spec: ModelSpec) -> PreTrainedModel:
     )
     model: PreTrainedModel
     model, info = loaded
-    refuse_incomplete(info, _place(spec))
-    refuse_second_head(model, _weights_folder(source, options), _place(spec))
-    refuse_nonfinite(model, f"The model at {_place(spec)}")
+    refuse_incomplete(info, place_of(spec))
+    refuse_second_head(model, _weights_folder(source, options), place_of(spec))
+    refuse_nonfinite(model, f"The model at {place_of(spec)}")
     return model
+
+
+def refuse_quantised(spec: ModelSpec) -> PretrainedConfig:
+    """The configuration of a model that has dense weights.
+
+    Raises:
+        UserError: it cannot be found, is not a decoder-only language model, or is a packed or otherwise quantised one.
+    """
+    config = load_config(spec)
+    if _is_packed(config):
+        raise UserError(
+            f"model.name={spec.name} is a packed model: it has no latent weights to train. Take the dense model, or "
+            "continue the run that it was packed from"
+        )
+    if (section := getattr(config, "quantization_config", None)) is not None:
+        method = section.get("quant_method") if isinstance(section, dict) else getattr(section, "quant_method", None)
+        raise UserError(
+            f"The model at {place_of(spec)} is quantised ({method}): it has no dense weights. Take the model that it "
+            "was made from"
+        )
+    return config
+
+
+def stored_files(spec: ModelSpec) -> list[Path]:
+    """The safetensors files of a model on this machine; those of a hub model are downloaded, a GGUF file is decoded.
+
+    Raises:
+        UserError: it has none, or one that its index names is missing.
+    """
+    source, options = _locate(spec)
+
+    def file(name: str) -> Path | None:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **options)
+        return None if found is None else Path(found)
+
+    found = _explained(spec, lambda: file(WEIGHTS_FILE) or file(INDEX_FILE))
+    if found is None:
+        raise UserError(
+            f"The model at {place_of(spec)} has no {WEIGHTS_FILE} and no {INDEX_FILE}: block_by_block=true reads such "
+            "files; write them with save_pretrained"
+        )
+    if found.name == WEIGHTS_FILE:
+        return [found]
+    names = sorted(set((read_json(found, ours=False) or {}).get("weight_map", {}).values()))
+    files = {name: _explained(spec, partial(file, name)) for name in names}
+    if missing := [name for name, path in files.items() if path is None]:
+        raise UserError(f"The model at {place_of(spec)} cannot be loaded: {missing[0]} is missing, which {INDEX_FILE} names")
+    return [path for path in files.values() if path is not None]
 
 
 def load_generation_config(spec: ModelSpec) -> GenerationConfig | None:
@@ -236,8 +275,9 @@ def _explained(spec: ModelSpec, load: Callable[[], T]) -> T:
                 "model needs `hf auth login`",
                 error,
             ) from error
-        raise UserError(f"The model at {_place(spec)} cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"The model at {place_of(spec)} cannot be loaded: {first_line(error)}") from error
 
 
-def _place(spec: ModelSpec) -> str:
+def place_of(spec: ModelSpec) -> str:
+    """What a model is called in messages."""
     return str(spec.file if spec.kind == "gguf" else spec.name)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from usllm.compress import Compressor, LayerPlan, Statistics
 from usllm.stages.store import Store, store_of
 from usllm.system.files import write_json
 from usllm.system.run_files import found_file
+
+if TYPE_CHECKING:
+    from usllm.stages.block_source import BlockSource
 
 Batch = Mapping[str, Tensor]
 
@@ -47,6 +50,9 @@ class Work:
         bits: Ceiling of each layer, by name, from ``allocate``.
         plans: By layer name, from ``allocate``.
         found: What stages report, by their names.
+        blocks: Gives blocks one by one where the model holds no weights: it is names and shapes alone, and stages that
+            work block by block take them from here.
+        weights: Fingerprint of the dense weights; ``None``: those of the model are read.
     """
 
     model: nn.Module
@@ -65,6 +71,8 @@ class Work:
     bits: dict[str, int] = field(default_factory=dict)
     plans: dict[str, LayerPlan] = field(default_factory=dict)
     found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    blocks: BlockSource | None = None
+    weights: str | None = None
 
     def tell(self, stage: Stage, row: dict[str, Any]) -> None:
         """Add a row to what a stage has found; where there is a folder, its :func:`found_file` is written anew.

@@ -12,7 +12,7 @@ from usllm.calibration import SecondMoments
 from usllm.compress import compressed_layers
 from usllm.compress.surgery import plan_layer
 from usllm.stages.base import Work
-from usllm.stages.blocks import run_block
+from usllm.stages.blocks import outputs
 
 
 @torch.no_grad()
@@ -48,7 +48,8 @@ def plan_for_stream_(
     layers = compressed_layers(block)
     dense_layers = {name: dense_block.get_submodule(name.removeprefix(f"{prefix}.")) for name in layers}
     with SecondMoments(dense_layers, full="covariance" in needs) as moments:
-        run_block(dense_block, stream, arguments, batch_size, work.context)
+        for _ in outputs(dense_block, stream, arguments, batch_size, work.context):
+            pass
     energies = moments.mean()
     for name, layer in layers.items():
         weight = dense_layers[name].weight

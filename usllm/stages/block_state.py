@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from usllm.compress import Compressor, load_plans_, recall_winners_, save_plans
+from usllm.stages.block_source import Kept
 from usllm.stages.store import Store
 
 _UNFINISHED = "unfinished"
@@ -41,15 +42,38 @@ class BlockStates:
         if saved is None:
             return None
         load_plans_(blocks, saved["plans"], compressor)
-        blocks.load_state_dict(saved["blocks"])
+        missing = blocks.load_state_dict(saved["blocks"], strict=False)
+        if set(missing.missing_keys) != set(saved.get("without", ())) or missing.unexpected_keys:
+            raise RuntimeError(f"{self.store.folder}: window {number} is not one of these blocks")
         found: dict[str, Any] = saved["found"]
         return found
 
-    def save_finished(self, number: int, blocks: nn.Module, found: dict[str, Any]) -> None:
-        """Keep a window for good, with plain Python about it."""
-        content = {"blocks": blocks.state_dict(), "plans": save_plans(blocks), "found": found}
+    def save_finished(self, number: int, blocks: nn.Module, found: dict[str, Any], kept: Kept | None = None) -> None:
+        """Keep a window for good, with plain Python about it.
+
+        Args:
+            number: Of the window.
+            blocks: Its blocks.
+            found: What :meth:`load_finished` gives back.
+            kept: Which of its tensors are left out, and what else is kept.
+        """
+        kept = kept or Kept()
+        tensors = {name: tensor for name, tensor in blocks.state_dict().items() if name not in kept.without}
+        content = {"blocks": tensors, "plans": save_plans(blocks), "found": found}
+        content |= {"without": sorted(kept.without), "more": kept.more}
         self.store.save(_finished(number), content)
         self.store.drop(_UNFINISHED)
+
+    def read_finished(self, number: int) -> dict[str, Any]:
+        """What :meth:`save_finished` has kept: tensors in ``blocks``, ``plans``, ``found``, and plain Python in ``more``.
+
+        Raises:
+            RuntimeError: The window is not finished.
+        """
+        saved = self.store.load(_finished(number))
+        if saved is None:
+            raise RuntimeError(f"{self.store.folder}: window {number} is not finished")
+        return saved
 
     def load_unfinished(self, number: int, blocks: nn.Module, optimizer: Optimizer) -> tuple[int, float]:
         """Fill blocks and their optimizer as they were when they were last kept; steps made, and seconds they took."""

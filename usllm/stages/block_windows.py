@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from usllm.stages.blocks import run_block
+from usllm.stages.blocks import Room, run_block
 
 
 @dataclass(frozen=True)
@@ -53,30 +53,34 @@ class DenseStreams:
 
     Args:
         stream: That enters the first block, [sequences, context, hidden].
-        blocks: Of the dense model.
+        block: Gives a block of the dense model by its number.
         arguments: What each is called with besides.
         batch_size: Sequences of a forward pass.
         context: Makes the context of forward passes.
+        room: Where streams are to live; ``None``: where the first one does.
     """
 
     def __init__(
         self,
         stream: Tensor,
-        blocks: Sequence[nn.Module],
+        block: Callable[[int], nn.Module],
         arguments: Sequence[dict[str, Any]],
         batch_size: int,
         context: Callable[[], AbstractContextManager[Any]],
+        room: Room | None = None,
     ) -> None:
         self._streams = {0: stream}
-        self._blocks, self._arguments = blocks, arguments
+        self._block, self._arguments, self._room = block, arguments, room
         self._batch_size, self._context = batch_size, context
 
     def before(self, block: int) -> Tensor:
         """The stream that enters a block, or leaves the one before it; not one that was forgotten."""
         known = max(number for number in self._streams if number <= block)
         for number in range(known, block):
+            stream = self._streams[number]
+            after = None if self._room is None else self._room(stream.shape, stream.dtype)
             self._streams[number + 1] = run_block(
-                self._blocks[number], self._streams[number], self._arguments[number], self._batch_size, self._context
+                self._block(number), stream, self._arguments[number], self._batch_size, self._context, after
             )
         return self._streams[block]
 

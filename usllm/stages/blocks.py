@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from usllm.compress.values import compute_dtype
 from usllm.system.errors import UserError
+
+
+Room = Callable[[Sequence[int], torch.dtype], Tensor]
+"""Makes a tensor of a shape and a type, not filled, where streams are to live."""
 
 
 class _Reached(Exception):
@@ -32,17 +36,23 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
 
 @torch.no_grad()
 def capture(
-    model: nn.Module, blocks: Sequence[nn.Module], tokens: Sequence[Tensor], device: torch.device
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    tokens: Sequence[Tensor],
+    device: torch.device,
+    room: Room | None = None,
+    as_computed: bool = True,
 ) -> tuple[Tensor, list[dict[str, Any]]]:
     """The stream that enters the first block, and what each block is called with besides it.
-
-    In the type that is computed with: blocks read the stream in it, and streams are the largest thing that is held.
 
     Args:
         model: A causal language model.
         blocks: Its blocks.
         tokens: Batches of equal shape, int64 [sequences, context].
         device: Where the model is.
+        room: Where the stream is to live; ``None``: on the device.
+        as_computed: In the type that is computed with: blocks read the stream in it, and streams are the largest thing
+            that is held. Otherwise in that of the hidden states.
 
     Returns:
         Hidden states of all batches, [sequences, context, hidden], and the keyword arguments of each block, which are
@@ -50,9 +60,17 @@ def capture(
     """
     stream: list[Tensor] = []
     arguments: list[dict[str, Any]] = [{} for _ in blocks]
+    total, done = sum(len(batch) for batch in tokens), 0
 
     def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stream.append(args[0] if args else kwargs["hidden_states"])
+        nonlocal done
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if not stream:
+            dtype = compute_dtype(hidden) if as_computed else hidden.dtype
+            shape = (total, *hidden.shape[1:])
+            stream.append(torch.empty(shape, dtype=dtype, device=device) if room is None else room(shape, dtype))
+        stream[0][done : done + len(hidden)] = hidden
+        done += len(hidden)
         raise _Reached
 
     def remember(number: int) -> Callable[..., None]:
@@ -78,33 +96,49 @@ def capture(
                 continue
     finally:
         handle.remove()
-    joined = torch.cat(stream)
-    return joined.to(compute_dtype(joined)), arguments
+    return stream[0], arguments
 
 
-@torch.no_grad()
 def run_block(
     block: nn.Module,
     stream: Tensor,
     arguments: dict[str, Any],
     batch_size: int,
     context: Callable[[], AbstractContextManager[Any]],
+    after: Tensor | None = None,
 ) -> Tensor:
     """The stream after a block, like the one before it.
 
     Args:
         block: A decoder block.
-        stream: Before it, [sequences, context, hidden].
+        stream: Before it, [sequences, context, hidden], wherever it lives.
         arguments: From :func:`capture`, for batches of this size.
         batch_size: Sequences of a forward pass; a divisor of their number.
         context: Makes the context of the forward pass.
+        after: What is filled, of the shape of the stream; the stream itself where it is needed no more. ``None`` makes
+            one beside it.
     """
-    after = torch.empty_like(stream)
+    after = torch.empty_like(stream) if after is None else after
+    for part, output in outputs(block, stream, arguments, batch_size, context):
+        after[part] = output
+    return after
+
+
+@torch.no_grad()
+def outputs(
+    block: nn.Module,
+    stream: Tensor,
+    arguments: dict[str, Any],
+    batch_size: int,
+    context: Callable[[], AbstractContextManager[Any]],
+) -> Iterator[tuple[slice, Tensor]]:
+    """Places in a stream and what a block makes of them, batch by batch; arguments as for :func:`run_block`."""
+    device = next(block.parameters(), stream).device
     for first in range(0, len(stream), batch_size):
         part = slice(first, first + batch_size)
         with context():
-            after[part] = output_of(block, stream[part], arguments)
-    return after
+            found = output_of(block, stream[part].to(device), arguments)
+        yield part, found
 
 
 def output_of(block: nn.Module, stream: Tensor, arguments: dict[str, Any]) -> Tensor:

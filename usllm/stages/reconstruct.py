@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from usllm.compress import compressed_layers, reproject_
 from usllm.compress.gradients import spread_gradients_
 from usllm.stages.base import Stage, Work
-from usllm.stages.block_errors import increment_error, relative_error
+from usllm.stages.block_errors import increment_error, relative_error, stream_error
 from usllm.stages.block_plans import plan_for_stream_
 from usllm.stages.block_progress import BlockProgress
+from usllm.stages.block_source import BlockSource, LoadedBlocks
 from usllm.stages.block_state import BlockStates
 from usllm.stages.block_windows import BlockWindow, DenseStreams, block_windows
-from usllm.stages.blocks import capture, decoder_blocks, output_of, run_block
+from usllm.stages.blocks import decoder_blocks, output_of, run_block
 from usllm.system.errors import UserError
 from usllm.system.modes import evaluating
 from usllm.training.optimization import GroupConfig, OptimizerConfig, build_optimizer, share_of_peak
@@ -107,50 +108,61 @@ class Reconstruct(Stage):
         Raises:
             UserError: The text is shorter than a batch, or there are fewer blocks than asked for.
         """
-        tokens = torch.cat([batch["input_ids"] for batch in work.batches(self.sequences)])
-        tokens = tokens[: len(tokens) // self.batch_size * self.batch_size]
-        if not len(tokens):
-            raise UserError(f"stages.reconstruct.batch_size={self.batch_size}: the text has fewer sequences")
+        tokens = self.tokens(work)
         count = len(decoder_blocks(work.model))
         for key, value in {"blocks": self.blocks or 1, "window": self.window}.items():
             if value > count:
                 raise UserError(f"stages.reconstruct.{key}={value}: the model has {count} blocks; give at most that")
-        teacher = work.load_dense().to(work.device).eval()
-        states = BlockStates(work.store(self, tokens=tokens))
+        source = work.blocks or LoadedBlocks(work)
         with evaluating(work.model):  # the streams are those of a model that is measured, without dropout
-            self._run_blocks(work, teacher, tokens, states)
+            self._run_blocks(work, source, tokens, self.states(work, tokens))
 
-    def _run_blocks(self, work: Work, teacher: nn.Module, tokens: Tensor, states: BlockStates) -> None:
-        blocks, dense_blocks = decoder_blocks(work.model), decoder_blocks(teacher)
-        names = {id(module): name for name, module in teacher.named_modules()}
-        batches, size = tokens.split(self.batch_size), self.batch_size
-        with work.context():
-            student, inputs = capture(work.model, blocks, batches, work.device)
-            stream, _ = capture(teacher, dense_blocks, batches, work.device)
-        dense = DenseStreams(stream, dense_blocks, inputs, size, work.context)
-        windows = block_windows(self.blocks or len(blocks), self.window, self.stride)
+    def tokens(self, work: Work) -> Tensor:
+        """The text that blocks learn from, int64 [sequences, context].
+
+        Raises:
+            UserError: It is shorter than a batch.
+        """
+        tokens = torch.cat([batch["input_ids"] for batch in work.batches(self.sequences)])
+        tokens = tokens[: len(tokens) // self.batch_size * self.batch_size]
+        if not len(tokens):
+            raise UserError(f"stages.reconstruct.batch_size={self.batch_size}: the text has fewer sequences")
+        return tokens
+
+    def states(self, work: Work, tokens: Tensor) -> BlockStates:
+        """What this stage keeps, and has kept, for the work as it is now."""
+        return BlockStates(work.store(self, tokens=tokens))
+
+    def windows(self, count: int) -> list[BlockWindow]:
+        """Which blocks are trained together, in their order, of a model of ``count`` blocks."""
+        return block_windows(self.blocks or count, self.window, self.stride)
+
+    def _run_blocks(self, work: Work, source: BlockSource, tokens: Tensor, states: BlockStates) -> None:
+        size = self.batch_size
+        student, stream, inputs = source.enter(tokens.split(size))
+        dense = DenseStreams(stream, source.dense, inputs, size, work.context, source.room)
+        del stream  # held as long as it is needed
+        windows = self.windows(source.count)
         with BlockProgress(len(windows), self.steps, work.shows_progress) as progress:
             for window in windows:
-                together = nn.ModuleList(blocks[number] for number in window.blocks)
+                together = source.window(window)
                 found = states.load_finished(window.number, together, work.compressor)
+                targets = dense.before(window.blocks.stop)
                 if found is None:
                     if self.statistics == "student" and not states.load_plans(window.number, together, work.compressor):
-                        some = student[: -(-self.calibration_sequences // size) * size]
-                        for number in window.blocks:  # as dense ones: what stands before a block is not trained yet
-                            block, prefix = dense_blocks[number], names[id(dense_blocks[number])]
-                            if number in window.new:
-                                plan_for_stream_(work, blocks[number], block, prefix, some, inputs[number], size)
-                            if number + 1 in window.new:
-                                some = run_block(block, some, inputs[number], size, work.context)
-                    targets = dense.before(window.blocks.stop)
-                    found = self._train(work, window, together, student, targets, inputs, states, progress)
+                        self._plan_(work, window, together, source, student, inputs)
+                    source.without_dense()
+                    found = self._train(work, window, together, student, targets, inputs, states, progress, source)
+                source.without_dense()
                 for number in window.leaving:
-                    after = run_block(blocks[number], student, inputs[number], size, work.context)
+                    block, room = together[number - window.blocks.start], source.room
+                    after = None if room is None else room(student.shape, student.dtype)
+                    after = run_block(block, student, inputs[number], size, work.context, after)
                     before, target = dense.before(number), dense.before(number + 1)
                     row = {
                         "block": number,
-                        "stream_error": float(relative_error(after, target)),
-                        "increment_error": increment_error(after - student, target - before),
+                        "stream_error": stream_error(after, target),
+                        "increment_error": increment_error((student, after), (before, target)),
                         **found,
                     }
                     work.tell(self, row)
@@ -158,6 +170,26 @@ class Reconstruct(Stage):
                     student = after
                     dense.forget_before(number + 1)
                 progress.window_done(window.number)
+
+    def _plan_(
+        self,
+        work: Work,
+        window: BlockWindow,
+        together: nn.ModuleList,
+        source: BlockSource,
+        student: Tensor,
+        inputs: Sequence[dict[str, Any]],
+    ) -> None:
+        """Share bits out anew in the blocks that are new, those before them taken as dense: they are not trained yet."""
+        size = self.batch_size
+        some = student[: -(-self.calibration_sequences // size) * size]
+        for number, block in zip(window.blocks, together, strict=True):
+            if number in window.new:
+                dense, prefix = source.dense(number), source.name(number)
+                plan_for_stream_(work, block, dense, prefix, some, inputs[number], size)
+            if number + 1 in window.new:
+                after = None if source.room is None else source.room(some.shape, some.dtype)
+                some = run_block(source.dense(number), some, inputs[number], size, work.context, after)
 
     def _train(
         self,
@@ -169,6 +201,7 @@ class Reconstruct(Stage):
         inputs: Sequence[dict[str, Any]],
         states: BlockStates,
         progress: BlockProgress,
+        source: BlockSource,
     ) -> dict[str, float]:
         began = time.perf_counter()
         optimizer = build_optimizer(together, self._settings(), fused=True)
@@ -187,11 +220,11 @@ class Reconstruct(Stage):
                 group["peak"], group["lr"] = peak, peak * share
             for layer in ramping:
                 layer.ramp = min(step / (self.ramp * self.steps), 1.0) if self.ramp else 1.0
-            stream = student[order[step]]
+            stream, target = (each[order[step]].to(work.device) for each in (student, targets))
             with work.context():
                 for number, block in zip(window.blocks, together, strict=True):
                     stream = output_of(block, stream, inputs[number])
-            loss = relative_error(stream, targets[order[step]])
+            loss = relative_error(stream, target)
             loss.backward()
             spread_gradients_(together)
             torch.nn.utils.clip_grad_norm_(together.parameters(), 1.0)
@@ -207,7 +240,7 @@ class Reconstruct(Stage):
         for layer in compressed:
             layer.ramp = 1.0
         found = {"last_loss": error, "seconds": spent + time.perf_counter() - began}
-        states.save_finished(window.number, together, found)
+        states.save_finished(window.number, together, found, source.kept(window, together))
         return found
 
     def _settings(self) -> OptimizerConfig:

@@ -93,8 +93,8 @@ def store_of(work: Work, stage: Stage, more: Mapping[str, Any]) -> Store:
         "stage": f"{type(stage).__module__}.{type(stage).__qualname__}",
         "options": vars(stage),
         "compressor": to_section(work.compressor),
-        "model": weights_digest(cast("PreTrainedModel", work.model)),
-        "buffers": dict(work.model.named_buffers()),  # states among them
+        "model": work.weights or weights_digest(cast("PreTrainedModel", work.model)),
+        "buffers": {} if work.weights else dict(work.model.named_buffers()),  # states among them
         "statistics": {name: vars(found) for name, found in work.statistics.items()},
         "plans": {name: plan.to_tensors() for name, plan in work.plans.items()},
         "plans_of_layers": save_plans(work.model),
