@@ -115,6 +115,7 @@ class TrainConfig:
     """Everything ``usllm-train`` reads. ``sketch`` and ``allocation`` together make one compressor.
 
     With a ``study`` (its ``name`` and settings, :mod:`usllm.experiments`) the rest describes what the study varies.
+    ``block_by_block`` never holds more of the model than a window of blocks (:mod:`usllm.runs.block_by_block`).
     ``optimized_metric`` is what a sweep optimises, :mod:`usllm.runs.sweeps`; ``reuse_statistics`` shares what a dense
     model alone decides with other runs, :mod:`usllm.system.results`.
     """
@@ -135,6 +136,7 @@ class TrainConfig:
     study: dict[str, Any] | None = None
     seed: int = 0
     resume: bool = False
+    block_by_block: bool = False
     optimized_metric: Any = "perplexity"
     reuse_statistics: bool = True
     plugins: list[str] = field(default_factory=list)

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from usllm.compress import Compressor
 from usllm.config import rules
+from usllm.config.block_by_block import check_block_by_block
 from usllm.config.compression import check_compressor
 from usllm.config.overrides import evaluation_beside, idle_beside_checkpoint, key_of
 from usllm.config.rules import Problems, metric_problem
@@ -68,6 +69,7 @@ def check_train(cfg: DictConfig | dict[str, Any]) -> TrainConfig:
     if (problem := metric_problem(config.optimized_metric)) is not None:
         problems.append(problem)
     rules.check_trainer(config.trainer, config.optimizer.warmup_steps, problems)
+    check_block_by_block(config, problems)
     if problems:
         raise user_error(problems)
     return config

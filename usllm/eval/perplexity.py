@@ -11,18 +11,20 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from usllm.data.windows import AUTO, EACH, NONE, cut_windows, resolved_rule, start_token
+from usllm.data.windows import AUTO, EACH, resolved_rule, start_token
+from usllm.eval.windows import PerplexityResult, check_long_enough, measured_windows, result_of
 from usllm.models.loading import check_vocabulary
 from usllm.system.errors import RunError, UserError
 from usllm.system.finite import first_nonfinite_output, first_nonfinite_tensor
+from usllm.system.modes import evaluating
 from usllm.system.ranks import dealt, ranks, sum_over_ranks_
 
 if TYPE_CHECKING:
@@ -34,35 +36,6 @@ Progress = Callable[[str, int, int], None]
 """Called with (what, windows done, windows in all)."""
 
 _POSITIONS_PER_CHUNK = 1024  # bounds the fp32 copy of the logits: 128k tokens of vocabulary x 1024 x 4 B = 0.5 GB
-
-
-@dataclass(frozen=True)
-class PerplexityResult:
-    """A perplexity and what it was measured on.
-
-    Attributes:
-        perplexity: exp of the mean cross-entropy in nats; ``nan`` or ``inf`` are reported as they come.
-        window: tokens per window; ``window - 1`` of them are predicted.
-        windows: number of windows measured.
-        tokens: tokens in the whole text, measured or not.
-        seconds: wall-clock time.
-        name: of the test set.
-        tokenizer: class and size of the vocabulary, or where the tokenizer came from.
-        bos: where a beginning-of-text token stands, in words.
-        window_start: ``none``, or ``each`` where every window begins with that token.
-        window_losses: mean cross-entropy of each window, in nats.
-    """
-
-    perplexity: float
-    window: int
-    windows: int
-    tokens: int
-    seconds: float
-    name: str = "text"
-    tokenizer: str = "unknown"
-    bos: str = "unknown"
-    window_start: str = NONE
-    window_losses: tuple[float, ...] = ()
 
 
 def perplexity(
@@ -98,21 +71,17 @@ def perplexity(
     Raises:
         UserError: the text does not fill one window.
     """
-    if window < 2 or batch_size < 1 or (max_windows is not None and max_windows < 1):
-        raise UserError(
-            f"evaluation.windows={window} must be at least 2, evaluation.batch_size={batch_size} and "
-            f"evaluation.max_windows={max_windows} at least 1"
-        )
-    check_long_enough(token_ids, window, name)
+    if batch_size < 1:
+        raise UserError(f"evaluation.batch_size={batch_size} must be at least 1")
+    cut = measured_windows(token_ids, window, max_windows, name=name, first=first)
     if hasattr(config := getattr(model, "config", None), "get_text_config"):
         check_vocabulary(cast("PretrainedConfig", config), int(token_ids.max()), f"test set {name!r}")
-    cut, _ = cut_windows(token_ids.cpu().numpy(), window, first)
-    windows = len(cut) if max_windows is None else min(len(cut), max_windows)
+    windows = len(cut)
     device = device or next(model.parameters()).device
-    batches = torch.from_numpy(cut[:windows]).split(batch_size)
+    batches = cut.split(batch_size)
     losses = torch.zeros(windows, dtype=torch.float64, device=device)
     started = time.perf_counter()
-    with _evaluating(model), torch.no_grad(), _autocast(device, autocast):
+    with evaluating(model), torch.no_grad(), _autocast(device, autocast):
         for number, batch, counts in dealt(batches):
             ids = batch.to(device=device, dtype=torch.long)
             summed = _summed_losses(model(input_ids=ids, use_cache=False).logits, ids)
@@ -121,18 +90,8 @@ def perplexity(
             if progress is not None:
                 done = min((number // ranks().world_size + 1) * ranks().world_size * batch_size, windows)
                 progress(name, done, windows)
-    by_window = [loss / (window - 1) for loss in sum_over_ranks_(losses).tolist()]
-    mean = math.fsum(by_window) / windows
-    return PerplexityResult(
-        perplexity=math.exp(mean) if not mean > 700 else math.inf,
-        window=window,
-        windows=windows,
-        tokens=token_ids.numel(),
-        seconds=time.perf_counter() - started,
-        name=name,
-        window_start=NONE if first is None else EACH,
-        window_losses=tuple(by_window),
-    )
+    seconds = time.perf_counter() - started
+    return result_of(sum_over_ranks_(losses).tolist(), window, token_ids.numel(), seconds, name=name, first=first)
 
 
 def evaluate(
@@ -207,7 +166,7 @@ def _not_finite(
     where = first_nonfinite_tensor(model)
     if where is None:
         device = device or next(model.parameters()).device
-        with first_nonfinite_output(model) as found, _evaluating(model), torch.no_grad(), _autocast(device, autocast):
+        with first_nonfinite_output(model) as found, evaluating(model), torch.no_grad(), _autocast(device, autocast):
             model(input_ids=ids[None].to(device), use_cache=False)
         where = found[0] if found else "a window after the first"
     return (
@@ -240,15 +199,6 @@ def tokenise_test_sets(
     return streams
 
 
-def check_long_enough(token_ids: Tensor, window: int, name: str) -> None:
-    """Raise a UserError when a test set does not fill one window."""
-    if token_ids.numel() < window:
-        raise UserError(
-            f"Test set {name!r} holds {token_ids.numel()} tokens, fewer than one window of {window}; "
-            "give more text or a smaller evaluation.windows"
-        )
-
-
 def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
     """Where the tokenizer came from, if known, and its number of tokens."""
     return f"{tokenizer.name_or_path or type(tokenizer).__name__} ({len(tokenizer)} tokens)"
@@ -276,18 +226,6 @@ def _summed_losses(logits: Tensor, ids: Tensor) -> Tensor:
         parts = [F.cross_entropy(part.float(), target, reduction="sum").double() for part, target in chunks]
         losses.append(torch.stack(parts).sum())
     return torch.stack(losses)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode afterwards (a frozen part may differ from the whole)."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[object]:

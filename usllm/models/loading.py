@@ -175,7 +175,9 @@ def stored_files(spec: ModelSpec) -> list[Path]:
     names = sorted(set((read_json(found, ours=False) or {}).get("weight_map", {}).values()))
     files = {name: _explained(spec, partial(file, name)) for name in names}
     if missing := [name for name, path in files.items() if path is None]:
-        raise UserError(f"The model at {place_of(spec)} cannot be loaded: {missing[0]} is missing, which {INDEX_FILE} names")
+        raise UserError(
+            f"The model at {place_of(spec)} cannot be loaded: {missing[0]} is missing, which {INDEX_FILE} names"
+        )
     return [path for path in files.values() if path is not None]
 
 

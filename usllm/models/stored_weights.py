@@ -51,7 +51,9 @@ class StoredWeights:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     self._files[name], shapes[name] = file, tuple(file.get_slice(name).get_shape())
             except (OSError, SafetensorError) as error:
-                raise UserError(f"The model at {place} cannot be loaded: {path.name} cannot be read ({error})") from error
+                raise UserError(
+                    f"The model at {place} cannot be loaded: {path.name} cannot be read ({error})"
+                ) from error
         self._aliases = _aliases(model)
         self._refuse_incomplete(shapes)
         refuse_second_head(model, files[0].parent, place)

@@ -18,23 +18,23 @@ from usllm.compress.coverage import coverage
 from usllm.config import DataConfig, EvaluationConfig, compressor_of, evaluation_of_run, section_of
 from usllm.config.packed import ExportConfig, size_in_bytes
 from usllm.data.windows import resolved_rule
-from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.loggers import WandbRunLogger, log_export, logs_exports, reopened
 from usllm.models import ModelSpec
 from usllm.models.loading import check_context_length, load_config, load_dense, load_generation_config, load_tokenizer
 from usllm.models.skeleton import skeleton
-from usllm.packed.card import CardFacts, model_card
+from usllm.packed.card import model_card
 from usllm.packed.export import ModelFiles, RestStorage, export, left_whole
 from usllm.packed.inspection import Inspection
 from usllm.packed.loading import load
 from usllm.packed.source import PackingSource, from_checkpoint, from_model
+from usllm.runs.cards import card_facts
 from usllm.runs.inputs import build_data, program, shared_documents, sharing, token_streams
 from usllm.runs.measure import measure, merge_stages
 from usllm.runs.report import human_bytes, print_coverage, print_facts, print_warnings
 from usllm.runs.saved_run import find_checkpoint, stored_config
 from usllm.system.errors import RunError
-from usllm.system.files import expanded, read_json
-from usllm.system.machine import choose_autocast, machine, machine_line
+from usllm.system.files import read_json
+from usllm.system.machine import choose_autocast
 from usllm.system.run_files import CHECKPOINT_FOLDER, REPORT_FILE
 from usllm.system.stage_names import HEADINGS, with_todays_names
 from usllm.training import load_checkpoint
@@ -90,22 +90,10 @@ def export_model(config: ExportConfig, command: str, given: Sequence[str] = ()) 
         rows = list(origin.report.get("perplexity", []))
         if config.measure:
             rows = merge_stages(**_stages(rows), packed=_measured(origin, folder))
-        info = machine()
-        facts = CardFacts(
-            title=expanded(config.out).absolute().name,
-            base=str(origin.spec.file or origin.spec.name),
-            commands=[*([origin.report["command"]] if origin.report else []), command],
-            machine=machine_line(info),
-            versions={str(name): str(number) for name, number in dict(info["versions"]).items()},  # type: ignore[call-overload]
-            sketch=_in_words(origin.source),
-            rows=rows,
-            measured_as=(
-                "Non-overlapping windows, each token predicted from those before it in its window; tokenizer "
-                f"{tokenizer_name(tokenizer)}, beginning-of-text token: {bos_rule(tokenizer, rule)}. "
-                + _measured_on(config)
-            ),
-        )
-        return model_card(facts, inspection)
+        commands = [*([origin.report["command"]] if origin.report else []), command]
+        base = str(origin.spec.file or origin.spec.name)
+        facts = card_facts(config.out, base, commands, origin.source.compressor, rows, tokenizer, rule)
+        return model_card(dataclasses.replace(facts, measured_as=facts.measured_as + _measured_on(config)), inspection)
 
     rest = RestStorage(config.rest.dtype, config.rest.embeddings, config.rest.linears)
     print_warnings(left_whole(origin.source, files.config, rest), Console(stderr=True))
@@ -216,10 +204,6 @@ def _stages(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Merged rows taken apart again, by stage."""
     todays = [with_todays_names(row) for row in rows]
     return {stage: [{**row, "perplexity": row[stage]} for row in todays if stage in row] for stage in HEADINGS}
-
-
-def _in_words(source: PackingSource) -> str:
-    return ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(source.compressor.options).items())
 
 
 def _print_export(inspection: Inspection, artifact: str | None, source: PackingSource) -> None:

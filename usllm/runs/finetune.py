@@ -24,27 +24,26 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from usllm.callbacks import LoggedSteps, Preemption, SketchHealth
-from usllm.compress import compressed_layers, compression_report, swap_linears_
-from usllm.compress.ceilings import refuse_unreachable, shortfall
-from usllm.compress.coverage import coverage
 from usllm.config import TrainConfig, compressor_of
 from usllm.config.compression import DEFAULT_METHOD
 from usllm.config.trainer_arguments import length_problems
 from usllm.config.validation import user_error
 from usllm.eval.perplexity import bos_rule, tokenizer_name
 from usllm.loggers import CsvRunLogger, axis_step
-from usllm.models.loading import check_context_length, load_config, load_dense, load_tokenizer
-from usllm.models.skeleton import skeleton
+from usllm.models.loading import load_dense
+from usllm.runs.beginning import begin
+from usllm.runs.block_by_block import block_by_block
 from usllm.runs.directory import finished_report, noting_failure, refuse_used
 from usllm.runs.ending import early_end, timer_of
-from usllm.runs.inputs import build_data, program, shared_documents, sharing, token_streams, with_window_starts
+from usllm.runs.inputs import program, sharing
 from usllm.runs.launched import ending_together
 from usllm.runs.measure import BaselinePerplexity, intervals, measure, merge_stages, window_losses
-from usllm.runs.report import print_coverage, print_outcome, print_report
+from usllm.runs.report import print_outcome, print_report
 from usllm.runs.side_by_side import SideBySide
+from usllm.runs.sizes import sizes
 from usllm.runs.tracking import finishing, log_results
 from usllm.runs.trainer import build_nodes, build_trainer, devices_in
-from usllm.stages import Allocate, Preparation, refuse_wrong_order
+from usllm.stages import Preparation
 from usllm.system.code_version import code_version
 from usllm.system.errors import UserError
 from usllm.system.files import write_json
@@ -90,6 +89,8 @@ def finetune(config: TrainConfig, plain: Mapping[str, Any], command: str, brief:
         if not config.resume:
             refuse_used(run_dir)
         stack.enter_context(finishing(loggers))
+        if config.block_by_block:
+            return block_by_block(config, plain, command, loggers)
         return _finetune(config, plain, command, callbacks, loggers)
 
 
@@ -109,27 +110,8 @@ def _finetune(
     timer = timer_of(callbacks, config.trainer.get("max_time"))
     first_rank = getattr(rank_zero_only, "rank", 0) == 0
     console = Console(stderr=True, quiet=not first_rank)
-    model_config = load_config(config.model)
-    check_context_length(model_config, config.data.context_length)
-    for window in config.evaluation.windows:
-        check_context_length(model_config, window, "evaluation.windows")
-    tokenizer = load_tokenizer(config.model)
-    compressor = compressor_of(config.sketch, config.allocation)
-    stages = list(build_nodes("stages", config.stages).values())
-    refuse_wrong_order(stages)
-    described = skeleton(model_config)
-    covered = coverage(described, config.model.patterns)
-    if any(isinstance(stage, Allocate) for stage in stages):
-        refuse_unreachable(swap_linears_(described, config.model.patterns), compressor)
-    config, plain = with_window_starts(config, plain, tokenizer, model_config)
-    steps = config.trainer.get("max_steps")
-    length = f"{config.trainer.get('epochs')} epochs" if steps is None else f"{steps} steps"
-    console.print(f"Run {config.name}: {length}, in {run_dir}", markup=False, soft_wrap=True)
-    print_coverage(covered, console)
-    console.print("Reading and tokenising text …")
-    data = build_data(config.data, tokenizer, config.seed, model_config)
-    streams = token_streams(config.evaluation, tokenizer, data)
-    shared = shared_documents(config.evaluation, data)
+    begun = begin(config, plain, console)
+    config, plain, tokenizer, data = begun.config, begun.plain, begun.tokenizer, begun.data
     accumulate = int(config.trainer.get("accumulate_grad_batches", 1))
     max_steps = config.trainer.get("max_steps")
     if max_steps is None:
@@ -143,7 +125,7 @@ def _finetune(
     baseline = BaselinePerplexity(
         run_dir,
         tokenizer,
-        streams,
+        begun.streams,
         config.evaluation,
         reuse=config.reuse_statistics,
         resumed=checkpoint is not None,
@@ -154,13 +136,13 @@ def _finetune(
     trainer = build_trainer(config, max_steps, [baseline, LoggedSteps(), *callbacks], loggers)
     module = SketchFinetuner(
         load_model=partial(load_dense, config.model),
-        sketch=compressor,
+        sketch=begun.compressor,
         objective=build_objective(**config.objective),
         optimizer=config.optimizer,
         patterns=config.model.patterns,
         config=plain,
         gradient_checkpointing=config.model.gradient_checkpointing,
-        preparation=Preparation(stages, run_dir / STAGES_FOLDER, [baseline.observe, samples.observe]),
+        preparation=Preparation(begun.stages, run_dir / STAGES_FOLDER, [baseline.observe, samples.observe]),
     )
     for logger in loggers:
         if isinstance(logger, CsvRunLogger):
@@ -175,7 +157,7 @@ def _finetune(
         if not isinstance(model, FSDPModule):  # whose shards stay where they are
             cast(nn.Module, model).to(trainer.strategy.root_device)  # Lightning has put it back on the CPU
         shown, device = trainer.is_global_zero, trainer.strategy.root_device
-        after = measure(model, tokenizer, streams, config.evaluation, "Finetuned model", shown, device)
+        after = measure(model, tokenizer, begun.streams, config.evaluation, "Finetuned model", shown, device)
         written = samples.rows(model)
     saved = latest_checkpoint(checkpoint_folder(run_dir))
     health = next((callback.health for callback in callbacks if isinstance(callback, SketchHealth)), {})
@@ -185,7 +167,7 @@ def _finetune(
         "finished": True,
         "name": config.name,
         "command": command,
-        **sharing(shared),
+        **sharing(begun.shared),
         "perplexity": merge_stages(**baseline.rows, finetuned=after),
         "intervals": intervals(losses),
         **sizes(model, config),
@@ -198,7 +180,7 @@ def _finetune(
         "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer, config.evaluation.window_start)},
         "checkpoint": str(saved) if saved else "none was written",
         "report": str(run_dir / REPORT_FILE),
-        "coverage": {**covered.to_dict(), "line": covered.line()},
+        "coverage": {**begun.covered.to_dict(), "line": begun.covered.line()},
         "health": health,
         "samples": written,
         "stages": found_by_stages(run_dir),
@@ -239,27 +221,6 @@ def refuse_other_configuration(finished: Mapping[str, Any], config: TrainConfig,
             f"{config.run_dir} holds a finished run of another configuration: {'; '.join(differences)}. Restore these "
             "values, or take another name=; usllm-eval measures a finished run on other texts and windows"
         )
-
-
-def sizes(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
-    """Bits and bytes for the report; a model that was finetuned dense (no calibration, no plans) has none."""
-    if any(layer.plan is None for layer in compressed_layers(model).values()):
-        return {"bits_per_weight": None, "bytes": None, "compression": None}
-    compression = compression_report(model)
-    compressor = compressor_of(config.sketch, config.allocation)
-    plans = {name: layer.plan for name, layer in compressed_layers(model).items() if layer.plan is not None}
-    parameters = compression.compressed_weights + compression.other_parameters
-    return {
-        "bits_per_weight": {
-            "asked": compressor.options.bits_per_weight,  # None: by a width
-            "achieved": compression.bits_per_weight,
-            "reason": shortfall(plans, compressor),
-            "with_entries": compression.bits_per_weight_with_entries,
-            "model": compression.model_bits_per_weight,
-        },
-        "bytes": {"sketched": compression.model_bytes, "dense_bf16": 2 * parameters},
-        "compression": compression.to_dict(),
-    }
 
 
 def next_commands(config: TrainConfig, command: str) -> list[str]:

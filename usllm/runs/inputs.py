@@ -18,7 +18,8 @@ from usllm.data.datamodule import TextDataModule
 from usllm.data.overlap import SharedDocuments
 from usllm.data.sources import read_documents
 from usllm.data.windows import resolved_rule
-from usllm.eval.perplexity import check_long_enough, tokenise_test_sets
+from usllm.eval.perplexity import tokenise_test_sets
+from usllm.eval.windows import check_long_enough
 from usllm.models.loading import check_vocabulary
 
 VALIDATION_SET = "validation"

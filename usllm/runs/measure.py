@@ -24,7 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from usllm.config import EvaluationConfig
 from usllm.data.windows import NONE
 from usllm.eval.bootstrap import interval
-from usllm.eval.perplexity import PerplexityResult, evaluate
+from usllm.eval.perplexity import evaluate
+from usllm.eval.windows import PerplexityResult
 from usllm.models.identity import weights_digest
 from usllm.system.files import read_json, write_json
 from usllm.system.machine import choose_autocast
@@ -74,7 +75,7 @@ def measure(
                 task, description=f"{title}, {name}", completed=done, total=total
             ),
         )
-    return [_row(result) for result in results]
+    return [row_of(result) for result in results]
 
 
 def merge_stages(**stages: Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
@@ -243,7 +244,8 @@ def _place(test_set: str, window: int) -> str:
     return f"{test_set}/{window}"
 
 
-def _row(result: PerplexityResult) -> dict[str, Any]:
+def row_of(result: PerplexityResult) -> dict[str, Any]:
+    """A result as reports keep it, plain Python."""
     return {
         "test_set": result.name,
         "window": result.window,

@@ -65,7 +65,7 @@ class BlockStates:
         self.store.drop(_UNFINISHED)
 
     def read_finished(self, number: int) -> dict[str, Any]:
-        """What :meth:`save_finished` has kept: tensors in ``blocks``, ``plans``, ``found``, and plain Python in ``more``.
+        """What :meth:`save_finished` has kept: tensors in ``blocks``, ``plans``, ``found``, plain Python in ``more``.
 
         Raises:
             RuntimeError: The window is not finished.

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from usllm.compress.values import compute_dtype
 from usllm.system.errors import UserError
 
-
 Room = Callable[[Sequence[int], torch.dtype], Tensor]
 """Makes a tensor of a shape and a type, not filled, where streams are to live."""
 

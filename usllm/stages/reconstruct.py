@@ -180,7 +180,7 @@ class Reconstruct(Stage):
         student: Tensor,
         inputs: Sequence[dict[str, Any]],
     ) -> None:
-        """Share bits out anew in the blocks that are new, those before them taken as dense: they are not trained yet."""
+        """Share bits out anew in new blocks; those before them are taken as dense: they are not trained yet."""
         size = self.batch_size
         some = student[: -(-self.calibration_sequences // size) * size]
         for number, block in zip(window.blocks, together, strict=True):
