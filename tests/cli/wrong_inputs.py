@@ -178,6 +178,29 @@ PLACES = [
     report("reference.evaluation=HERE", "reference.evaluation=HERE", "cannot be read"),
 ]
 
+ONE_BLOCK = ["block_by_block=true", "trainer.max_steps=0", "stages=[default,reconstruct]", "model=DENSE"]
+
+
+def one_block(typed: str | list[str], *words: str, status: int = USER) -> Row:
+    return train([*ONE_BLOCK, *(typed if isinstance(typed, list) else [typed])], *words, status=status)
+
+
+BLOCK_BY_BLOCK = [
+    one_block("trainer.max_steps=5", "trainer.max_steps=5: block_by_block=true", "pass trainer.max_steps=0"),
+    one_block(["trainer.max_steps=null", "trainer.epochs=1"], "trainer.epochs=1: block_by_block=true"),
+    one_block("trainer.devices=2", "trainer.devices=2: block_by_block=true", "runs on one device"),
+    one_block("trainer.strategy=ddp", "trainer.strategy=ddp: block_by_block=true", "runs on one device"),
+    one_block("trainer.accelerator=tpu", "trainer.accelerator=tpu: block_by_block=true", "choose one of cpu"),
+    one_block("model=random", "model.kind=random: block_by_block=true", "give a folder"),
+    one_block("allocation.layer_budget=sensitivity", "allocation.layer_budget=sensitivity", "equal or importance"),
+    one_block("stages=default", "stages: block_by_block=true trains blocks; pass stages=[default,reconstruct]"),
+    one_block("+stages.mine._target_=usllm.stages.Mine", "stages=mine: block_by_block=true", "leave it out"),
+    one_block("stages.reconstruct.blocks=1", "stages.reconstruct.blocks=1: block_by_block=true", "pass null"),
+    one_block("stages.reconstruct.window=3", "stages.reconstruct.window=3: the model has 2 blocks"),
+    one_block("callbacks.text_samples.side_by_side=true", "callbacks.text_samples.side_by_side=true: block_by_block"),
+    one_block("model=PACKED", "model.name=PACKED is a packed model"),
+]
+
 ACCEPTED = [
     train("sketch.bits_per_weight=16", "less than asked: 12 of 12 layers can use no more than", status=DONE),
     train(["sketch=rounding", "sketch.bits_per_weight=3.9"], "the next step of these layers would be", status=DONE),
@@ -207,4 +230,4 @@ HARNESS = [
     ),
 ]
 
-ROWS = [*EVERY_COMMAND, *COMPOSITION, *VALUES, *PLACES, *ACCEPTED, *HARNESS]
+ROWS = [*EVERY_COMMAND, *COMPOSITION, *VALUES, *PLACES, *BLOCK_BY_BLOCK, *ACCEPTED, *HARNESS]
