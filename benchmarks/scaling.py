@@ -24,6 +24,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds only its own folder there
 
 from benchmarks.page_sections import between_markers
+from benchmarks.scaling_blocks import OneBlock, rows
 from usllm.compress import CompressedLinear, compressed_layers, swap_linears_
 from usllm.sketch import SketchConfig, build_plan
 from usllm.training.sharding import units
@@ -240,7 +241,7 @@ def _sizes(module: nn.Module, kind: type[nn.Module]) -> int:
 
 
 def tables() -> Iterator[str]:
-    """One Markdown table per model."""
+    """One Markdown table per model, and one of runs that hold one block."""
     for name in MODELS:
         model = build(name)
         found = [count(model, setup) for setup in SETUPS]
@@ -251,6 +252,26 @@ def tables() -> Iterator[str]:
         for row, title in ROWS.items():
             yield f"| {title} | " + " | ".join(_gigabytes(getattr(memory, row)) for memory in found) + " |"
         yield ""
+    yield from rows({name: one_block(build(name)) for name in MODELS})
+
+
+def one_block(model: LlamaForCausalLM) -> OneBlock:
+    """What a run that holds one block of the model is counted by."""
+    one = model.model.layers[0]
+    layers = list(compressed_layers(one).values())
+    single = SETUPS[0]
+    return OneBlock(
+        weights=_size(one),
+        compressed=_sizes(one, CompressedLinear),
+        largest=max(_size(layer) for layer in layers),
+        states=state_bytes(one, single),
+        activations=saved_by_layer(model),
+        hidden=model.config.hidden_size,
+        blocks=model.config.num_hidden_layers,
+        parameters=_size(model),
+        packed_states=model.config.num_hidden_layers
+        * sum(build_plan(layer.shape, None, SKETCH, "layer").total_bits // 8 for layer in layers),
+    )
 
 
 def _gigabytes(count: int) -> str:

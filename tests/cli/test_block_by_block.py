@@ -118,6 +118,8 @@ def test_packed_folder_is_like_any_other_and_measures_the_same(model: Path, tiny
     (row,) = report(tmp_path)["perplexity"]
     assert row["windows"] == there["windows"] == 3
     assert row["finetuned"] == pytest.approx(there["perplexity"], rel=2e-3)  # norms are rounded to bf16 there
+    refused = command("eval", "ckpt=run", folder=tmp_path)
+    assert refused.status == 2 and "its result is model=run/packed" in refused.output, refused.output
     for name, typed in (("inspect", []), ("generate", ["prompt=abc", "max_new_tokens=2"])):
         used = command(name, "model=run/packed", *typed, folder=tmp_path)
         assert used.status == 0, used.output

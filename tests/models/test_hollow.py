@@ -69,5 +69,5 @@ def test_logits_that_are_changed_behind_the_head_are_refused(spec: ModelSpec) ->
     config = load_config(spec)
     config.final_logit_softcapping = 30.0
     model: Any = hollow_model(config)
-    with pytest.raises(UserError, match="block_by_block=true: .* changes its logits"):
+    with pytest.raises(UserError, match=r"block_by_block=true: .* changes its logits"):
         Surroundings(model, list(model.model.layers), open_weights(spec), CPU)

@@ -114,6 +114,8 @@ class Surroundings:
         for name, module in list(self.model.named_modules()):
             if id(module) in inside or module is self.head:
                 continue
+            for key, buffer in list(module.named_buffers(recurse=False)):
+                module._buffers[key] = buffer.to(self.device)
             if module is embedding:
                 stored = StoredEmbedding(embedding, lambda name=name: self.weights[f"{name}.weight"])
                 self.model.set_submodule(name, stored)
@@ -122,8 +124,6 @@ class Surroundings:
                 full = f"{name}.{key}" if name else key
                 values = self.weights[full].to(device=self.device, dtype=torch.float32, copy=True)
                 setattr(module, key, nn.Parameter(values, parameter.requires_grad))
-            for key, buffer in list(module.named_buffers(recurse=False)):
-                module._buffers[key] = buffer.to(self.device)
 
     @torch.no_grad()
     def look_at(self, block: nn.Module) -> None:

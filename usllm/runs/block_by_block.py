@@ -42,12 +42,19 @@ from usllm.stages.finished_blocks import FinishedBlocks
 from usllm.stages.stored_blocks import StoredBlocks
 from usllm.stages.streams import StreamFiles
 from usllm.system.code_version import code_version
+from usllm.system.errors import UserError
 from usllm.system.files import write_json
 from usllm.system.machine import choose_autocast, choose_precision, machine
 from usllm.system.results import arithmetic, kept_rows, tokens_digest
-from usllm.system.run_files import REPORT_FILE, STAGES_FOLDER, WINDOWS_FILE, found_by_stages
+from usllm.system.run_files import (
+    PACKED_FOLDER,
+    REPORT_FILE,
+    STAGES_FOLDER,
+    WINDOWS_FILE,
+    checkpoint_folder,
+    found_by_stages,
+)
 
-PACKED_FOLDER = "packed"
 SHARD_BYTES = 1_000_000_000
 """Of a weight file of the packed folder: one of them is in memory while it is written."""
 
@@ -72,6 +79,11 @@ def block_by_block(
     """
     started, run_dir = time.perf_counter(), Path(config.run_dir)
     console = Console(stderr=True)
+    if any(checkpoint_folder(run_dir).glob("*.ckpt")):
+        raise UserError(
+            f"{run_dir} holds checkpoints of a run that held its model: leave block_by_block=true out, or take another "
+            "name="
+        )
     begun = begin(config, plain, console)
     config = begun.config
     seed_everything(config.seed, workers=True, verbose=False)

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from usllm.compress import load_plans_, swap_linears_
 from usllm.compress.registry import from_checkpoint_section
+from usllm.packed.folder import is_packed
 from usllm.system.cache import cache_root
 from usllm.system.errors import UserError
 from usllm.system.files import expanded
-from usllm.system.run_files import checkpoint_folder
+from usllm.system.run_files import PACKED_FOLDER, checkpoint_folder
 from usllm.training import latest_checkpoint
 from usllm.training.checkpoint_section import CHECKPOINT_KEY, check_format
 from usllm.training.differences import ADDED_LATER
@@ -34,6 +35,11 @@ def find_checkpoint(ckpt: str) -> Path:
         for folder in (checkpoint_folder(path), path):
             if (found := latest_checkpoint(folder)) is not None:
                 return found
+        if is_packed(path / PACKED_FOLDER):
+            raise UserError(
+                f"ckpt={ckpt}: that run held one block at a time and wrote no checkpoint; its result is "
+                f"model={path / PACKED_FOLDER}"
+            )
         raise UserError(f"ckpt={ckpt}: the folder holds no checkpoint; give the directory of a run, or a .ckpt file")
     raise UserError(f"ckpt={ckpt}: no such file or folder")
 

@@ -12,6 +12,8 @@ WINDOWS_FILE = "windows.json"
 """Mean losses of the windows that were measured, by test set and stage: for intervals, and pairs with other runs."""
 STAGES_FOLDER = "stages"
 CHECKPOINT_FOLDER = "checkpoints"
+PACKED_FOLDER = "packed"
+"""What a run with ``block_by_block=true`` ends with."""
 
 
 def found_file(stages_folder: Path, stage: str) -> Path:
