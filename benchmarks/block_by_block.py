@@ -59,7 +59,8 @@ def write_model(name: str, folder: Path) -> None:
     config.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, shapes in enumerate(_shards(config)):
         tensors = {name: _random(name, shape, generator) for name, shape in shapes.items()}
         file = f"model-{number:05}.safetensors"

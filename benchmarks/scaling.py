@@ -259,18 +259,18 @@ def one_block(model: LlamaForCausalLM) -> OneBlock:
     """What a run that holds one block of the model is counted by."""
     one = model.model.layers[0]
     layers = list(compressed_layers(one).values())
-    single = SETUPS[0]
+    blocks = model.config.num_hidden_layers
     return OneBlock(
         weights=_size(one),
         compressed=_sizes(one, CompressedLinear),
         largest=max(_size(layer) for layer in layers),
-        states=state_bytes(one, single),
+        states=state_bytes(one, SETUPS[0]),
         activations=saved_by_layer(model),
         hidden=model.config.hidden_size,
-        blocks=model.config.num_hidden_layers,
+        blocks=blocks,
         parameters=_size(model),
-        packed_states=model.config.num_hidden_layers
-        * sum(build_plan(layer.shape, None, SKETCH, "layer").total_bits // 8 for layer in layers),
+        held_states=blocks * sum(_plan_bytes(layer.shape)[0] for layer in layers),
+        packed_states=blocks * sum(build_plan(layer.shape, None, SKETCH, "layer").total_bits // 8 for layer in layers),
     )
 
 

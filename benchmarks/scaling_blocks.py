@@ -28,7 +28,8 @@ class OneBlock:
         hidden: Width of the stream.
         blocks: Of the model.
         parameters: Of the model.
-        packed_states: Bytes of all states.
+        held_states: Bytes of the states of all blocks as buffers hold them.
+        packed_states: The same, packed.
     """
 
     weights: int
@@ -39,6 +40,7 @@ class OneBlock:
     hidden: int
     blocks: int
     parameters: int
+    held_states: int
     packed_states: int
 
     def memory(self) -> dict[str, int]:
@@ -61,8 +63,8 @@ class OneBlock:
             "disk: the dense model (bf16)": BF16 * self.parameters,
             "disk: streams (bf16)": STREAMS * SEQUENCES * CONTEXT * self.hidden * BF16,
             "disk: the block that is being trained (fp32)": 3 * FP32 * self.weights,
-            "disk: finished blocks": self.packed_states + FP32 * self.blocks * (self.weights - self.compressed),
-            "disk: the packed folder, before it is packed smaller": self.packed_states + BF16 * rest,
+            "disk: finished blocks": self.held_states + FP32 * self.blocks * (self.weights - self.compressed),
+            "disk: the packed folder": self.packed_states + BF16 * rest,
         }
 
 

@@ -9,7 +9,7 @@ from usllm.config.rules import Problems
 from usllm.config.schema import TrainConfig
 
 _STAGES = {f"usllm.stages.{name}" for name in ("Calibrate", "Allocate", "Start", "Reconstruct")}
-_ALONE = {"devices": (1, [0], "1", "auto"), "num_nodes": (1,), "strategy": ("auto",)}
+_ALONE = {"devices": (1, [0], "1"), "num_nodes": (1,), "strategy": ("auto",)}
 _ACCELERATORS = ("cpu", "gpu", "cuda", "auto")
 
 

@@ -145,10 +145,8 @@ def block_by_block(
 def _opened(begun: Beginning) -> tuple[Work, StoredBlocks]:
     """The work of a model without weights, and its blocks."""
     config, run_dir = begun.config, Path(begun.config.run_dir)
-    on_gpu = config.trainer.get("accelerator", "auto") != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    precision = choose_precision(str(config.trainer.get("precision", "auto")), _accelerator(config))
-    mixed = precision == "bf16-mixed"
+    device = _device(_accelerator(config))
+    mixed = choose_precision(str(config.trainer.get("precision", "auto")), _accelerator(config)) == "bf16-mixed"
     plugin = MixedPrecision("bf16-mixed", device.type) if mixed else Precision()
     weights = open_weights(config.model)
     digest = weights.checked_digest()
@@ -173,6 +171,18 @@ def _opened(begun: Beginning) -> tuple[Work, StoredBlocks]:
         weights=digest,
     )
     return work, source
+
+
+def _device(accelerator: str) -> torch.device:
+    """The one device of the run.
+
+    Raises:
+        UserError: There is none of that kind.
+    """
+    usable = torch.cuda.is_available()
+    if accelerator in ("gpu", "cuda") and not usable:
+        raise UserError(f"trainer.accelerator={accelerator}: this machine has no usable GPU; pass trainer=cpu")
+    return torch.device("cuda" if usable and accelerator != "cpu" else "cpu")
 
 
 def _accelerator(config: TrainConfig) -> str:
