@@ -55,19 +55,20 @@ class StoredEmbedding(nn.Module):
 
     Args:
         embedding: Of a hollow model; a family's own kind does what it does besides.
-        weight: Gives its weight [vocabulary, width], mapped from its file.
+        weights: Of the model.
+        name: Of its weight [vocabulary, width] among them.
     """
 
-    def __init__(self, embedding: nn.Module, weight: Callable[[], Tensor]) -> None:
+    def __init__(self, embedding: nn.Module, weights: StoredWeights, name: str) -> None:
         super().__init__()
-        self.inner = embedding
+        self.inner: Any = embedding
         self.inner.padding_idx = None  # of gradients alone; it would be a row of those that were not read
-        self._weight = weight
+        self._weights, self._name = weights, name
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Hidden states [..., width] of tokens [...], fp32."""
         tokens, places = input_ids.unique(return_inverse=True)
-        rows = self._weight()[tokens.cpu()].to(device=input_ids.device, dtype=torch.float32)
+        rows = self._weights[self._name][tokens.cpu()].to(device=input_ids.device, dtype=torch.float32)
         found: Tensor = functional_call(self.inner, {"weight": rows}, (places,))
         return found
 
@@ -104,7 +105,7 @@ class Surroundings:
                 f"block_by_block=true: {type(model).__name__} changes its logits behind the head; leave it out"
             )
         self.model, self.blocks, self.weights, self.device = model, list(blocks), weights, device
-        self.head = head
+        self.head: Any = head
         self._in_tuple = False
         self.head_name = next(name for name, module in model.named_modules() if module is head)
         self._fill(model.get_input_embeddings())
@@ -117,8 +118,7 @@ class Surroundings:
             for key, buffer in list(module.named_buffers(recurse=False)):
                 module._buffers[key] = buffer.to(self.device)
             if module is embedding:
-                stored = StoredEmbedding(embedding, lambda name=name: self.weights[f"{name}.weight"])
-                self.model.set_submodule(name, stored)
+                self.model.set_submodule(name, StoredEmbedding(embedding, self.weights, f"{name}.weight"))
                 continue
             for key, parameter in list(module.named_parameters(recurse=False)):
                 full = f"{name}.{key}" if name else key

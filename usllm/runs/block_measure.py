@@ -125,10 +125,10 @@ def _summed_losses(around: Surroundings, part: _Part, context: Context) -> Tenso
     Some rows of the head are applied to all places before the next ones are read: their share of the normaliser is
     added up, and a place's own logit is picked where its token is among them.
     """
-    for place in range(0, len(part.ids), part.batch_size):
-        some = slice(place, place + part.batch_size)
+    for begin in range(0, len(part.ids), part.batch_size):
+        batch = slice(begin, begin + part.batch_size)
         with context():
-            part.stream[some] = around.before_head(part.ids[some], part.stream[some])
+            part.stream[batch] = around.before_head(part.ids[batch], part.stream[batch])
     hidden, targets = part.stream[:, :-1], part.ids[:, 1:]
     width, vocabulary = hidden.shape[-1], around.head.out_features
     normaliser = torch.full(targets.shape, -math.inf)

@@ -20,9 +20,7 @@ def sizes(model: nn.Module, config: TrainConfig) -> dict[str, Any]:
     return sizes_of(compression_report(model), plans, config)
 
 
-def sizes_of(
-    compression: CompressionReport, plans: Mapping[str, LayerPlan], config: TrainConfig
-) -> dict[str, Any]:
+def sizes_of(compression: CompressionReport, plans: Mapping[str, LayerPlan], config: TrainConfig) -> dict[str, Any]:
     """The same from the account of a model and the plans of its layers."""
     compressor = compressor_of(config.sketch, config.allocation)
     parameters = compression.compressed_weights + compression.other_parameters

@@ -59,7 +59,7 @@ class BlockStates:
         """
         kept = kept or Kept()
         tensors = {name: tensor for name, tensor in blocks.state_dict().items() if name not in kept.without}
-        content = {"blocks": tensors, "plans": save_plans(blocks), "found": found}
+        content: dict[str, Any] = {"blocks": tensors, "plans": save_plans(blocks), "found": found}
         content |= {"without": sorted(kept.without), "more": kept.more}
         self.store.save(_finished(number), content)
         self.store.drop(_UNFINISHED)
