@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from test_train import KILLER, arguments, run_apart, run_here
 
 from usllm.training import load_checkpoint
@@ -43,6 +44,26 @@ def test_sharded_run_is_killed_continued_by_one_process_and_reported_as_if_it_ha
     assert "1 x 1 x 2 = 2 in the checkpoint, 3 x 1 x 1 = 3 in this run" in capsys.readouterr().err
     run_here(monkeypatch, *again)
     assert perplexities(tmp_path / "killed") == pytest.approx(perplexities(tmp_path / "one"), rel=1e-5)
+
+
+@pytest.mark.parametrize(("strategy", "window"), [("ddp", 1), pytest.param("fsdp2", 2, marks=pytest.mark.slow)])
+def test_two_ranks_reconstruct_as_one_process_does(
+    strategy: str, window: int, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = ["stages=[default,reconstruct]", "stages.reconstruct.sequences=16", "stages.reconstruct.batch_size=3"]
+    stage += ["stages.reconstruct.steps=6", "stages.reconstruct.warmup_steps=1", f"stages.reconstruct.window={window}"]
+    alike = [*stage, "trainer.max_steps=0", "reuse_statistics=false"]
+    run_here(monkeypatch, *arguments(tiny_text, tmp_path, f"run_dir={tmp_path}/one", *alike))
+    two = ["trainer.devices=2", f"trainer.strategy={strategy}", "data.batch_size=1"]
+    done = run_apart(*arguments(tiny_text, tmp_path, f"run_dir={tmp_path}/two", *alike, *two))
+    assert done.returncode == 0, done.stderr
+    (one,) = (tmp_path / "one" / "checkpoints").iterdir()
+    (other,) = (tmp_path / "two" / "checkpoints").iterdir()
+    expected, found = load_checkpoint(one)["state_dict"], load_checkpoint(other)["state_dict"]
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        if value.is_floating_point():  # a code at the edge of two may fall to either side
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def two_ranks(text: Path, run_dir: Path, strategy: str, callback: str, step: int) -> list[str]:

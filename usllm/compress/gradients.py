@@ -8,6 +8,7 @@ from torch import nn
 from usllm.compress.layer import CompressedLinear, compressed_layers
 from usllm.compress.parallel import over_layers
 from usllm.compress.sharded import is_sharded, spread_sharded_
+from usllm.system.ranks import sum_over_ranks_
 
 
 def spread_gradients_(model: nn.Module) -> None:
@@ -21,6 +22,13 @@ def spread_gradients_(model: nn.Module) -> None:
         spread_sharded_(layers)
     else:
         over_layers(_spread_, layers)
+
+
+def sum_gradients_(model: nn.Module) -> None:
+    """The gradients of all ranks added up, of copies of a model that each saw other sequences."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            sum_over_ranks_(parameter.grad)
 
 
 def _has_work(layer: CompressedLinear) -> bool:

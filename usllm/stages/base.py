@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from usllm.compress import Compressor, LayerPlan, Statistics
 from usllm.stages.store import Store, store_of
 from usllm.system.files import write_json
+from usllm.system.ranks import Ranks, failing_together, ranks
 from usllm.system.run_files import found_file
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Work:
         shows_progress: Whether to draw progress bars.
         writes: Whether this process writes to ``folder``: one of several ranks does.
         text: What the training text is by content, plain Python, as far as the data module says it.
+        together: Whether all ranks run the stages that change the model, each on a copy of it, so that they can share
+            sequences out; where one rank holds all of it for the others, it works alone.
         needs: Statistics that stages read, besides those of the method.
         statistics: By layer name, from ``calibrate``.
         bits: Ceiling of each layer, by name, from ``allocate``.
@@ -66,6 +69,7 @@ class Work:
     shows_progress: bool = False
     writes: bool = True
     text: Mapping[str, Any] = field(default_factory=dict)
+    together: bool = False
     needs: frozenset[str] = frozenset()
     statistics: dict[str, Statistics] = field(default_factory=dict)
     bits: dict[str, int] = field(default_factory=dict)
@@ -73,6 +77,15 @@ class Work:
     found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     blocks: BlockSource | None = None
     weights: str | None = None
+
+    def part_of(self, count: int) -> slice:
+        """Which of ``count`` things are this rank's; all of them where it works alone."""
+        rank, world_size = ranks() if self.together else Ranks()
+        return slice(count * rank // world_size, count * (rank + 1) // world_size)
+
+    def writing(self) -> AbstractContextManager[None]:
+        """For what one rank writes and others read: they wait for it, and fail together."""
+        return failing_together() if self.together else nullcontext()
 
     def tell(self, stage: Stage, row: dict[str, Any]) -> None:
         """Add a row to what a stage has found; where there is a folder, its :func:`found_file` is written anew.

@@ -14,16 +14,18 @@ _PART_ELEMENTS = 1 << 22
 """Of a stream that errors are computed of at a time."""
 
 
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
+def relative_error(output: Tensor, target: Tensor, mine: slice = slice(None)) -> Tensor:
     """Mean over tokens of the squared error over the target's energy, fp32 scalar.
 
     Args:
-        output: [sequences, context, hidden].
-        target: Of the same shape.
+        output: [sequences, context, hidden]; of several ranks each has a part of the sequences.
+        target: Of all sequences, [sequences, context, hidden].
+        mine: The part that ``output`` is of. What the parts give adds up to the error of all.
     """
-    difference = (output.float() - target.float()).square().sum(-1)
     energy = target.float().square().sum(-1)
-    return (difference / energy.clamp_min(ENERGY_FLOOR * energy.median())).mean()
+    difference = (output.float() - target[mine].float()).square().sum(-1)
+    floor = ENERGY_FLOOR * energy.median()
+    return (difference / energy[mine].clamp_min(floor)).sum() / energy.numel()
 
 
 @torch.no_grad()

@@ -140,6 +140,22 @@ def outputs(
         yield part, found
 
 
+def of_part(arguments: dict[str, Any], part: slice, batch_size: int) -> dict[str, Any]:
+    """What a block is called with for a part of the sequences of a batch.
+
+    Args:
+        arguments: For whole batches; tensors that have a place for each sequence (masks, of some families) are cut.
+        part: Of the sequences.
+        batch_size: Sequences of a whole batch.
+    """
+
+    def cut(value: Any) -> Any:
+        each = isinstance(value, Tensor) and value.ndim > 1 and len(value) == batch_size > 1
+        return value[part] if each else value
+
+    return {name: cut(value) for name, value in arguments.items()}
+
+
 def output_of(block: nn.Module, stream: Tensor, arguments: dict[str, Any]) -> Tensor:
     """Hidden states behind a block, [sequences, context, hidden]; some blocks give them as the first of several.
 

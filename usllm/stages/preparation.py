@@ -55,9 +55,15 @@ class Preparation:
                     stage.run(work)
         self._statistics = work.statistics  # and nothing else: the shards of this model are given back
 
-    def change(self, module: SketchFinetuner, model: nn.Module) -> None:
-        """Run what changes the model; it holds all weights, and nothing in it is sharded."""
-        work = self._begin(module, model)
+    def change(self, module: SketchFinetuner, model: nn.Module, together: bool = False) -> None:
+        """Run what changes the model; it holds all weights, and nothing in it is sharded.
+
+        Args:
+            module: That is about to train it.
+            model: With its layers swapped.
+            together: Whether all ranks do so, each with a copy of the model.
+        """
+        work = self._begin(module, model, together)
         work.statistics, self._statistics = self._statistics, {}
         with preserved_rng():
             started = False
@@ -71,7 +77,7 @@ class Preparation:
                 stage.run(work)
                 started = stage.name == "start"
 
-    def _begin(self, module: SketchFinetuner, model: nn.Module) -> Work:
+    def _begin(self, module: SketchFinetuner, model: nn.Module, together: bool = False) -> Work:
         trainer = module.trainer
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit, not declared
         return Work(
@@ -86,6 +92,7 @@ class Preparation:
             seed=int(module.run_config.get("seed", 0)),
             shows_progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
             writes=ranks().rank == 0,
+            together=together,
             needs=frozenset().union(*(stage.needs for stage in self.stages)),
         )
 

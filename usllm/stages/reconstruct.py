@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from usllm.compress import compressed_layers, reproject_
-from usllm.compress.gradients import spread_gradients_
+from usllm.compress.gradients import spread_gradients_, sum_gradients_
 from usllm.stages.base import Stage, Work
 from usllm.stages.block_errors import increment_error, relative_error, stream_error
 from usllm.stages.block_plans import plan_for_stream_
@@ -23,9 +23,10 @@ from usllm.stages.block_progress import BlockProgress
 from usllm.stages.block_source import BlockSource, LoadedBlocks
 from usllm.stages.block_state import BlockStates
 from usllm.stages.block_windows import BlockWindow, DenseStreams, block_windows
-from usllm.stages.blocks import decoder_blocks, output_of, run_block
+from usllm.stages.blocks import decoder_blocks, of_part, output_of, run_block
 from usllm.system.errors import UserError
 from usllm.system.modes import evaluating
+from usllm.system.ranks import ranks, sum_over_ranks_
 from usllm.training.optimization import GroupConfig, OptimizerConfig, build_optimizer, share_of_peak
 
 STATISTICS = ("student", "dense")
@@ -113,6 +114,11 @@ class Reconstruct(Stage):
         for key, value in {"blocks": self.blocks or 1, "window": self.window}.items():
             if value > count:
                 raise UserError(f"stages.reconstruct.{key}={value}: the model has {count} blocks; give at most that")
+        if self.batch_size < (devices := ranks().world_size if work.together else 1):
+            raise UserError(
+                f"stages.reconstruct.batch_size={self.batch_size}: {devices} devices share the sequences of a "
+                "step; give at least as many"
+            )
         source = work.blocks or LoadedBlocks(work)
         with evaluating(work.model):  # the streams are those of a model that is measured, without dropout
             self._run_blocks(work, source, tokens, self.states(work, tokens))
@@ -213,34 +219,37 @@ class Reconstruct(Stage):
         ramping = [layer for i in window.new for layer in compressed_layers(together[i - window.blocks.start]).values()]
         seed = work.seed + window.number
         order = sequence_order(len(student), self.steps * self.batch_size, seed).view(self.steps, -1)
-        error = 0.0
+        error, mine = 0.0, work.part_of(self.batch_size)
         for step in range(first, self.steps):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 share = (step + 1) / self.warmup_steps if step < self.warmup_steps else self._fallen(step)
                 group["peak"], group["lr"] = peak, peak * share
             for layer in ramping:
                 layer.ramp = min(step / (self.ramp * self.steps), 1.0) if self.ramp else 1.0
-            stream, target = (each[order[step]].to(work.device) for each in (student, targets))
+            stream, target = student[order[step][mine]].to(work.device), targets[order[step]].to(work.device)
             with work.context():
                 for number, block in zip(window.blocks, together, strict=True):
-                    stream = output_of(block, stream, inputs[number])
-            loss = relative_error(stream, target)
+                    stream = output_of(block, stream, of_part(inputs[number], mine, self.batch_size))
+            loss = relative_error(stream, target, mine)
             loss.backward()
+            if work.together:
+                sum_gradients_(together)
             spread_gradients_(together)
             torch.nn.utils.clip_grad_norm_(together.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             reproject_(together)
-            error = float(loss.detach())
+            error = float(sum_over_ranks_(loss.detach()) if work.together else loss.detach())
             if (step + 1) % self.save_every_n_steps == 0 and step + 1 < self.steps:
-                states.save_unfinished(
-                    window.number, together, optimizer, step + 1, spent + time.perf_counter() - began
-                )
+                seconds = spent + time.perf_counter() - began
+                with work.writing():
+                    states.save_unfinished(window.number, together, optimizer, step + 1, seconds)
             progress.stepped(window, step, error)
         for layer in compressed:
             layer.ramp = 1.0
         found = {"last_loss": error, "seconds": spent + time.perf_counter() - began}
-        states.save_finished(window.number, together, found, source.kept(window, together))
+        with work.writing():
+            states.save_finished(window.number, together, found, source.kept(window, together))
         return found
 
     def _settings(self) -> OptimizerConfig:

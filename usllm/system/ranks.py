@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
@@ -25,11 +26,24 @@ class Ranks(NamedTuple):
     world_size: int = 1
 
 
+_alone = ContextVar("alone", default=False)
+
+
 def ranks() -> Ranks:
     """Where this process stands among those that run together."""
-    if not dist.is_available() or not dist.is_initialized():
+    if _alone.get() or not dist.is_available() or not dist.is_initialized():
         return Ranks()
     return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """For what one rank does while the others wait for it: inside there is one rank, and nothing communicates."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def dealt(items: Iterable[T]) -> Iterator[tuple[int, T, bool]]:

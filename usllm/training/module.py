@@ -24,7 +24,7 @@ from usllm.compress import (
 )
 from usllm.compress.gradients import spread_gradients_
 from usllm.system.errors import UserError
-from usllm.system.ranks import failing_together, ranks, shared_from_rank_zero
+from usllm.system.ranks import alone, failing_together, ranks, shared_from_rank_zero
 from usllm.training.checkpoint_section import (
     CHECKPOINT_FORMAT,
     CHECKPOINT_KEY,
@@ -133,11 +133,12 @@ class SketchFinetuner(LightningModule):
         if mesh is None:
             model.to(self.trainer.strategy.root_device)
             preparation.look(self, model)
-            preparation.change(self, model)
+            preparation.change(self, model, together=ranks().world_size > 1)
             return
         with failing_together():
             if ranks().rank == 0:
-                preparation.change(self, model)
+                with alone():
+                    preparation.change(self, model)
         plans = shared_from_rank_zero(save_plans(model))
         if ranks().rank != 0:
             load_plans_(model, plans, self.compressor)

@@ -16,5 +16,5 @@ class Preparing(Protocol):
     def look(self, module: SketchFinetuner, model: nn.Module) -> None:
         """Look at the dense model, which all ranks hold a copy or a shard of."""
 
-    def change(self, module: SketchFinetuner, model: nn.Module) -> None:
-        """Compress it; it holds all weights."""
+    def change(self, module: SketchFinetuner, model: nn.Module, together: bool = False) -> None:
+        """Compress it; it holds all weights. ``together``: all ranks do, each with a copy of it."""
