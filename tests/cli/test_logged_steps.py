@@ -29,7 +29,8 @@ def train(text: Path, run_dir: Path, *more: str, before: Callable[[], None] | No
 
 def losses(run_dir: Path) -> dict[int, str]:
     """Training loss by finished steps, as it is written; one row for each step that has any."""
-    rows = [row for folder in part_folders(run_dir) for row in read_rows(folder / "metrics.csv")]
+    parts = [folder / "metrics.csv" for folder in part_folders(run_dir)]
+    rows = [row for path in parts if path.exists() for row in read_rows(path)]  # killed before a first row: no file yet
     steps = [int(row["step"]) + 1 for row in rows]
     assert len(steps) == len(set(steps)), f"steps of several rows: {steps}"
     return {step: row["train/loss"] for step, row in zip(steps, rows, strict=True) if row.get("train/loss")}
