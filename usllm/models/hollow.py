@@ -59,10 +59,10 @@ class StoredEmbedding(nn.Module):
         name: Of its weight [vocabulary, width] among them.
     """
 
-    def __init__(self, embedding: nn.Module, weights: StoredWeights, name: str) -> None:
+    def __init__(self, embedding: Any, weights: StoredWeights, name: str) -> None:
         super().__init__()
-        self.inner: Any = embedding
-        self.inner.padding_idx = None  # of gradients alone; it would be a row of those that were not read
+        self.inner = embedding
+        embedding.padding_idx = None  # of gradients alone; it would be a row of those that were not read
         self._weights, self._name = weights, name
 
     def forward(self, input_ids: Tensor) -> Tensor:
