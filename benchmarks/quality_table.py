@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds 
 
 from benchmarks.page_sections import between_markers
 from benchmarks.quality_rows import ROWS
+from usllm.eval.bootstrap import interval
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results" / "quality"
@@ -75,6 +76,13 @@ def full(rows: Sequence[Mapping[str, Any]]) -> str:
             ),
         ),
     ]
+    if pairs := list(_pairs(rows)):
+        lines += [
+            "",
+            "The sign sketch over LittleBit at equal bits, tokens and seed: perplexities divided, windows in pairs (95 %):",
+            "",
+        ]
+        lines += _table(["bits asked", "seed", *TEXTS.values()], pairs)
     long = [row for row in rows if row.get("long_windows")]
     if long:
         lines += ["", "All windows of 2,048 tokens of WikiText-2 (dense 21.98):", ""]
@@ -89,6 +97,22 @@ def full(rows: Sequence[Mapping[str, Any]]) -> str:
     made = sorted({(row["date"], row["machine"]["cpu"]) for row in rows})
     lines += ["", "Made " + "; ".join(f"{date} on {cpu}" for date, cpu in made) + "."]
     return "\n".join(lines)
+
+
+def _pairs(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
+    named = {row["row"]: row for row in rows}
+    for name, row in named.items():
+        other = named.get(name.replace("sign_", "littlebit_"))
+        if not name.startswith("sign_") or other is None:
+            continue
+        found = []
+        for text in TEXTS:
+            place = f"{text}/{_figures(row, text)['window']}"
+            ours, theirs = (each["window_losses"][place]["finetuned"] for each in (row, other))
+            ratio = math.exp(math.fsum(ours) / len(ours) - math.fsum(theirs) / len(theirs))
+            low, high = interval(ours, theirs)
+            found.append(f"{ratio:.3f} ({low:.3f} to {high:.3f})")
+        yield [str(row["bits_per_weight"]["asked"]), str(row["config"]["seed"]), *found]
 
 
 def short(rows: Sequence[Mapping[str, Any]]) -> str:

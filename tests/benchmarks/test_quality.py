@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def kept(name: str, **changed: Any) -> dict[str, Any]:
         "bytes": {"sketched": 82_600_000},
         "perplexity": [{"test_set": text, "window": 512, **stages} for text in quality_table.TEXTS],
         "intervals": {f"{text}/512": {"finetuned": entry} for text in quality_table.TEXTS},
+        "window_losses": {f"{text}/512": {"finetuned": [4.0, 5.0]} for text in quality_table.TEXTS},
         "tokens": 122_880,
         "seconds": {"total": 2700.0},
         "machine": {"cpu": "a processor"},
@@ -84,6 +86,16 @@ def test_tables_hold_every_row_in_the_order_of_the_comparison(tmp_path: Path) ->
     assert "| LittleBit | 0.4999 | 4.91 | 82.6 | 1.0e+07, 200 |" in text
     assert quality_table.short(rows).count("\n") == 2  # the second seed is not in the short one
     assert quality_table.full([]) == quality_table.short([]) == quality_table.NONE
+
+
+def test_rows_of_equal_bits_are_compared_in_pairs() -> None:
+    ours, theirs = kept("sign_1.0_seed0"), kept("littlebit_1.0_seed0")
+    for row in (ours, theirs):
+        row["bits_per_weight"]["asked"] = 1.0
+    for text in theirs["window_losses"].values():
+        text["finetuned"] = [4.0 + math.log(2), 5.0 + math.log(2)]
+    assert "| 1.0 | 0 | 0.500 (0.500 to 0.500) |" in quality_table.full([ours, theirs])
+    assert "windows in pairs" not in quality_table.full([ours])
 
 
 def test_a_page_without_its_markers_is_refused() -> None:
