@@ -79,7 +79,7 @@ def full(rows: Sequence[Mapping[str, Any]]) -> str:
     if pairs := list(_pairs(rows)):
         lines += [
             "",
-            "The sign sketch over LittleBit at equal bits, tokens and seed: perplexities divided, windows in pairs (95 %):",
+            "The sign sketch's perplexity over LittleBit's, at equal bits, tokens and seed, windows in pairs (95 %):",
             "",
         ]
         lines += _table(["bits asked", "seed", *TEXTS.values()], pairs)
