@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,12 @@ def whole_logits(model: nn.Module, teacher: nn.Module, ids: Tensor) -> Tensor:
 def measure(way: str, vocabulary: int, hidden: int, tokens: int) -> dict[str, float]:
     """Peak bytes above the models, seconds and loss of one step."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **sizes))
     objective = Distill(hidden_weight=0.0)
     objective.attach(LlamaForCausalLM(model.config))
