@@ -71,7 +71,7 @@ MOMENTS = {
         "",
     ),
     "while-calibrating": ([], ("usllm.stages.calibrate", "measure_statistics"), ""),
-    "while-reading": ([], ("usllm.runs.finetune", "build_data"), ""),
+    "while-reading": ([], ("usllm.runs.beginning", "build_data"), ""),
 }
 
 

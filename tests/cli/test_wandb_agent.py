@@ -32,6 +32,7 @@ TRIALS: dict[str, dict[str, Any]] = {
     "methods": {"sketch": "littlebit", "sketch.bits_per_weight": 1.0},
     "bayes": {
         "optimizer.lr": 0.00031622776601683794,
+        "optimizer.latents.relative_lr": 0.005,
         "objective.kl_weight": 1.25,
         "objective.hidden_weight": 0.5,
         "objective.cross_entropy_weight": 0.25,
