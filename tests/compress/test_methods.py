@@ -8,54 +8,25 @@ from typing import Any
 
 import pytest
 import torch
+from every_method import cases, compressor_of, planned, random, shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from usllm.compress import (
     CompressedLinear,
-    Compressor,
-    LayerPlan,
     Statistics,
     allocate_,
     as_compressor,
     compress_,
     compressed_layers,
     load_plans_,
-    method,
     save_plans,
     swap_linears_,
     to_section,
 )
-from usllm.compress.registry import METHODS, from_section
+from usllm.compress.registry import from_section
 from usllm.system.errors import PackedFormatError, UserError
-
-OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "sketch": [{"bits_per_weight": 4.0, "rows": 2}, {"bits_per_weight": 3.0, "operator": "mean", "rows": 1}],
-    "rounding": [{"bits": 1}, {"bits": 3, "group_size": 7, "scales": "clipped"}, {"bits_per_weight": 5.0}],
-    "littlebit": [{"bits_per_weight": 2.0}, {"bits_per_weight": 4.0, "paths": 2, "slope": 2.0}],
-}
-CASES = [(name, options) for name in METHODS for options in OPTIONS[name]]
-shapes = st.tuples(st.integers(20, 45), st.integers(20, 45))
-cases = pytest.mark.parametrize(("name", "options"), CASES)
-
-
-def compressor_of(name: str, options: dict[str, Any]) -> Compressor:
-    found = method(name)
-    return found(found.Options(**options))
-
-
-def random(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def planned(compressor: Compressor, shape: tuple[int, int], seed: int = 0) -> tuple[LayerPlan, Tensor, Statistics]:
-    """A plan under the configuration's ceiling, or for its width, with a weight and statistics."""
-    weight = random(*shape, seed=seed)
-    statistics = Statistics(random(shape[1], seed=seed + 1).square() + 0.1, weight.square().mean(0))
-    rate = compressor.options.bits_per_weight
-    bits = compressor.most_bits(shape) if rate is None else int(rate * weight.numel())
-    return compressor.plan(shape, "layer", statistics, bits), weight, statistics
 
 
 @cases

@@ -33,7 +33,8 @@ class CompressedLinear(nn.Module):
     Until a plan is set the layer is the dense layer of its one latent, ``weight``. A plan may bring latents of its own
     (:meth:`LayerPlan.latent_specs`), which then take the weight's place. Where a method stores its states they are
     persistent buffers that change only in :meth:`reproject`; elsewhere they follow the latents in each forward pass. A
-    decoded weight is kept, in the dtype it is computed with, until what it was decoded from changes.
+    decoded weight is kept, in the dtype it is computed with, until what it was decoded from changes; one that follows
+    latents which are being trained is decoded anew in each forward pass.
 
     Args:
         linear: The dense layer; its weight becomes the fp32 latent weight [out, in], its bias is kept.
@@ -210,8 +211,11 @@ class CompressedLinear(nn.Module):
     def _decoded_for(self, plan: LayerPlan, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
         version, kept = self._latents_version(), self._decoded
-        if kept is not None and self._decoded_at != version:
-            kept = None
+        # A fused optimizer leaves the latents' version as it was: what may be trained next is not worth keeping.
+        trained = torch.is_grad_enabled() and any(latent.requires_grad for latent in self.latents.values())
+        moving = trained and not plan.stored_states
+        if moving or self._decoded_at != version:
+            kept = self._decoded = None
         if kept is not None and kept.dtype == dtype and kept.device == x.device:
             return kept
         # Training may be next: what inference mode makes could not be saved for its backward pass.
@@ -220,7 +224,7 @@ class CompressedLinear(nn.Module):
                 stored = plan.stored_states
                 kept = plan.decode(self.states) if stored else plan.decode_latents(self.latents, self.importance)
             decoded = kept.to(dtype)
-        if self.keeps_decoded:
+        if self.keeps_decoded and not moving:
             self._decoded, self._decoded_at = decoded, version
         return decoded
 

@@ -1,0 +1,54 @@
+"""The weight that a layer keeps between forward passes, for every method and every kind of optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from every_method import cases, compressor_of, planned, random
+from torch import Tensor, nn
+
+from usllm.compress import CompressedLinear
+
+OPTIMIZERS = {
+    "plain": lambda latents: torch.optim.AdamW(latents, 0.5, foreach=False),
+    "foreach": lambda latents: torch.optim.AdamW(latents, 0.5, foreach=True),
+    "fused": lambda latents: torch.optim.AdamW(latents, 0.5, fused=True),
+    "fused SGD": lambda latents: torch.optim.SGD(latents, 0.5, fused=True),
+}
+
+
+@cases
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_every_forward_pass_is_that_of_the_latents_after_each_step(
+    name: str, options: dict[str, Any], optimizer: str, precision: torch.dtype
+) -> None:
+    plan, weight, statistics = planned(compressor_of(name, options), (33, 41))
+    latents, x = plan.start(weight, statistics), random(5, 41, seed=3)
+
+    def built(latents: dict[str, Tensor]) -> CompressedLinear:
+        layer = CompressedLinear(nn.Linear(41, 33, bias=False), "layer")
+        layer.set_plan(plan, statistics.energy, latents)
+        layer.reproject()
+        return layer
+
+    def computed(layer: CompressedLinear, trains: bool) -> Tensor:
+        with torch.set_grad_enabled(trains), torch.autocast("cpu", torch.bfloat16, precision == torch.bfloat16):
+            return layer(x)
+
+    layer = built(latents)
+    steps = OPTIMIZERS[optimizer](layer.latents.values())
+    seen = []
+    for _ in range(3):
+        computed(layer, False)  # measured, trained, measured
+        computed(layer, True).float().square().sum().backward()
+        steps.step()
+        if plan.stored_states:
+            layer.reproject()
+        fresh = built(layer.whole_latents())
+        for trains in (False, True):
+            seen.append(computed(layer, trains))
+            assert torch.equal(seen[-1], computed(fresh, trains))
+    assert not torch.equal(seen[0], seen[-1])
