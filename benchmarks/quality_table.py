@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds only its own folder there
 
 from benchmarks.page_sections import between_markers
-from benchmarks.quality_rows import ROWS
+from benchmarks.quality_rows import RATES, ROWS
 from usllm.eval.bootstrap import interval
 
 ROOT = Path(__file__).parents[1]
@@ -116,17 +116,21 @@ def _pairs(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
 
 
 def short(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table of README.md: seed 0, two texts, as ratio to the dense model."""
-    first = [row for row in rows if row["config"]["seed"] == 0]
-    if not first:
+    """The table of README.md: a line for each method, seed 0, two texts at each rate, as ratio to the dense model."""
+    texts = list(TEXTS)[:2]
+    cells: dict[str, dict[float, str]] = {}
+    for row in rows:
+        rate = min(RATES, key=lambda rate: abs(rate - row["bits_per_weight"]["achieved"]))
+        near = abs(rate - row["bits_per_weight"]["achieved"]) <= 0.1
+        if row["config"]["seed"] == 0 and row["row"] in ROWS and ROWS[row["row"]].rate_of is None and near:
+            figures = ", ".join(f"{_ratio(row, text)[0]:.3g}" for text in texts)
+            cells.setdefault(row["method"], {})[rate] = f"{figures} ({row['bits_per_weight']['achieved']:.3f} bits)"
+    if not cells:
         return NONE
     return "\n".join(
         _table(
-            ["method", "bits per weight", "WikiText-2, times dense", "film reviews, times dense"],
-            (
-                [row["method"], _bits(row), *[f"{_ratio(row, text)[0]:.3g}" for text in list(TEXTS)[:2]]]
-                for row in first
-            ),
+            ["times dense, " + " and ".join(TEXTS[text] for text in texts), *[f"{rate:g} bits" for rate in RATES]],
+            ([method, *[found.get(rate, "") for rate in RATES]] for method, found in cells.items()),
         )
     )
 

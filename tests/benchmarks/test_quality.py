@@ -84,6 +84,7 @@ def test_tables_hold_every_row_in_the_order_of_the_comparison(tmp_path: Path) ->
     text = quality_table.full(rows)
     assert "| sign sketch | 0.4999 | 0 | 120 (110 to 130), 4 (3.8 to 4.2) |" in text
     assert "| LittleBit | 0.4999 | 4.91 | 82.6 | 1.0e+07, 200 |" in text
+    assert "| sign sketch | 4, 4 (0.500 bits) |  |" in quality_table.short(rows)
     assert quality_table.short(rows).count("\n") == 2  # the second seed is not in the short one
     assert quality_table.full([]) == quality_table.short([]) == quality_table.NONE
 

@@ -217,7 +217,7 @@ class Plan:
                 counts[: len(shorter)] += shorter
         return counts
 
-    @property
+    @cached_property
     def has_empty_states(self) -> bool:
         """Whether the hash left a state without a member."""
         return bool(self.load_counts[0])
