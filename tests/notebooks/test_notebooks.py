@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,11 +39,15 @@ def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
             ],
         ),
         pytest.param("03_sweep.ipynb", marks=pytest.mark.slow),
+        pytest.param("04_packed_models.ipynb", marks=pytest.mark.slow),
     ],
 )
-def test_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_runs(name: str, tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    if name == "04_packed_models.ipynb":
+        monkeypatch.setenv("USLLM_RUNS", str(tmp_path / "quality"))
+        stand_ins(tmp_path / "quality", tiny_text)
     notebook = nbformat.read(FOLDER / name, as_version=4)
     before = drawings(notebook)
     resources = {"metadata": {"path": str(tmp_path)}}
@@ -49,8 +55,18 @@ def test_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert drawings(notebook) == before
 
 
+def stand_ins(runs: Path, text: Path) -> None:
+    """Runs of a tiny model in place of those of the comparison, which take hours."""
+    for rate in (0.5, 1.0):
+        asked = ["sketch=sign", f"sketch.bits_per_weight={rate}", "stages=recipe", "stages.reconstruct.steps=12"]
+        tiny = ["experiment=tiny", f"data.train.path={text}", "trainer.max_steps=1", "~callbacks.progress"]
+        command = [sys.executable, "-m", "usllm.cli.train", *tiny, *asked, f"run_dir={runs / f'sign_{rate}_seed0'}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_every_notebook_is_run_by_a_test() -> None:
-    assert NOTEBOOKS == ["01_sketch.ipynb", "02_importance.ipynb", "03_sweep.ipynb"]
+    assert NOTEBOOKS == ["01_sketch.ipynb", "02_importance.ipynb", "03_sweep.ipynb", "04_packed_models.ipynb"]
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

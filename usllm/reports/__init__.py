@@ -10,6 +10,7 @@ From Python, as in ``notebooks/03_sweep.ipynb``::
 
 from __future__ import annotations
 
+from usllm.reports.block_figures import block_errors
 from usllm.reports.curve_figures import training_curves
 from usllm.reports.figures import Reference, pareto_front, perplexity_by_bytes, perplexity_by_rate
 from usllm.reports.heat_maps import ERROR, RATE, fact, heat_maps
@@ -26,6 +27,7 @@ __all__ = [
     "Reference",
     "Run",
     "TestText",
+    "block_errors",
     "by_model",
     "fact",
     "heat_maps",
