@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from usllm.config.structure import arguments_refused, merge_typed, merge_values
+from usllm.config.structure import merge_typed, merge_values, typed_arguments
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,27 @@ def run(length: str | timedelta | dict[str, int] | None = None, groups: dict[str
 
 @pytest.mark.parametrize("length", ["00:12:00:00", {"days": 1}, None])
 def test_argument_that_may_be_a_text_or_a_group_takes_both(length: Any) -> None:
-    assert arguments_refused(run, {"length": length, "groups": None}, "timer") == []
-    assert arguments_refused(run, {"length": length, "groups": 3}, "timer") == [
-        "timer.groups=3: must be a group of settings"
-    ]
+    problems: list[str] = []
+    given = {"length": length, "groups": None}
+    assert typed_arguments(run, given, "timer", problems) == given
+    assert problems == []
+    typed_arguments(run, {"length": length, "groups": 3}, "timer", problems)
+    assert problems == ["timer.groups=3: must be a group of settings"]
+
+
+def folder(path: str | None = None, depth: int = 1, factor: float = 1.0, names: list[str] | None = None) -> None:
+    """A function whose arguments are checked."""
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [({"path": 0}, "0"), ({"path": None}, None), ({"depth": "3"}, 3), ({"factor": 2}, 2.0), ({"names": ["a"]}, ["a"])],
+)
+def test_argument_has_the_type_that_is_annotated(given: dict[str, Any], value: Any) -> None:
+    problems: list[str] = []
+    ((found),) = typed_arguments(folder, given, "folder", problems).values()
+    assert problems == []
+    assert (found, type(found)) == (value, type(value))
 
 
 def test_text_in_a_group_of_anything_is_left_as_it_is() -> None:

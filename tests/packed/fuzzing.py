@@ -144,6 +144,7 @@ def main(source: str, scratch: str, layers: int, folders: int, loads: int, start
     import torch
 
     usllm.load(source)(torch.tensor([[1, 2, 3, 4]]), use_cache=False)
+    compile_loops()
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + 2 * cases.files.size + SLACK_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -158,6 +159,16 @@ def main(source: str, scratch: str, layers: int, folders: int, loads: int, start
                 failures.append([kind, number, f"{type(error).__name__}: {error}"[:300]])
     faulthandler.cancel_dump_traceback_later()
     print(json.dumps({"outcomes": dict(sorted(outcomes.items())), "failures": failures}))
+
+
+def compile_loops() -> None:
+    """Have the compiled loops made for narrow and wide states: where nothing is cached yet, that takes memory."""
+    from usllm.sketch import SketchConfig, build_plan
+    from usllm_kernels import query
+
+    for bits in (4, 16):
+        plan = build_plan((64, 64), None, SketchConfig(bits_per_weight=8.0, state_bits=bits, rows=1), "layer")
+        query(plan.state_tensors(), plan)
 
 
 if __name__ == "__main__":

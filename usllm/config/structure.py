@@ -103,17 +103,29 @@ def _merge_value(hint: Any, key: str, value: Any, values: dict[str, Any], proble
             problems.extend(too_large(full, value))
 
 
-def arguments_refused(build: Callable[..., Any], given: Mapping[str, Any], path: str) -> list[str]:
-    """One line for each argument of a class whose value is not of the annotated type, as far as values can tell."""
+def typed_arguments(
+    build: Callable[..., Any], given: Mapping[str, Any], path: str, problems: list[str]
+) -> dict[str, Any]:
+    """Arguments of a class in the types that it annotates, as far as values can tell: 0 for a text becomes ``"0"``.
+
+    Args:
+        build: The class, or a function.
+        given: Its arguments.
+        path: Dotted key of the arguments.
+        problems: One line is appended for each that is of another type.
+    """
     try:
         hints = get_type_hints(getattr(build, "__init__") if isinstance(build, type) else build)  # noqa: B009
     except (NameError, TypeError, AttributeError):  # annotations that only a type checker can read
-        return []
-    problems: list[str] = []
+        return dict(given)
+    values = dict(given)
     for key, value in given.items():
         if key in hints:
-            _merge_value(hints[key], key, value, {}, problems, f"{path}.{key}")
-    return problems
+            found: dict[str, Any] = {}
+            _merge_value(hints[key], key, value, found, problems, f"{path}.{key}")
+            if _expressible(hints[key]):
+                values |= found
+    return values
 
 
 def too_large(key: str, value: Any) -> list[str]:

@@ -13,7 +13,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfi
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from usllm.config import TrainConfig
-from usllm.config.structure import arguments_refused
+from usllm.config.structure import typed_arguments
 from usllm.config.validation import user_error
 from usllm.system.errors import UserError
 from usllm.system.machine import choose_precision
@@ -38,9 +38,11 @@ def build_nodes(group: str, nodes: dict[str, Any] | None) -> dict[str, Any]:
             continue
         try:
             given = {key: value for key, value in node.items() if not str(key).startswith("_")}
-            if refused := arguments_refused(get_object(str(node.get("_target_"))), given, f"{group}.{name}"):
-                raise user_error(refused)
-            built[name] = instantiate(node, _convert_="all")
+            problems: list[str] = []
+            typed = typed_arguments(get_object(str(node.get("_target_"))), given, f"{group}.{name}", problems)
+            if problems:
+                raise user_error(problems)
+            built[name] = instantiate({**node, **typed}, _convert_="all")
         except HydraException as error:
             cause = error.__cause__
             if isinstance(cause, UserError):
