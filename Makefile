@@ -21,8 +21,8 @@ test: $(VENV)/.tools ## the tests that take seconds
 test-oldest: $(OLDEST)/.tools ## what depends on transformers, under the oldest release of it that pyproject.toml names
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal tests/packed tests/models tests/compress tests/docs/test_examples.py tests/cli/test_packed.py $(ARGS)
 
-test-slow: $(VENV)/.tools ## all tests, those that take minutes included
-	$(BIN)/python -m pytest -m '' $(ARGS)
+test-slow: $(VENV)/.tools ## all tests, those that take minutes included: about an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m '' $(ARGS)
 
 lint: $(VENV)/.tools ## ruff, mypy and the direction of imports
 	$(BIN)/ruff check .

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+DRY_PATIENCE = 10.0  # times that of a card: the interpreter shares its processor with whatever else runs
+
 
 @dataclass(frozen=True)
 class Part:

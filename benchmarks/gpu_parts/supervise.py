@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from benchmarks.gpu_parts.child import AGAIN, UNMET
 from benchmarks.gpu_parts.results import COMPLETE, CRASHED, HUNG, INCOMPLETE, Results
-from benchmarks.gpu_parts.schedule import Part
+from benchmarks.gpu_parts.schedule import DRY_PATIENCE, Part
 
 ROOT = Path(__file__).parents[2]
 _LOOK_EVERY = 0.05
@@ -54,6 +54,7 @@ def run_part(
             "call": call,
             "end": end,
             "dry_run": dry_run,
+            "patience": part.patience * (DRY_PATIENCE if dry_run else 1.0),
             "worker": worker,
             "workers": workers,
             "options": dict(options),
@@ -78,7 +79,7 @@ def _until_done(part: Part, told: dict[str, Any], results: Results, environment:
                 return [*problems, f"worker {told['worker']}: no time was left"]
             running = Path(folder, f"running{start}")
             with open(Path(folder, f"errors{start}"), "w+b") as errors:
-                status, late = _one_process(part, {**told, "running": str(running)}, errors, environment)
+                status, late = _one_process({**told, "running": str(running)}, errors, environment)
                 tail = _tail(errors)
             if status in (0, UNMET):
                 return problems + (["something failed or had no time"] if status else [])
@@ -95,9 +96,7 @@ def _until_done(part: Part, told: dict[str, Any], results: Results, environment:
     return [*problems, f"worker {told['worker']}: {_MOST_STARTS} processes died"]
 
 
-def _one_process(
-    part: Part, told: dict[str, Any], errors: IO[bytes], environment: dict[str, str]
-) -> tuple[int, float | None]:
+def _one_process(told: dict[str, Any], errors: IO[bytes], environment: dict[str, str]) -> tuple[int, float | None]:
     """Exit status of one process, and the seconds after which it was ended, if it was."""
     command = [sys.executable, "-m", "benchmarks.gpu_parts.child", json.dumps(told)]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=errors, start_new_session=True)
@@ -112,7 +111,7 @@ def _one_process(
             if changed != before:
                 before, began = changed, time.monotonic()
             now = time.monotonic()
-            if now > min(told["end"], began + part.patience):
+            if now > min(told["end"], began + told["patience"]):
                 _end(process)
                 return process.returncode if process.returncode is not None else -9, round(now - began, 1)
     finally:
