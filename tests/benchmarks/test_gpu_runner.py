@@ -149,7 +149,7 @@ def test_a_lost_card_ends_the_process_and_another_goes_on(made: Any, tmp_path: P
 
 def test_processes_that_a_part_started_end_with_it(made: Any, tmp_path: Path) -> None:
     pid = tmp_path / "pid"
-    assert run([made("another", STARTS_ANOTHER, patience=1.0)], tmp_path, pid=str(pid)) == 1
+    assert run([made("another", STARTS_ANOTHER, patience=6.0)], tmp_path, pid=str(pid)) == 1
     state = Path("/proc", pid.read_text(), "status")
     deadline = time.monotonic() + 5  # the kernel may be late with it
     while state.exists() and "zombie" not in state.read_text() and time.monotonic() < deadline:
