@@ -199,6 +199,7 @@ def test_every_sequence_is_taken_once_before_one_comes_again() -> None:
         ("scale_lr", -1.0),
         ("warmup_steps", 31),
         ("ramp", 1.1),
+        ("recovery", -0.1),
         ("statistics", "teacher"),
         ("calibration_sequences", 0),
         ("window", 0),

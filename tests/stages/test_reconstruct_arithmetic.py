@@ -6,6 +6,7 @@ import copy
 import math
 from contextlib import nullcontext
 
+import pytest
 import torch
 from test_reconstruct import OPTIONS, TINY, compressed, stage, tokens
 from torch import Tensor, nn
@@ -77,3 +78,12 @@ def test_a_block_is_trained_as_the_recipe_says() -> None:
         moved = float((value.detach() - dict(dense.named_parameters())[name]).abs().max())
         torch.testing.assert_close(trained[name], value, rtol=1e-3, atol=1e-3 * moved, msg=name)
     assert output_of(first, stream[:1], arguments[0]).shape == stream[:1].shape
+
+
+@pytest.mark.parametrize("recovery", [0.0, 0.25])
+def test_what_was_lost_is_won_back_in_part(recovery: float) -> None:
+    student, dense, after = (torch.randn(6, 3, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    aims, some = stage(recovery=recovery)._aims(student, dense, after), torch.tensor([4, 1])
+    lost, added = student - dense, after - dense
+    torch.testing.assert_close(aims(some), (student + added - recovery * lost)[some])
+    assert torch.equal(stage()._aims(student, dense, after)(some), after[some])

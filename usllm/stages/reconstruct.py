@@ -8,7 +8,7 @@ relative to the energy of its target, held above a share of the median so that s
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -45,6 +45,8 @@ class Reconstruct(Stage):
         warmup_steps: Of a linear rise; a cosine follows it down to 0.
         ramp: Share of the steps over which the block goes from its latent weights to what its states decode to, where
             latents are weights; 0 computes with the states from the first step on.
+        recovery: Share of what earlier blocks lost that a block is to win back: 1 aims it at the dense stream, 0 at
+            what the dense block adds to its stream.
         statistics: What a block's states are shared out by: ``student`` measures the stream that its compressed
             predecessors make, ``dense`` keeps the plans that were made from the dense model.
         calibration_sequences: Of the first ones, how many ``student`` measures.
@@ -69,6 +71,7 @@ class Reconstruct(Stage):
         lr: float = 2e-3,
         warmup_steps: int = 10,
         ramp: float = 0.3,
+        recovery: float = 1.0,
         statistics: str = "student",
         calibration_sequences: int = 128,
         window: int = 1,
@@ -92,14 +95,16 @@ class Reconstruct(Stage):
                 raise UserError(f"stages.reconstruct.{key}={rate}: must be above 0, and finite")
         if not 0 <= warmup_steps <= steps:
             raise UserError(f"stages.reconstruct.warmup_steps={warmup_steps}: must be from 0 to steps={steps}")
-        if not 0 <= ramp <= 1:
-            raise UserError(f"stages.reconstruct.ramp={ramp}: is a share of the steps; must be from 0 to 1")
+        for key, (share, whole) in {"ramp": (ramp, "the steps"), "recovery": (recovery, "what was lost")}.items():
+            if not 0 <= share <= 1:
+                raise UserError(f"stages.reconstruct.{key}={share}: is a share of {whole}; must be from 0 to 1")
         if statistics not in STATISTICS:
             known = ", ".join(STATISTICS)
             raise UserError(f"stages.reconstruct.statistics={statistics!r}: unknown; choose one of {known}")
         self.sequences, self.steps, self.batch_size = sequences, steps, batch_size
         self.latent_lr, self.scale_lr, self.lr, self.warmup_steps = latent_lr, scale_lr, lr, warmup_steps
-        self.ramp, self.statistics, self.calibration_sequences = ramp, statistics, calibration_sequences
+        self.ramp, self.recovery = ramp, recovery
+        self.statistics, self.calibration_sequences = statistics, calibration_sequences
         self.window, self.stride, self.blocks = window, stride, blocks
         self.save_every_n_steps = save_every_n_steps
 
@@ -158,7 +163,8 @@ class Reconstruct(Stage):
                     if self.statistics == "student" and not states.load_plans(window.number, together, work.compressor):
                         self._plan_(work, window, together, source, student, inputs)
                     source.without_dense()
-                    found = self._train(work, window, together, student, targets, inputs, states, progress, source)
+                    aims = self._aims(student, dense.before(window.blocks.start), targets)
+                    found = self._train(work, window, together, student, aims, inputs, states, progress, source)
                 source.without_dense()
                 for number in window.leaving:
                     block, room = together[number - window.blocks.start], source.room
@@ -203,7 +209,7 @@ class Reconstruct(Stage):
         window: BlockWindow,
         together: nn.ModuleList,
         student: Tensor,
-        targets: Tensor,
+        aims: Callable[[Tensor], Tensor],
         inputs: Sequence[dict[str, Any]],
         states: BlockStates,
         progress: BlockProgress,
@@ -226,7 +232,7 @@ class Reconstruct(Stage):
                 group["peak"], group["lr"] = peak, peak * share
             for layer in ramping:
                 layer.ramp = min(step / (self.ramp * self.steps), 1.0) if self.ramp else 1.0
-            stream, target = student[order[step][mine]].to(work.device), targets[order[step]].to(work.device)
+            stream, target = student[order[step][mine]].to(work.device), aims(order[step]).to(work.device)
             with work.context():
                 for number, block in zip(window.blocks, together, strict=True):
                     stream = output_of(block, stream, of_part(inputs[number], mine, self.batch_size))
@@ -251,6 +257,12 @@ class Reconstruct(Stage):
         with work.writing():
             states.save_finished(window.number, together, found, source.kept(window, together))
         return found
+
+    def _aims(self, student: Tensor, dense: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:
+        """What the sequences of given numbers are to become, made when asked for: streams may be larger than memory."""
+        if self.recovery == 1:
+            return lambda some: targets[some]
+        return lambda some: targets[some] + (1 - self.recovery) * (student[some] - dense[some])
 
     def _settings(self) -> OptimizerConfig:
         return OptimizerConfig(
