@@ -27,6 +27,13 @@ from benchmarks.quality_rows import ROWS, Row
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results" / "quality"
+LONG = (
+    "evaluation.windows=[2048]",
+    "evaluation.max_windows=null",
+    "+evaluation.test_sets.imdb=null",
+    "+evaluation.test_sets.pydoc=null",
+)
+"""All windows of WikiText-2, beside a checkpoint that would be measured on its run's texts."""
 _DROPPED = ("callbacks", "logger", "hydra")
 """Parts of a configuration that change no figure."""
 
@@ -84,9 +91,7 @@ def make(row: Row, runs: Path, kept: Path = KEPT) -> Path:
     long = None
     if row.long:
         folder = run / "long_windows"
-        only = ["evaluation.windows=[2048]", "evaluation.max_windows=null"]
-        only += ["~evaluation.test_sets.imdb", "~evaluation.test_sets.pydoc"]
-        again = [sys.executable, "-m", "usllm.cli.eval", f"ckpt={run}", *only, f"run_dir={folder}"]
+        again = [sys.executable, "-m", "usllm.cli.eval", f"ckpt={run}", *LONG, f"run_dir={folder}"]
         subprocess.run(again, check=True, env=environment)
         long = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     kept.mkdir(parents=True, exist_ok=True)

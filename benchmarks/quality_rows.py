@@ -32,6 +32,7 @@ class Row:
         overrides: What ``usllm-train`` is asked for.
         rate_of: The row whose achieved bits this one gets as its ceiling.
         long: Whether it is also measured on all windows of 2,048 of WikiText-2.
+        trained: Whether it is, on as many tokens as all others.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Row:
     overrides: tuple[str, ...]
     rate_of: str | None = None
     long: bool = False
+    trained: bool = True
 
 
 def _rows() -> list[Row]:
@@ -57,6 +59,8 @@ def _rows() -> list[Row]:
         strict = f"rounding_{bits}bit"
         found.append(Row(f"sign_as_{strict}", "sign sketch", (*RECIPE, "seed=0"), rate_of=strict))
         found.append(Row(f"littlebit_as_{strict}", "LittleBit", (*LITTLEBIT, "seed=0"), rate_of=strict))
+    untrained = ("sketch.bits=4", "sketch.group_size=64", "~stages.reconstruct", "trainer.max_steps=0", "seed=0")
+    found.append(Row("rounding_4bit", "rounding, 4 bit, untrained", (*ROUNDING, *untrained), trained=False))
     return found
 
 

@@ -129,7 +129,10 @@ def short(rows: Sequence[Mapping[str, Any]]) -> str:
         return NONE
     return "\n".join(
         _table(
-            ["times dense, " + " and ".join(TEXTS[text] for text in texts), *[f"{rate:g} bits" for rate in RATES]],
+            [
+                "times dense, " + " and ".join(TEXTS[text] for text in texts),
+                *[f"{rate:g} bit{'s' * (rate != 1)}" for rate in RATES],
+            ],
             ([method, *[found.get(rate, "") for rate in RATES]] for method, found in cells.items()),
         )
     )

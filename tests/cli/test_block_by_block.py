@@ -33,7 +33,7 @@ SETTINGS: dict[str, list[str]] = {
         "trainer.precision=bf16-mixed",
     ],
     "windows of two": [*SKETCH, "stages.reconstruct.window=2", "evaluation.batch_size=3"],
-    "rounding": ["sketch=rounding", "sketch.bits=2"],
+    "rounding, in part aimed at increments": ["sketch=rounding", "sketch.bits=2", "stages.reconstruct.recovery=0.5"],
     "littlebit": ["sketch=littlebit", "sketch.bits_per_weight=1.5", "stages.reconstruct.window=2"],
 }
 KILLS = {

@@ -44,6 +44,7 @@ def test_every_forward_pass_is_that_of_the_latents_after_each_step(
     for _ in range(3):
         computed(layer, False)  # measured, trained, measured
         computed(layer, True).float().square().sum().backward()
+        computed(layer, False)  # as a callback may, before the step
         steps.step()
         if plan.stored_states:
             layer.reproject()

@@ -67,6 +67,15 @@ def test_a_token_at_the_start_of_each_window_is_said_and_is_no_token_of_the_text
     assert "80 of 500" in text
 
 
+def test_table_of_all_stages_fits_into_a_narrow_screen() -> None:
+    (row,) = report()["perplexity"]
+    text = shown(report(perplexity=[{**row, "reconstructed": 200.0}]))
+    heading = next(line for line in text.splitlines() if "dense" in line)
+    assert [word for word in ("test set", "window, start", "reconstructed", "finetuned") if word not in heading] == []
+    assert "measured on" in text
+    assert "validation/512: 2,048 of 9,000 tokens" in text
+
+
 def test_long_paths_stay_on_one_line() -> None:
     content = report()
     assert content["checkpoint"] in shown(content)

@@ -130,9 +130,19 @@ def test_more_blocks_than_the_model_has_are_refused(key: str) -> None:
         stage(**{key: 3}).run(work)
 
 
-@pytest.mark.parametrize(("window", "stop"), [(1, 2), (1, 33), (1, 45), (2, 20)])
+def test_recovery_moves_the_target_of_blocks_that_others_stand_before() -> None:
+    trained = []
+    for recovery in (1.0, 0.2):
+        work = compressed(method("sketch")(SketchConfig(**OPTIONS["sketch"])))
+        stage(steps=2, recovery=recovery).run(work)
+        trained.append([block.state_dict() for block in decoder_blocks(work.model)])
+    same = [all(torch.equal(one[k], other[k]) for k in one) for one, other in zip(*trained, strict=True)]
+    assert same == [True, False]
+
+
+@pytest.mark.parametrize(("window", "stop", "recovery"), [(1, 2, 1.0), (1, 33, 1.0), (1, 45, 0.5), (2, 20, 1.0)])
 def test_a_run_that_was_killed_in_a_window_ends_with_the_same_bits(
-    window: int, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    window: int, stop: int, recovery: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Killed(Exception):
         pass
@@ -141,7 +151,7 @@ def test_a_run_that_was_killed_in_a_window_ends_with_the_same_bits(
         if window.number * 30 + step == stop:
             raise Killed
 
-    settings = {"window": window, "save_every_n_steps": 7}
+    settings = {"window": window, "save_every_n_steps": 7, "recovery": recovery}
     folder = tmp_path / "stages"
     whole = compressed(method("sketch")(SketchConfig(**OPTIONS["sketch"])))
     stage(**settings).run(whole)

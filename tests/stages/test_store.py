@@ -76,6 +76,17 @@ def test_another_option_or_stage_of_the_same_name_is_done_anew(stage: Mine, tmp_
     assert made(work_in(tmp_path), stage)
 
 
+@pytest.mark.parametrize(("share", "found"), [(1.0, True), (0.5, False)])
+def test_an_option_that_came_later_changes_nothing_at_its_first_value(
+    share: float, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, stage = work_in(tmp_path), Mine()
+    work.store(stage).save("x", {"a": 1})
+    monkeypatch.setattr(Mine, "later_options", {"share": 1.0})
+    vars(stage)["share"] = share
+    assert (work.store(stage).load("x") is not None) == found
+
+
 def test_what_a_stage_names_besides_decides_too(tmp_path: Path) -> None:
     work, stage = work_in(tmp_path), Mine()
     work.store(stage, rounds=torch.tensor(1.5)).save("x", {"a": 1})

@@ -212,8 +212,10 @@ class CompressedLinear(nn.Module):
         dtype = compute_dtype(x)
         version, kept = self._latents_version(), self._decoded
         # A fused optimizer leaves the latents' version as it was: what may be trained next is not worth keeping.
-        trained = torch.is_grad_enabled() and any(latent.requires_grad for latent in self.latents.values())
-        moving = trained and not plan.stored_states
+        moving = not plan.stored_states and any(
+            latent.grad is not None or (torch.is_grad_enabled() and latent.requires_grad)
+            for latent in self.latents.values()
+        )
         if moving or self._decoded_at != version:
             kept = self._decoded = None
         if kept is not None and kept.dtype == dtype and kept.device == x.device:

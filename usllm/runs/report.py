@@ -15,6 +15,9 @@ from usllm.system.machine import machine_line
 from usllm.system.stage_names import DENSE, FINETUNED, HEADINGS, with_todays_names
 from usllm.system.text import perplexity_text
 
+_STAGES_BESIDE_TOKENS = 3
+"""With more columns of figures the table would not fit into 80 signs: tokens stand below it."""
+
 
 def perplexity_table(rows: list[dict[str, Any]], title: str | None = None) -> Table:
     """Perplexities by test set and window.
@@ -31,13 +34,16 @@ def perplexity_table(rows: list[dict[str, Any]], title: str | None = None) -> Ta
     ]
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("test set")
-    table.add_column("window, start", justify="right")  # one column: the table is to fit into 80 signs
-    table.add_column("tokens", justify="right")
+    table.add_column("window, start", justify="right")
+    told = len(stages) <= _STAGES_BESIDE_TOKENS
+    if told:
+        table.add_column("tokens", justify="right")
     for _, heading in stages:
         table.add_column(heading, justify="right")
     for row in rows:
         figures = [_figure(row.get(key)) for key, _ in stages]
-        table.add_row(str(row["test_set"]), f"{row['window']}, {_window_start(row)}", _tokens(row), *figures)
+        place = [str(row["test_set"]), f"{row['window']}, {_window_start(row)}"]
+        table.add_row(*place, *([_tokens(row)] if told else []), *figures)
     return table
 
 
@@ -60,7 +66,7 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     console.print()
     console.print(perplexity_table(report["perplexity"], title=f"Perplexity, {report['name']}"))
     print_samples(report.get("samples", []), console)
-    print_facts([*_certainty(report), *_size_facts(report), *_run_facts(report)], console)
+    print_facts([*_measured(report), *_certainty(report), *_size_facts(report), *_run_facts(report)], console)
     for warning in (report.get("health") or {}).get("warnings", []):
         console.print(f"warning (step {warning['step']}): {warning['message']}", style="yellow", markup=False)
     print_warnings(report.get("warnings", []), console)
@@ -102,6 +108,13 @@ def print_outcome(report: dict[str, Any], console: Console | None = None) -> Non
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _measured(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """How much text the figures stand on."""
+    rows = report["perplexity"]
+    lines = (f"{row['test_set']}/{row['window']}: {_tokens(row)} tokens" for row in rows)
+    return [("" if number else "measured on", line) for number, line in enumerate(lines)]
 
 
 def _certainty(report: dict[str, Any]) -> list[tuple[str, str]]:

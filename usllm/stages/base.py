@@ -121,12 +121,15 @@ class Stage(ABC):
             others change the model; where it is to be sharded they run on the one rank that holds all of it.
         needs: Statistics that it reads, besides those that the method needs for planning.
         after: Names of the stages that must have run; not asked of stages that only look, which are the first.
+        later_options: Options that came after runs were begun without them, with the value that leaves all as it was:
+            at that value a run goes on with what it has kept.
     """
 
     name: ClassVar[str]
     on_dense: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset()
     after: ClassVar[tuple[str, ...]] = ("start",)
+    later_options: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def run(self, work: Work) -> None:

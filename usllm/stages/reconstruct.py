@@ -1,14 +1,15 @@
 """Reconstruct: block after block, compressed layers learn to give the dense block's output (`docs/method.md` §5).
 
 Every block is fed the stream that the compressed blocks before it make, and is aimed at what the dense block makes of
-the dense stream: what earlier blocks lost can be won back. All parameters of the block learn. The loss of a token is
-relative to the energy of its target, held above a share of the median so that silent tokens do not decide.
+the dense stream: what earlier blocks lost can be won back (``recovery`` says how much of it). All parameters of the
+block learn. The loss of a token is relative to the energy of its target, held above a share of the median so that
+silent tokens do not decide.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +61,7 @@ class Reconstruct(Stage):
     """
 
     name: ClassVar[str] = "reconstruct"
+    later_options: ClassVar[Mapping[str, Any]] = {"recovery": 1.0}
 
     def __init__(
         self,
@@ -163,8 +165,10 @@ class Reconstruct(Stage):
                     if self.statistics == "student" and not states.load_plans(window.number, together, work.compressor):
                         self._plan_(work, window, together, source, student, inputs)
                     source.without_dense()
-                    aims = self._aims(student, dense.before(window.blocks.start), targets)
+                    before = dense.before(window.blocks.start)
+                    aims = self._aims(student, before, targets)
                     found = self._train(work, window, together, student, aims, inputs, states, progress, source)
+                    del aims, before  # streams that would live as long as the next window
                 source.without_dense()
                 for number in window.leaving:
                     block, room = together[number - window.blocks.start], source.room

@@ -91,7 +91,7 @@ def store_of(work: Work, stage: Stage, more: Mapping[str, Any]) -> Store:
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     key = {
         "stage": f"{type(stage).__module__}.{type(stage).__qualname__}",
-        "options": vars(stage),
+        "options": {key: value for key, value in vars(stage).items() if stage.later_options.get(key, ...) != value},
         "compressor": to_section(work.compressor),
         "model": work.weights or weights_digest(cast("PreTrainedModel", work.model)),
         "buffers": {} if work.weights else dict(work.model.named_buffers()),  # states among them
