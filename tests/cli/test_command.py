@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from preloaded import PRELOADED
 
-from usllm.cli.command import EXIT_USER_ERROR, report_errors
+from usllm.cli.command import EXIT_BROKEN_PIPE, EXIT_USER_ERROR, report_errors
 from usllm.system.errors import UserError
 
 
@@ -104,3 +105,13 @@ def test_forked_processes_of_the_tests_have_imported_what_commands_need(tmp_path
     process.start()
     process.join()
     assert set(PRELOADED) - set((tmp_path / "names").read_text().split()) == set()
+
+
+@pytest.mark.parametrize("asked", [["--help"], ["--cfg", "job"], ["-sc", "install=bash"]], ids=lambda asked: asked[0])
+def test_output_that_nobody_reads_any_more_ends_a_command_without_a_word(asked: list[str]) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as gone:
+        command = [sys.executable, "-m", "usllm.cli.train", *asked]
+        done = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (EXIT_BROKEN_PIPE, "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import select
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ T = TypeVar("T")
 EXIT_USER_ERROR = UserError.status
 EXIT_FAILED = RunError.status
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 _NO_MEMORY_TEXT = re.compile(r"OutOfMemoryError|can't allocate memory|[Cc]annot allocate memory|Unable to allocate")
 
 # Third-party notices that say nothing about a run of usllm and would bury its report.
@@ -74,6 +76,7 @@ def report_errors(program: str, task: Callable[[], T], in_sweep: bool = False, r
         _check_kernels()
         return task()
     except Exception as error:
+        leave_if_nobody_reads(error)
         found = None if os.environ.get("HYDRA_FULL_ERROR") == "1" else _explained(error, resumes)
         if found is None:
             raise
@@ -95,6 +98,17 @@ def interrupted(program: str, resumes: bool = False) -> NoReturn:
     """Leave after Ctrl-C, with one line."""
     print(f"{program}: interrupted{'; the same command with resume=true continues' * resumes}", file=sys.stderr)
     sys.exit(EXIT_INTERRUPTED)
+
+
+def leave_if_nobody_reads(error: Exception) -> None:
+    """Leave without a word, as other programs do, where nobody reads the output (``usllm-train --help | head``)."""
+    if not isinstance(error, BrokenPipeError):
+        return
+    output = select.poll()
+    output.register(sys.stdout.fileno(), select.POLLOUT)
+    if any(event & select.POLLERR for _, event in output.poll(0)):  # it was this pipe, and no other
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer
+        sys.exit(EXIT_BROKEN_PIPE)
 
 
 def _explained(error: Exception, resumes: bool) -> UserError | None:

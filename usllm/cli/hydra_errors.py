@@ -22,7 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError
 
-from usllm.cli.command import SweepJobFailed
+from usllm.cli.command import SweepJobFailed, leave_if_nobody_reads
 from usllm.cli.unknown_keys import about_unknown_keys
 from usllm.system.errors import RunError, UserError, no_space
 
@@ -52,6 +52,7 @@ def hydra_errors_in_one_line(program: str) -> Iterator[None]:
             raise
         if isinstance(error, SweepJobFailed):
             sys.exit(error.status)
+        leave_if_nobody_reads(error)
         if (found := explanation(error, program)) is not None:
             raise found from error
         ordinary(functools.partial(_raise, error))  # without the frames of Hydra

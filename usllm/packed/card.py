@@ -34,8 +34,8 @@ model = AutoModelForCausalLM.from_pretrained("{{ title }}")
 tokenizer = AutoTokenizer.from_pretrained("{{ title }}")
 ```
 
-`usllm.load("{{ title }}")` does the same and checks more. Both refuse a folder in which a tensor or a setting is not
-the one that was written: checksums find accidents and mix-ups, not a forger who makes them right too. From the command
+`usllm.load("{{ title }}")` does the same and checks more: it refuses a folder in which a tensor or a setting is not
+the one that was written. Checksums find accidents and mix-ups, not a forger who makes them right too. From the command
 line: `usllm-generate model={{ title }} prompt="…"`, `usllm-inspect model={{ title }}`.
 
 ## Size
