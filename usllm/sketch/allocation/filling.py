@@ -127,7 +127,7 @@ def _cut(problem: AllocationProblem, now: ChannelClass, spare: ChannelClass, mos
         found = problem.widest(ChannelClass(rows, 0, bits), most)
         if problem.channel_bits(found) > problem.channel_bits(best):
             best = found
-        if best != EMPTY and most - problem.channel_bits(best) <= problem.negligible_bits:
+        if best != now and most - problem.channel_bits(best) <= problem.negligible_bits:
             break
     return best
 
