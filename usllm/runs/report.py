@@ -15,16 +15,15 @@ from usllm.system.machine import machine_line
 from usllm.system.stage_names import DENSE, FINETUNED, HEADINGS, with_todays_names
 from usllm.system.text import perplexity_text
 
-_STAGES_BESIDE_TOKENS = 3
-"""With more columns of figures the table would not fit into 80 signs: tokens stand below it."""
 
-
-def perplexity_table(rows: list[dict[str, Any]], title: str | None = None) -> Table:
+def perplexity_table(rows: list[dict[str, Any]], title: str | None = None, *, tokens: bool = True) -> Table:
     """Perplexities by test set and window.
 
     Args:
         rows: one per test set and window: ``test_set``, ``window``, ``tokens``, ``window_start``, and a figure for some
             of the points of :mod:`usllm.system.stage_names` and ``perplexity``.
+        title: above it.
+        tokens: whether it has a column for them; beside the four figures of a run that would not fit into 80 signs.
     """
     rows = [with_todays_names(row) for row in rows]
     stages = [
@@ -35,15 +34,14 @@ def perplexity_table(rows: list[dict[str, Any]], title: str | None = None) -> Ta
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("test set")
     table.add_column("window, start", justify="right")
-    told = len(stages) <= _STAGES_BESIDE_TOKENS
-    if told:
+    if tokens:
         table.add_column("tokens", justify="right")
     for _, heading in stages:
         table.add_column(heading, justify="right")
     for row in rows:
         figures = [_figure(row.get(key)) for key, _ in stages]
         place = [str(row["test_set"]), f"{row['window']}, {_window_start(row)}"]
-        table.add_row(*place, *([_tokens(row)] if told else []), *figures)
+        table.add_row(*place, *([_tokens(row)] if tokens else []), *figures)
     return table
 
 
@@ -64,7 +62,7 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     """Print the closing tables of a finetuning run (the content of ``report.json``)."""
     console = console or Console()
     console.print()
-    console.print(perplexity_table(report["perplexity"], title=f"Perplexity, {report['name']}"))
+    console.print(perplexity_table(report["perplexity"], title=f"Perplexity, {report['name']}", tokens=False))
     print_samples(report.get("samples", []), console)
     print_facts([*_measured(report), *_certainty(report), *_size_facts(report), *_run_facts(report)], console)
     for warning in (report.get("health") or {}).get("warnings", []):
