@@ -8,12 +8,15 @@ and is found there; its ``reference.py`` is the truth about it.
 from importlib import import_module
 
 from usllm_kernels.dispatch import choice_problem, choose, operations, register, supports
+from usllm_kernels.ops.plane_linear.op import plane_linear, plane_weight
+from usllm_kernels.ops.plane_words.op import make_planes
 from usllm_kernels.ops.project.op import project
 from usllm_kernels.ops.project_query.op import project_query
 from usllm_kernels.ops.query.op import query
 from usllm_kernels.ops.sketch_linear.op import sketch_linear
 from usllm_kernels.ops.state_gradient.op import state_gradient_
 from usllm_kernels.plans import packed_states
+from usllm_kernels.sketch_planes import sketch_planes, sketch_planes_bytes
 
 for _operation in operations():  # a compiled or exported graph asks for the custom ops of all
     import_module(f"usllm_kernels.ops.{_operation}.op")
@@ -21,13 +24,18 @@ for _operation in operations():  # a compiled or exported graph asks for the cus
 __all__ = [
     "choice_problem",
     "choose",
+    "make_planes",
     "operations",
     "packed_states",
+    "plane_linear",
+    "plane_weight",
     "project",
     "project_query",
     "query",
     "register",
     "sketch_linear",
+    "sketch_planes",
+    "sketch_planes_bytes",
     "state_gradient_",
     "supports",
 ]

@@ -36,8 +36,11 @@ _AUTOMATIC = {"cuda": ("triton", "torch"), "cpu": ("numba", "torch")}  # by type
 class Implementation(Protocol):
     """One operation on one back end, a module or an object. It also has the functions that the operation calls."""
 
-    def supports(self, plan: Plan) -> str | None:
-        """Why it cannot compute with a plan, a clause that names key and value; ``None`` if it can."""
+    def supports(self, plan: Any) -> str | None:
+        """Why it cannot compute with a plan, a clause that names key and value; ``None`` if it can.
+
+        Operations that know no plan are asked with what they compute with instead.
+        """
         ...
 
 
@@ -69,12 +72,12 @@ def operations() -> tuple[str, ...]:
     return tuple(module_names(import_module(_OPS).__path__))
 
 
-def implementation(operation: str, plan: Plan, device: torch.device, backend: str | None = None) -> Any:
+def implementation(operation: str, plan: Any, device: torch.device, backend: str | None = None) -> Any:
     """What computes an operation.
 
     Args:
         operation: A row of the table.
-        plan: To compute with.
+        plan: To compute with, or what stands in its place (:class:`Implementation`).
         device: Of the operands.
         backend: One of :data:`BACKENDS`; ``None`` or empty reads ``USLLM_KERNELS``.
 
@@ -89,7 +92,8 @@ def implementation(operation: str, plan: Plan, device: torch.device, backend: st
             if reason is None:
                 return candidate
         reason = reason or f"{operation} has no implementation there"
-    raise ValueError(f"{source} cannot compute {plan.name}: {reason}; leave the choice at auto")
+    named = getattr(plan, "name", operation)
+    raise ValueError(f"{source} cannot compute {named}: {reason}; leave the choice at auto")
 
 
 def supports(operation: str, backend: str, plan: Plan) -> str | None:

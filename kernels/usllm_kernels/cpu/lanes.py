@@ -125,6 +125,19 @@ def store(typing: Any, array: Any, at: Any, value: Any) -> Any:
 
 
 @intrinsic
+def store_low(typing: Any, array: Any, at: Any, value: Any) -> Any:
+    """Eight whole numbers into a contiguous array of the same or narrower ones: their low bits."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kept = ir.VectorType(context.get_value_type(signature.args[0].dtype), LANES)
+        low = arguments[2] if arguments[2].type == kept else builder.trunc(arguments[2], kept)
+        Builder(context, builder).store(signature.args[0], arguments[0], arguments[1], low)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), emit
+
+
+@intrinsic
 def fill(typing: Any, array: Any, value: Any) -> Any:
     """Eight times one number, of the array's type."""
 
@@ -169,6 +182,20 @@ divide = _joined(lambda b, x, y, floating: b.fdiv(x, y) if floating else y)
 smaller_magnitude = _joined(
     lambda b, x, y, floating: b.select(_less(b, _magnitude(b, y, floating), _magnitude(b, x, floating), floating), y, x)
 )
+
+
+@intrinsic
+def shift_left(typing: Any, value: Any, places: Any) -> Any:
+    """Lanes of whole numbers, each moved up by the same number of bits."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value, places = arguments
+        number = context.cast(builder, places, signature.args[1], signature.args[0].dtype)
+        vector = builder.insert_element(ir.Constant(value.type, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+        return builder.shl(value, builder.shuffle_vector(vector, vector, zeros))
+
+    return value(value, places), emit
 
 
 @intrinsic

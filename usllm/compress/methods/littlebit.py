@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from usllm.compress.base import Compressor, LayerPlan
+from usllm.compress.expanded import Expanded, ExpandedFactors, sign_planes
 from usllm.compress.packed_bytes import PackedBytes, half_bytes, half_view
 from usllm.compress.values import Encoded, Fact, Spec, Statistics, compute_dtype
 from usllm.littlebit import LittleBitConfig
@@ -20,6 +21,7 @@ from usllm.littlebit.dual_svid import Path, dual_svid
 from usllm.littlebit.factors import scaled, scaled_signs, stored_scale
 from usllm.sketch.bitstream import pack, unpack
 from usllm.system.errors import UserError
+from usllm_kernels.planes import SIGNS, planes_bytes
 
 HEADER_BYTES = 4
 _SIGNS, _SCALES = ("u", "v"), ("h", "l", "g")
@@ -139,6 +141,18 @@ class LittleBitPlan(LayerPlan):
                 lefts.append(scaled(self._signs(states, u), states[h], None).to(dtype))
                 rights.append(scaled(self._signs(states, v), states[g], states[l]).to(dtype))
         return (lefts[0], rights[0]) if self.paths == 1 else (torch.cat(lefts, 1), torch.cat(rights, 1))
+
+    def expanded_bytes(self) -> int | None:
+        out, inputs = self.shape
+        return self.paths * (planes_bytes(self.rank, inputs, SIGNS) + planes_bytes(out, self.rank, SIGNS))
+
+    def expand(self, states: Mapping[str, Tensor]) -> Expanded:
+        paths = []
+        for path in range(self.paths):
+            u, v, h, l, g = (f"{key}_{path}" for key in Path._fields)  # noqa: E741
+            right = sign_planes(self._signs(states, v).t(), states[g], states[l])
+            paths.append((right, sign_planes(self._signs(states, u), torch.ones_like(states[l]), states[h])))
+        return ExpandedFactors(paths)
 
     def _sign_names(self) -> Iterator[str]:
         return (f"{key}_{path}" for path in range(self.paths) for key in _SIGNS)

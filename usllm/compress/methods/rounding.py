@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from usllm.compress.base import Compressor, LayerPlan
+from usllm.compress.expanded import Expanded
 from usllm.compress.packed_bytes import PackedBytes, half_bytes, half_view
 from usllm.compress.values import Encoded, Fact, Spec, Statistics
 from usllm.rounding import RoundingConfig
@@ -19,6 +20,8 @@ from usllm.rounding.config import DEFAULT_WIDTH, WIDTHS
 from usllm.rounding.scales import fit_scales
 from usllm.sketch.bitstream import pack, unpack
 from usllm.system.errors import UserError
+from usllm_kernels import make_planes
+from usllm_kernels.planes import Levels, planes_bytes
 
 HEADER_BYTES = 4
 _CHUNK = 1 << 18  # weights encoded at a time on the CPU: what is computed in between stays in its cache
@@ -124,6 +127,20 @@ class RoundingPlan(LayerPlan):
 
     def sections(self) -> dict[str, int]:
         return _sections(self.shape, self.bits, self.config.group_size)
+
+    def expanded_bytes(self) -> int | None:
+        return planes_bytes(self.shape[0], self.shape[1], self._levels(), self.config.group_size)
+
+    def expand(self, states: Mapping[str, Tensor]) -> Expanded:
+        inputs, scales = self.shape[1], states["scales"]
+        levels = to_levels(self._codes(states), self.bits).view(self.shape)
+        channels, ones = torch.arange(inputs, device=scales.device), torch.ones(inputs, device=scales.device)
+        size = self.config.group_size
+        return Expanded([make_planes(levels, self._levels(), inputs, channels, ones, scales, size)])
+
+    def _levels(self) -> Levels:
+        largest = largest_level(self.bits)
+        return Levels(-largest, largest, 2)
 
     def facts(self) -> dict[str, Fact]:
         return {
