@@ -13,7 +13,11 @@ from usllm.compress import Compressor, LayerPlan, Statistics, method
 from usllm.compress.registry import METHODS
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "sketch": [{"bits_per_weight": 4.0, "rows": 2}, {"bits_per_weight": 3.0, "operator": "mean", "rows": 1}],
+    "sketch": [
+        {"bits_per_weight": 4.0, "rows": 2},
+        {"bits_per_weight": 3.0, "operator": "mean", "rows": 1},
+        {"bits_per_weight": 3.0, "operator": "mean", "rows": 1, "output_scale": True, "train_output_scale": True},
+    ],
     "rounding": [{"bits": 1}, {"bits": 3, "group_size": 7, "scales": "clipped"}, {"bits_per_weight": 5.0}],
     "littlebit": [{"bits_per_weight": 2.0}, {"bits_per_weight": 4.0, "paths": 2, "slope": 2.0}],
 }

@@ -15,7 +15,7 @@ OPTIMIZERS = {
     "plain": lambda latents: torch.optim.AdamW(latents, 0.5, foreach=False),
     "foreach": lambda latents: torch.optim.AdamW(latents, 0.5, foreach=True),
     "fused": lambda latents: torch.optim.AdamW(latents, 0.5, fused=True),
-    "fused SGD": lambda latents: torch.optim.SGD(latents, 0.5, fused=True),
+    "fused SGD": lambda latents: torch.optim.SGD(latents, 0.02, fused=True),
 }
 
 

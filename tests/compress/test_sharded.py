@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,24 @@ def build() -> nn.Module:
     return model
 
 
-def trained_(model: nn.Module) -> dict[str, Any]:
-    """Allocate, change the latents a little, project again; everything that came of it, the same for all ranks."""
+TRAINED = replace(SKETCH, train_output_scale=True)
+"""Has latents besides the weight, which are started before a model is sharded."""
+
+
+def allocated_(model: nn.Module, sketch: SketchConfig) -> None:
     layers = compressed_layers(model)
     with torch.no_grad():
-        allocate_(model, SKETCH, {name: torch.arange(1.0, layer.in_features + 1) for name, layer in layers.items()})
+        allocate_(model, sketch, {name: torch.arange(1.0, layer.in_features + 1) for name, layer in layers.items()})
+
+
+def trained_(model: nn.Module) -> dict[str, Any]:
+    """Change the latents a little, project again; everything that came of it, the same for all ranks."""
+    layers = compressed_layers(model)
+    with torch.no_grad():
         first = {name: {key: value.clone() for key, value in layer.states.items()} for name, layer in layers.items()}
         for layer in layers.values():
-            layer.weight.mul_(-0.9)
+            for latent in layer.latents.values():
+                latent.mul_(-0.9)
     changes = reproject_(model)
     second = {name: dict(layer.states) for name, layer in layers.items()}
     plans = {name: layer.plan.to_tensors() for name, layer in layers.items() if layer.plan is not None}
@@ -53,7 +64,13 @@ def work(rank: int, port: int, folder: Path) -> None:
     dist.init_process_group("gloo")
     model = build()
     fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+    allocated_(model, SKETCH)
     torch.save(trained_(model), folder / f"{rank}.pt")
+    recall_winners_(model)
+    model = build()
+    allocated_(model, TRAINED)
+    fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+    torch.save(trained_(model), folder / f"trained {rank}.pt")
     recall_winners_(model)
     dist.destroy_process_group()
 
@@ -69,10 +86,13 @@ def test_three_ranks_agree_with_one_process_on_plans_states_and_errors(tmp_path:
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * RANKS
-    expected = trained_(build())
-    assert any(
-        not torch.equal(expected["first"][n]["codes"], expected["second"][n]["codes"]) for n in expected["first"]
-    )
-    for rank in range(RANKS):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for name, sketch in {"": SKETCH, "trained ": TRAINED}.items():
+        model = build()
+        allocated_(model, sketch)
+        expected = trained_(model)
+        assert any(
+            not torch.equal(expected["first"][n]["codes"], expected["second"][n]["codes"]) for n in expected["first"]
+        )
+        for rank in range(RANKS):
+            found = torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)

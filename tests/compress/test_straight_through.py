@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from usllm.compress.straight_through import straight_through
+from usllm.compress.straight_through import scale_gradient, straight_through
 
 
 @pytest.fixture
@@ -51,3 +51,19 @@ def test_values_of_the_latent_weight_do_not_enter(latent: torch.Tensor) -> None:
 
 def test_nothing_is_recorded_for_a_frozen_latent_weight(latent: torch.Tensor) -> None:
     assert not straight_through(latent.detach(), torch.zeros(5, 7)).requires_grad
+
+
+@pytest.mark.parametrize("tokens", [(6,), (2, 3)])
+@pytest.mark.parametrize("bias", [None, torch.arange(5.0)], ids=["", "bias"])
+def test_a_gain_gets_the_gradient_of_the_scales_that_it_is_the_logarithm_of(
+    tokens: tuple[int, ...], bias: torch.Tensor | None
+) -> None:
+    x, weight, gradient = torch.randn(*tokens, 4), torch.randn(5, 4), torch.randn(*tokens, 5)
+    gain = torch.randn(5).requires_grad_()
+    (x @ (weight * gain.exp()[:, None]).t()).backward(gradient)
+    ours = gain.detach().clone().requires_grad_()
+    y = torch.nn.functional.linear(x, weight * gain.detach().exp()[:, None], bias)
+    assert torch.equal(scale_gradient(y, ours, bias), y)
+    scale_gradient(y, ours, bias).backward(gradient)
+    assert ours.grad is not None and gain.grad is not None
+    torch.testing.assert_close(ours.grad, gain.grad)

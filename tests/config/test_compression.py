@@ -39,6 +39,7 @@ def config_of(text: Path, *overrides: str) -> Any:
                 state_bits=1,
                 rounding="nearest",
                 output_scale=True,
+                train_output_scale=True,
                 allocation="waterfill",
                 price_list="trained",
                 straight_through="state",

@@ -34,6 +34,7 @@ PAPER_SKETCH = {
     "sketch.state_bits": 4,
     "sketch.rounding": "toward_zero",
     "sketch.output_scale": False,
+    "sketch.train_output_scale": False,
     "sketch.straight_through": "latent",
     "sketch.seed": 0,
     "allocation.name": "proportional",

@@ -62,6 +62,22 @@ def test_both_in_one(name: str, backend: str, device: torch.device) -> None:
     torch.testing.assert_close(sums[1], layer.weight.square().sum(0), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**-30, 2.0**30])
+def test_output_scales_that_are_given_are_stored_in_place_of_fitted_ones(
+    scale: float, backend: str, device: torch.device
+) -> None:
+    layer = case("mixed-widths", device)
+    given = torch.rand(layer.plan.shape[0], generator=torch.Generator().manual_seed(0)).add(0.5).mul(scale).to(device)
+    expected = sketch.project(layer.weight, layer.plan, output_scale=given)
+    found = [project(layer.weight, layer.plan, output_scale=given, backend=backend)]
+    states, decoded = project_query(layer.weight, layer.plan, output_scale=given, backend=backend)
+    for each in (*found, states):
+        assert all(torch.equal(each[key], expected[key]) for key in expected)
+    assert torch.equal(decoded, sketch.query(expected, layer.plan))
+    stored = sketch.scale.decode_scale(expected["output_scales"], expected["output_scale_base"], 5)
+    torch.testing.assert_close(stored, given.clamp(2.0**-20, 2.0**20), rtol=2.0**-6, atol=0)
+
+
 @pytest.mark.parametrize("view", ["transposed", "strided", "columns", "bf16"])
 def test_weights_that_are_not_contiguous_float32(view: str, backend: str, device: torch.device) -> None:
     source = torch.randn(80, 80, generator=torch.Generator().manual_seed(0)).to(device)

@@ -164,8 +164,8 @@ def test_custom_ops_pass_opcheck(name: str, backend: str, device: torch.device) 
     plan, states = flatten(layer.plan), list_states(layer.states)
     x, ops = random(3, layer.plan.shape[1], device=device), torch.ops.usllm
     for op, arguments in (
-        (ops.project, (layer.weight, layer.moment, *plan, True, backend)),
-        (ops.project_query, (layer.weight, None, *plan, torch.float32, False, True, backend)),
+        (ops.project, (layer.weight, layer.moment, None, *plan, True, backend)),
+        (ops.project_query, (layer.weight, None, None, *plan, torch.float32, False, True, backend)),
         (ops.query, (states, *plan, torch.bfloat16, backend)),
         (ops.sketch_linear, (x, states, *plan, backend)),
         (ops.sketch_linear_input_gradient, (random(3, plan.numbers[0], device=device), states, *plan, backend)),

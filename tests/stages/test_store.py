@@ -10,7 +10,9 @@ import pytest
 import torch
 from started import CONFIG, texts, work_in
 
-from usllm.stages import Stage, Work
+from usllm.compress import Compressor, registry
+from usllm.compress.methods.sketch import SketchCompressor
+from usllm.stages import Stage, Work, store
 
 
 class Mine(Stage):
@@ -85,6 +87,25 @@ def test_an_option_that_came_later_changes_nothing_at_its_first_value(
     monkeypatch.setattr(Mine, "later_options", {"share": 1.0})
     vars(stage)["share"] = share
     assert (work.store(stage).load("x") is not None) == found
+
+
+@pytest.mark.parametrize(("rounding", "found"), [("toward_zero", True), ("nearest", False)])
+def test_neither_does_one_of_the_method(
+    rounding: str, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SketchCompressor, "later_options", {})
+    section = registry.to_section
+    with monkeypatch.context() as patch:  # as the method was before it had the option
+
+        def older(compressor: Compressor) -> dict[str, Any]:
+            written = section(compressor)
+            return {**written, "options": {k: v for k, v in written["options"].items() if k != "rounding"}}
+
+        patch.setattr(store, "to_section", older)
+        work_in(tmp_path).store(Mine()).save("x", {"a": 1})
+    monkeypatch.setattr(SketchCompressor, "later_options", {"rounding": "toward_zero"})
+    work = work_in(tmp_path, config=replace(CONFIG, rounding=rounding))
+    assert (work.store(Mine()).load("x") is not None) == found
 
 
 def test_what_a_stage_names_besides_decides_too(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from usllm.compress.expanded import Expanded
 from usllm.compress.straight_through import straight_through
 from usllm.compress.values import Encoded, Fact, Spec, Statistics, compute_dtype
 
@@ -127,6 +128,18 @@ class LayerPlan(ABC):
         weight = straight_through(latents["weight"], decoded) if latents else decoded
         return functional.linear(x, weight, bias)
 
+    def expanded_bytes(self) -> int | None:
+        """Memory of the layer's codes in output order; ``None`` where the method has no such layout for it."""
+        return None
+
+    def expand(self, states: Mapping[str, Tensor]) -> Expanded:
+        """The layer's codes in output order, on the device of the states.
+
+        Raises:
+            NotImplementedError: :meth:`expanded_bytes` is ``None``.
+        """
+        raise NotImplementedError(f"{self.name}: there is no expanded layout")
+
     @property
     def spreads(self) -> bool:
         """Whether :meth:`spread` has anything to do."""
@@ -180,12 +193,15 @@ class Compressor(ABC):
         method: The method's name: the choice in conf, the tag in checkpoints and ``quantization_config``.
         version: Of what the method stores; another one is refused.
         needs: Statistics that planning and starting read besides the shape: ``energy``, ``covariance``, ``gradient``.
+        later_options: Options that the method did not always have, with the values that leave results as they were: at
+            these a run that older code has begun goes on with what it has kept.
         options: The configuration, a frozen dataclass with ``bits_per_weight`` and ``layer_budget`` among its fields.
     """
 
     method: ClassVar[str]
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
+    later_options: ClassVar[Mapping[str, Any]] = {}
     Options: ClassVar[type[Any]]
     options: Any
 

@@ -188,9 +188,9 @@ class CompressedLinear(nn.Module):
         """The whole latent weight, detached, fp32 [out, in].
 
         Raises:
-            RuntimeError: If the latents are not one weight.
+            RuntimeError: If no latent is the weight.
         """
-        if self._latent_names != ("weight",):
+        if "weight" not in self._latent_names:
             raise RuntimeError(f"{self.name}: its latents are {', '.join(self._latent_names)}, not one weight")
         return self.whole_latents()["weight"]
 
@@ -202,7 +202,7 @@ class CompressedLinear(nn.Module):
         """Map [..., in] to [..., out]."""
         if self.plan is None:
             return functional.linear(x, self.weight, self.bias)
-        ramping = self.ramp < 1 and self._latent_names == ("weight",)
+        ramping = self.ramp < 1 and "weight" in self._latent_names
         decoded = self._decoded_for(self.plan, x) if ramping or x.device.type in self.plan.decodes_on else None
         if ramping and decoded is not None:
             decoded = self.weight.detach().lerp(decoded.float(), self.ramp).to(decoded.dtype)

@@ -27,12 +27,20 @@ class Turn(NamedTuple):
         owners: Global ranks.
         mine: The layer of this rank, if it has one.
         latent: Its whole latent weight, or the gradient of it, fp32 [out, in].
+        others: Its other latents, whole.
     """
 
     layers: Sequence[CompressedLinear]
     owners: Sequence[int]
     mine: CompressedLinear | None
     latent: Tensor | None
+    others: Mapping[str, Tensor]
+
+    @property
+    def latents(self) -> dict[str, Tensor]:
+        """All latents of the layer of this rank."""
+        assert self.latent is not None
+        return {"weight": self.latent, **self.others}
 
 
 def is_sharded(layers: Mapping[str, CompressedLinear]) -> bool:
@@ -46,8 +54,7 @@ def reproject_sharded(layers: Mapping[str, CompressedLinear]) -> dict[str, Repro
     for turn in _turns(layers):
         done = None
         if turn.mine is not None:
-            assert turn.latent is not None
-            done = turn.mine.reproject({"weight": turn.latent})
+            done = turn.mine.reproject(turn.latents)
         for layer, owner in zip(turn.layers, turn.owners, strict=True):
             account = torch.zeros(2, device=layer.importance.device)
             if layer is turn.mine:
@@ -87,11 +94,13 @@ def channel_energy(latent: Tensor) -> Tensor:
     return latent.detach().float().square().mean(0)
 
 
-def for_own_layers(work: Callable[[CompressedLinear, Tensor], object], layers: Mapping[str, CompressedLinear]) -> None:
-    """``work(layer, latent)`` for the layers that this rank projects."""
+def for_own_layers(
+    work: Callable[[CompressedLinear, dict[str, Tensor]], object], layers: Mapping[str, CompressedLinear]
+) -> None:
+    """``work(layer, latents)`` for the layers that this rank projects."""
     for turn in _turns(layers):
-        if turn.mine is not None and turn.latent is not None:
-            work(turn.mine, turn.latent)
+        if turn.mine is not None:
+            work(turn.mine, turn.latents)
 
 
 def _latent(layer: CompressedLinear) -> Tensor:
@@ -117,7 +126,16 @@ def _turns(
         chunk = everything[first : first + len(members)]
         position = dist.get_rank(group)
         mine = chunk[position] if position < len(chunk) else None
-        yield Turn(chunk, members[: len(chunk)], mine, _gather(chunk, of, position, members, group))
+        others = [_others(layer) if of is _latent else {} for layer in chunk]  # asked of all ranks
+        latent = _gather(chunk, of, position, members, group)
+        yield Turn(chunk, members[: len(chunk)], mine, latent, {} if mine is None else others[position])
+
+
+@torch.no_grad()
+def _others(layer: CompressedLinear) -> dict[str, Tensor]:
+    """Latents besides the weight, which are small, gathered on every rank."""
+    found = {name: latent.detach() for name, latent in layer.latents.items() if name != "weight"}
+    return {name: latent.full_tensor() if isinstance(latent, DTensor) else latent for name, latent in found.items()}
 
 
 @torch.no_grad()

@@ -179,7 +179,7 @@ def recall_winners_(model: nn.Module) -> None:
     """After a checkpoint was loaded, find again what the next projections compare with."""
     layers = _with_stored_states(model)
     if is_sharded(layers):
-        for_own_layers(lambda layer, latent: layer.recall_memory({"weight": latent}), layers)
+        for_own_layers(lambda layer, latents: layer.recall_memory(latents), layers)
     else:
         over_layers(CompressedLinear.recall_memory, layers)
 

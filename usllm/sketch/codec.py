@@ -27,7 +27,12 @@ States = dict[str, Tensor]
 
 @torch.no_grad()
 def project(
-    weight: Tensor, plan: Plan, second_moment: Tensor | None = None, *, winners: Tensor | None = None
+    weight: Tensor,
+    plan: Plan,
+    second_moment: Tensor | None = None,
+    *,
+    winners: Tensor | None = None,
+    output_scale: Tensor | None = None,
 ) -> States:
     """States of a latent weight (insert).
 
@@ -37,6 +42,7 @@ def project(
         second_moment: E[a²] per input channel, [in]: weights the fit of the output scale, if the plan has one.
         winners: int16 [states], written: the rotated position within its group of the member that each state keeps.
             Only for operators that keep a member; states without one are left at 0.
+        output_scale: [out], stored where the plan has an output scale; ``None`` fits it.
 
     Raises:
         ValueError: If the weight's shape is not the plan's.
@@ -51,7 +57,10 @@ def project(
         codes = quantize(_of(values, block), scale[:, None], block.choice.bits, plan.config.rounding)
         _of(states["codes"], block).copy_(codes)
     if plan.config.output_scale:
-        store_output_scales(states, *output_sums(weight.detach().float(), _query_unscaled(states, plan), second_moment))
+        if output_scale is None:
+            decoded = _query_unscaled(states, plan)
+            output_scale = best_output_scale(*output_sums(weight.detach().float(), decoded, second_moment))
+        store_output_scales(states, output_scale)
     return states
 
 
@@ -206,13 +215,18 @@ def output_sums(weight: Tensor, decoded: Tensor, second_moment: Tensor | None) -
     return (weighted * weight).sum(1, dtype=torch.float64), (weighted * decoded).sum(1, dtype=torch.float64)
 
 
-def store_output_scales(states: States, product: Tensor, square: Tensor) -> None:
-    """Write ``output_scales`` and ``output_scale_base`` from :func:`output_sums`.
+def best_output_scale(product: Tensor, square: Tensor) -> Tensor:
+    """Scales of least squared error, fp32 [out], from :func:`output_sums`.
 
-    The scale is 1 where there is nothing to scale, or where the sums are beyond what their terms hold.
+    A scale is 1 where there is nothing to scale, or where the sums are beyond what their terms hold.
     """
     usable = (square > 0) & product.isfinite() & square.isfinite()
-    scale = torch.where(usable, product / square, 1.0).float().clamp(2.0**-20, 2.0**20)
+    return torch.where(usable, product / square, 1.0).float()
+
+
+def store_output_scales(states: States, scale: Tensor) -> None:
+    """Write ``output_scales`` and ``output_scale_base``, what is stored of positive scales [out]."""
+    scale = scale.detach().float().clamp(2.0**-20, 2.0**20)
     states["output_scale_base"] = base_exponent(scale.amax(), OUTPUT_MANTISSA)
     states["output_scales"] = encode_scale(scale, states["output_scale_base"], OUTPUT_MANTISSA)
 

@@ -33,7 +33,8 @@ class SketchConfig:
         state_bits: Width of a state. ``waterfill`` chooses 1 to 8 bits per channel itself and ignores it.
         rounding: ``toward_zero`` keeps the underestimate property through quantisation; ``nearest`` is closer.
             One-bit states are sign times scale under either.
-        output_scale: Fit one least-squares scale per output row after projection.
+        output_scale: One scale for each output row, the least-squares one of each projection.
+        train_output_scale: Start with these scales, then train them as parameters of their own.
         allocation: How states are shared out over input channels.
         layer_budget: ``equal`` gives each layer ``bits_per_weight``; ``importance`` gives layers shares in
             proportion to the mean importance of their channels, ``sensitivity`` what the loss's gradients ask for
@@ -59,6 +60,7 @@ class SketchConfig:
     state_bits: int = 4
     rounding: str = "toward_zero"
     output_scale: bool = False
+    train_output_scale: bool = False
     allocation: str = "proportional"
     layer_budget: str = "equal"
     min_importance: float = 0.0
@@ -106,6 +108,8 @@ class SketchConfig:
                 f"sketch.straight_through='state' needs an operator that has derivative(): {self.operator!r} has none,"
                 " leave it at latent"
             )
+        if self.train_output_scale and not self.output_scale:
+            found.append("sketch.train_output_scale=True has no scale to train: set sketch.output_scale=true")
         if self.query != "magnitude_max" and self.operator != "absmaxmin":
             found.append(f"sketch.query={self.query!r} is a variant of absmaxmin: leave it at magnitude_max")
         if not math.isfinite(self.min_importance) or self.min_importance < 0:

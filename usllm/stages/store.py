@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from usllm.compress import compressed_layers, save_plans, to_section
+from usllm.compress import Compressor, compressed_layers, save_plans, to_section
 from usllm.compress.sharded import is_sharded
 from usllm.models.identity import weights_digest
 from usllm.system.files import write_torch
@@ -92,7 +92,7 @@ def store_of(work: Work, stage: Stage, more: Mapping[str, Any]) -> Store:
     key = {
         "stage": f"{type(stage).__module__}.{type(stage).__qualname__}",
         "options": {key: value for key, value in vars(stage).items() if stage.later_options.get(key, ...) != value},
-        "compressor": to_section(work.compressor),
+        "compressor": _of_compressor(work.compressor),
         "model": work.weights or weights_digest(cast("PreTrainedModel", work.model)),
         "buffers": {} if work.weights else dict(work.model.named_buffers()),  # states among them
         "statistics": {name: vars(found) for name, found in work.statistics.items()},
@@ -106,6 +106,13 @@ def store_of(work: Work, stage: Stage, more: Mapping[str, Any]) -> Store:
         "more": more,
     }
     return Store(work.folder / stage.name, key, work.writes)
+
+
+def _of_compressor(compressor: Compressor) -> dict[str, Any]:
+    section = to_section(compressor)
+    later = compressor.later_options
+    kept = {key: value for key, value in section["options"].items() if later.get(key, ...) != value}
+    return {**section, "options": kept}
 
 
 def _in_words(value: object) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from usllm.sketch.codec import States, channel_scales, store_output_scales
+from usllm.sketch.codec import States, best_output_scale, channel_scales, store_output_scales
 from usllm.sketch.plan import Plan
 from usllm.sketch.scale import OUTPUT_MANTISSA, decode_scale
 from usllm_kernels.compiled_operators import MINIMUM, TOTAL, combination, reduction
@@ -27,7 +27,13 @@ _CPU = torch.device("cpu")
 _WIDER = {torch.int8: torch.int16, torch.int16: torch.int32}
 
 
-def project(weight: Tensor, plan: Plan, second_moment: Tensor | None = None, winners: Tensor | None = None) -> States:
+def project(
+    weight: Tensor,
+    plan: Plan,
+    second_moment: Tensor | None = None,
+    winners: Tensor | None = None,
+    output_scale: Tensor | None = None,
+) -> States:
     """:func:`usllm.sketch.project` of an fp32 weight [out, in] on the CPU whose rows are contiguous."""
     if not plan.blocks:
         return plan.state_tensors()
@@ -55,13 +61,15 @@ def project(weight: Tensor, plan: Plan, second_moment: Tensor | None = None, win
         scales,
     )
     quantize_states(values.numpy(), keys, tables.class_sizes, scales, nearest, states["codes"].numpy())
-    if plan.config.output_scale:
+    if plan.config.output_scale and output_scale is None:
         flat, pitch = flat_view(weight)
         of_channels = torch.ones(plan.shape[1]) if second_moment is None else second_moment.float().contiguous()
         product, square = torch.empty(2, plan.shape[0], dtype=torch.float64)
         decoded = decode(states, plan).numpy()
         output_sums(flat.numpy(), pitch, decoded, of_channels.numpy(), product.numpy(), square.numpy())
-        store_output_scales(states, product, square)
+        output_scale = best_output_scale(product, square)
+    if plan.config.output_scale and output_scale is not None:
+        store_output_scales(states, output_scale)
     return states
 
 
@@ -77,9 +85,10 @@ def project_query(
     dtype: torch.dtype,
     winners: Tensor | None,
     sums: Tensor | None,
+    output_scale: Tensor | None = None,
 ) -> tuple[States, Tensor]:
     """:func:`usllm_kernels.ops.project_query` of an fp32 weight [out, in] on the CPU."""
-    states = project(weight, plan, second_moment, winners)
+    states = project(weight, plan, second_moment, winners, output_scale)
     if sums is None:
         return states, query(states, plan, dtype)
     sums.zero_()

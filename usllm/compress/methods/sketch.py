@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from usllm.compress.base import Compressor, LayerPlan
+from usllm.compress.expanded import Expanded
+from usllm.compress.straight_through import scale_gradient
 from usllm.compress.values import Encoded, Fact, Spec, Statistics
 from usllm.sketch import Plan, SketchConfig, bit_range, build_plan
 from usllm.sketch.bits import CLASS_BITS, HEADER_BITS
 from usllm.sketch.hash import HASH_VERSION
 from usllm.sketch.layer_bytes import pack_layer, read_plan
 from usllm.sketch.quantize import largest_code
+from usllm.sketch.scale import OUTPUT_MANTISSA, decode_scale
 from usllm_kernels import (
     choice_problem,
     packed_states,
@@ -23,11 +26,15 @@ from usllm_kernels import (
     project_query,
     query,
     sketch_linear,
+    sketch_planes,
+    sketch_planes_bytes,
     state_gradient_,
 )
 
 FORMAT_KEYS = ("operator", "query", "hash", "group_size", "output_scale", "seed")
 """Fields of :class:`usllm.sketch.SketchConfig` that give stored bytes their meaning."""
+GAIN = "output_gain"
+"""Logarithm of each output's scale, a latent where these are trained: a step of it is a share of the scale."""
 _MAX_BITS_PER_WEIGHT = 64  # sketch and tables of the smallest layers stay far below
 _MAX_WEIGHTS_PER_BYTE = 1024  # a layer of a few bytes could ask for any amount of decoded memory
 
@@ -42,6 +49,19 @@ class SketchPlan(Plan, LayerPlan):
     def compressor(self) -> SketchCompressor:
         return SketchCompressor(self.config)
 
+    def latent_specs(self) -> dict[str, Spec]:
+        found = {"weight": Spec(self.shape, torch.float32, "latent")}
+        if self.config.train_output_scale:
+            found[GAIN] = Spec(self.shape[:1], torch.float32, "scale")
+        return found
+
+    def start(self, weight: Tensor, statistics: Statistics) -> dict[str, Tensor]:
+        if not self.config.train_output_scale:
+            return {"weight": weight}
+        states = project(weight.float(), self, statistics.energy)
+        scales = decode_scale(states["output_scales"], states["output_scale_base"], OUTPUT_MANTISSA)
+        return {"weight": weight, GAIN: scales.log()}
+
     def state_specs(self) -> dict[str, Spec]:
         empty = self.state_tensors("meta")
         return {name: Spec(tuple(tensor.shape), tensor.dtype, "state") for name, tensor in empty.items()}
@@ -55,12 +75,15 @@ class SketchPlan(Plan, LayerPlan):
         before: Mapping[str, Tensor] | None = None,
         memory: Tensor | None = None,
     ) -> Encoded:
-        latent = latents["weight"]
+        latent, gain = latents["weight"], latents.get(GAIN)
         device = latent.device
         winners = self._room_for_winners(device)
         sums = torch.empty(2, self.shape[1], device=device)
         dtype = decode_dtype or torch.bfloat16  # of what is dropped: the least to write
-        states, decoded = project_query(latent, self, energy, dtype=dtype, winners=winners, sums=sums)
+        scales = None if gain is None else gain.detach().exp()
+        states, decoded = project_query(
+            latent, self, energy, dtype=dtype, winners=winners, sums=sums, output_scale=scales
+        )
         old, now = memory, winners
         if winners is None:
             old, now = None if before is None else before["codes"], states["codes"]
@@ -96,8 +119,16 @@ class SketchPlan(Plan, LayerPlan):
         decoded: Tensor | None = None,
     ) -> Tensor:
         if decoded is not None:
-            return super().linear(x, states, latents, bias, decoded=decoded)
-        return sketch_linear(x, dict(states), self, bias, weight=latents.get("weight"))
+            y = super().linear(x, states, latents, bias, decoded=decoded)
+        else:
+            y = sketch_linear(x, dict(states), self, bias, weight=latents.get("weight"))
+        return scale_gradient(y, latents[GAIN], bias) if GAIN in latents else y
+
+    def expanded_bytes(self) -> int | None:
+        return sketch_planes_bytes(self)
+
+    def expand(self, states: Mapping[str, Tensor]) -> Expanded:
+        return Expanded(sketch_planes(dict(states), self))
 
     @property
     def spreads(self) -> bool:
@@ -148,6 +179,7 @@ class SketchCompressor(Compressor):
 
     method: ClassVar[str] = "sketch"
     needs: ClassVar[frozenset[str]] = frozenset({"energy"})
+    later_options: ClassVar[Mapping[str, Any]] = {"train_output_scale": False}
     Options: ClassVar[type[Any]] = SketchConfig
     options: SketchConfig
 

@@ -12,6 +12,12 @@ from usllm_kernels.cpu import codec
 __all__ = ["project", "supports"]
 
 
-def project(weight: Tensor, plan: Plan, second_moment: Tensor | None = None, winners: Tensor | None = None) -> States:
+def project(
+    weight: Tensor,
+    plan: Plan,
+    second_moment: Tensor | None = None,
+    winners: Tensor | None = None,
+    output_scale: Tensor | None = None,
+) -> States:
     """States of a latent weight [out, in] of any strides and float type."""
-    return codec.project(weight.float(), plan, second_moment, winners)
+    return codec.project(weight.float(), plan, second_moment, winners, output_scale)

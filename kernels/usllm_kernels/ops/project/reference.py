@@ -13,6 +13,12 @@ def supports(plan: Plan) -> None:
     """Every plan."""
 
 
-def project(weight: Tensor, plan: Plan, second_moment: Tensor | None = None, winners: Tensor | None = None) -> States:
+def project(
+    weight: Tensor,
+    plan: Plan,
+    second_moment: Tensor | None = None,
+    winners: Tensor | None = None,
+    output_scale: Tensor | None = None,
+) -> States:
     """States of a latent weight [out, in]."""
-    return sketch.project(weight, plan, second_moment, winners=winners)
+    return sketch.project(weight, plan, second_moment, winners=winners, output_scale=output_scale)

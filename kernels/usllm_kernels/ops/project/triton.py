@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from usllm.sketch import Plan
-from usllm.sketch.codec import States, store_output_scales
+from usllm.sketch.codec import States, best_output_scale, store_output_scales
 from usllm_kernels import compiled_operators
 from usllm_kernels.cards import launch_parameters
 from usllm_kernels.compiled_operators import reduction, supports
@@ -127,7 +127,13 @@ def reduce_kernel(
             tl.store(winners + first + row * states + k, winner.to(tl.int16), mask=mask)
 
 
-def project(weight: Tensor, plan: Plan, second_moment: Tensor | None = None, winners: Tensor | None = None) -> States:
+def project(
+    weight: Tensor,
+    plan: Plan,
+    second_moment: Tensor | None = None,
+    winners: Tensor | None = None,
+    output_scale: Tensor | None = None,
+) -> States:
     """States of a latent weight [out, in] of any strides and float type."""
     device = weight.device
     if not plan.blocks:
@@ -136,7 +142,9 @@ def project(weight: Tensor, plan: Plan, second_moment: Tensor | None = None, win
     keys = reduction(plan) == compiled_operators.MINIMUM
     store_states(_values(weight, plan, known, keys, winners), plan, known, states, keys=keys)
     if plan.config.output_scale:
-        store_output_scales(states, *output_sums(weight, states, plan, second_moment))
+        if output_scale is None:
+            output_scale = best_output_scale(*output_sums(weight, states, plan, second_moment))
+        store_output_scales(states, output_scale)
     return states
 
 

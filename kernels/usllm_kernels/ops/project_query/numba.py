@@ -20,6 +20,7 @@ def project_query(
     dtype: torch.dtype,
     winners: Tensor | None,
     sums: Tensor | None,
+    output_scale: Tensor | None = None,
 ) -> tuple[States, Tensor]:
     """States, and the decoded weight [out, in]."""
-    return codec.project_query(weight.float(), plan, second_moment, dtype, winners, sums)
+    return codec.project_query(weight.float(), plan, second_moment, dtype, winners, sums, output_scale)

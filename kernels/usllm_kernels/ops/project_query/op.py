@@ -21,6 +21,7 @@ def project_query(
     dtype: torch.dtype = torch.float32,
     winners: Tensor | None = None,
     sums: Tensor | None = None,
+    output_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[States, Tensor]:
     """States of a latent weight, and the weight that they decode to [out, in].
@@ -34,6 +35,7 @@ def project_query(
         dtype: Of the decoded weight: float32, bfloat16 or float16.
         winners: As for :func:`usllm_kernels.ops.project`.
         sums: fp32 [2, in], written: over the outputs, the squared error of the decoded weight, and the squared weight.
+        output_scale: [out], stored where the plan has an output scale; ``None`` fits it.
         backend: See :func:`usllm_kernels.dispatch.choose`.
 
     Raises:
@@ -41,7 +43,7 @@ def project_query(
     """
     check_shape(weight, plan)
     wanted = winners is not None, sums is not None
-    arguments = second_moment, *flatten(plan), dtype, *wanted, backend or ""
+    arguments = second_moment, output_scale, *flatten(plan), dtype, *wanted, backend or ""
     if torch.is_grad_enabled() and weight.requires_grad:
         decoded, members, squares, *states = _StraightThrough.apply(weight, *arguments)
     else:
@@ -57,6 +59,7 @@ def project_query(
 def project_query_op(
     weight: Tensor,
     second_moment: Tensor | None,
+    output_scale: Tensor | None,
     plan: list[Tensor],
     numbers: list[int],
     dtype: torch.dtype,
@@ -70,7 +73,7 @@ def project_query_op(
     squares = torch.empty(2, of.shape[1], device=device) if sums else None
     with running_on(device):
         computing = implementation("project_query", of, device, backend)
-        states, decoded = computing.project_query(weight, of, second_moment, dtype, members, squares)
+        states, decoded = computing.project_query(weight, of, second_moment, dtype, members, squares, output_scale)
     return (
         decoded,
         list_states(states),
@@ -83,6 +86,7 @@ def project_query_op(
 def _(
     weight: Tensor,
     second_moment: Any,
+    output_scale: Any,
     plan: Any,
     numbers: list[int],
     dtype: torch.dtype,

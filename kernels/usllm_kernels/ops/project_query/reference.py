@@ -21,9 +21,10 @@ def project_query(
     dtype: torch.dtype,
     winners: Tensor | None,
     sums: Tensor | None,
+    output_scale: Tensor | None = None,
 ) -> tuple[States, Tensor]:
     """States, and the decoded weight [out, in], computed in fp32 and rounded to ``dtype``."""
-    states = sketch.project(weight, plan, second_moment, winners=winners)
+    states = sketch.project(weight, plan, second_moment, winners=winners, output_scale=output_scale)
     decoded = sketch.query(states, plan)
     if sums is not None:
         add_up_(sums, weight, decoded)

@@ -26,9 +26,10 @@ def project_query(
     dtype: torch.dtype,
     winners: Tensor | None,
     sums: Tensor | None,
+    output_scale: Tensor | None = None,
 ) -> tuple[States, Tensor]:
     """States, and the decoded weight [out, in]."""
-    states = project(weight, plan, second_moment, winners)
+    states = project(weight, plan, second_moment, winners, output_scale)
     decoded = query(states, plan, dtype)
     if sums is not None:
         if plan.blocks:
