@@ -2,7 +2,7 @@
 
     python benchmarks/packed.py [--tokens 64] [--rates 0.5 1.0]
 
-The models are packed without training (water-filling, output scale): sizes, memory and speed do not depend on it.
+The models are packed without training (the sign sketch): sizes, memory and speed do not depend on it.
 Every generation runs in a process of its own, so that peak resident memory is its own; the same process with a
 model of 0.1 million weights is measured beside them. Tokens per second leave out loading and the prompt.
 """
@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 PROMPT = "The list method append adds an item to the end of the list. The list method extend"
+LAYOUTS = ("compact", "expanded", "decoded")
 RESTS = {"16": (16, 16), "8": (8, 8), "4": (4, 4)}
 
 
-def generate(folder: str, dtype: str, keep: int, tokens: int) -> dict[str, float]:
+def generate(folder: str, dtype: str, layout: str, tokens: int) -> dict[str, float]:
     """Load, generate greedily, and report tokens a second and peak resident bytes of this process."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,7 +34,7 @@ def generate(folder: str, dtype: str, keep: int, tokens: int) -> dict[str, float
     kind = getattr(torch, dtype)
     packed = "quantization_config" in json.loads((Path(folder) / "config.json").read_text())
     if packed:
-        model = usllm.load(folder, dtype=kind, keep_decoded=keep)
+        model = usllm.load(folder, dtype=kind, layout=layout)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
     ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"]
@@ -92,7 +93,16 @@ def prepare(root: Path, rates: list[float]) -> dict[str, dict[str, Any]]:
     swap_linears_(model)
     importance = measure_importance(model, data.calibration_batches(8), 8)
     for rate in rates:
-        sketch = SketchConfig(bits_per_weight=rate, allocation="waterfill", output_scale=True, rounding="nearest")
+        sketch = SketchConfig(
+            bits_per_weight=rate,
+            operator="mean",
+            rows=1,
+            state_bits=1,
+            rounding="nearest",
+            output_scale=True,
+            allocation="waterfill",
+            price_list="trained",
+        )
         allocate_(model, sketch, importance)
         source = from_model(model)
         for rest, (embeddings, linears) in RESTS.items():
@@ -113,11 +123,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0])
-    parser.add_argument("--generate", nargs=3, metavar=("FOLDER", "DTYPE", "KEEP"), help="measure one, print JSON")
+    parser.add_argument("--generate", nargs=3, metavar=("FOLDER", "DTYPE", "LAYOUT"), help="measure one, print JSON")
     arguments = parser.parse_args()
     if arguments.generate:
-        folder, dtype, keep = arguments.generate
-        print(json.dumps(generate(folder, dtype, int(keep), arguments.tokens)))
+        folder, dtype, layout = arguments.generate
+        print(json.dumps(generate(folder, dtype, layout, arguments.tokens)))
         return
     from usllm.system.machine import machine, machine_line
 
@@ -131,17 +141,12 @@ def main() -> None:
             export = f", exported in {size['export_seconds']:.1f} s" if "export_seconds" in size else ""
             model = f", {size['model_bpw']:.2f} bits per parameter" if "model_bpw" in size else ""
             print(f"{name:44} {size['bytes']:>12,} bytes, {size['bytes'] / dense:.3f} of dense bf16{model}{export}")
-        runs = [("a tiny model", sizes["tiny"]["folder"], "bf16", 0)]
-        runs += [(name, sizes[name]["folder"], name.split()[1], 0) for name in ("dense fp32", "dense bf16")]
+        runs = [("a tiny model", sizes["tiny"]["folder"], "bf16", "auto")]
+        runs += [(name, sizes[name]["folder"], name.split()[1], "auto") for name in ("dense fp32", "dense bf16")]
         for name, size in sizes.items():
-            if name.startswith("packed") and not name.endswith(" 8 bit"):
-                runs.append((f"{name}, layer by layer", size["folder"], "bf16", 0))
-        kept = f"packed {arguments.rates[0]:g} bpw, rest 16 bit"
-        runs += [
-            (f"{kept}, 100 MB kept decoded", sizes[kept]["folder"], "bf16", 100_000_000),
-            (f"{kept}, all kept decoded", sizes[kept]["folder"], "bf16", 1 << 40),
-        ]
-        measured = {name: _measure(str(place), dtype, keep, arguments.tokens) for name, place, dtype, keep in runs}
+            if name.startswith("packed"):
+                runs += [(f"{name}, {layout}", size["folder"], "bf16", layout) for layout in LAYOUTS]
+        measured = {name: _measure(str(place), dtype, layout, arguments.tokens) for name, place, dtype, layout in runs}
     reference, baseline = measured["dense bf16"], measured["a tiny model"]["peak"]
     for name, run in measured.items():
         speed = run["tokens_per_second"]
@@ -153,7 +158,7 @@ def main() -> None:
         )
 
 
-def _measure(folder: str, dtype: str, keep: int, tokens: int) -> dict[str, float]:
+def _measure(folder: str, dtype: str, layout: str, tokens: int) -> dict[str, float]:
     names = {"bf16": "bfloat16", "fp32": "float32"}
     command = [
         sys.executable,
@@ -163,7 +168,7 @@ def _measure(folder: str, dtype: str, keep: int, tokens: int) -> dict[str, float
         "--generate",
         folder,
         names.get(dtype, dtype),
-        str(keep),
+        layout,
     ]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     result: dict[str, float] = json.loads(printed.splitlines()[-1])

@@ -9,7 +9,7 @@ from importlib import import_module
 
 from usllm_kernels.dispatch import choice_problem, choose, operations, register, supports
 from usllm_kernels.ops.plane_linear.op import plane_linear, plane_weight
-from usllm_kernels.ops.plane_words.op import make_planes
+from usllm_kernels.ops.plane_words.op import Codes, make_planes
 from usllm_kernels.ops.project.op import project
 from usllm_kernels.ops.project_query.op import project_query
 from usllm_kernels.ops.query.op import query
@@ -22,6 +22,7 @@ for _operation in operations():  # a compiled or exported graph asks for the cus
     import_module(f"usllm_kernels.ops.{_operation}.op")
 
 __all__ = [
+    "Codes",
     "choice_problem",
     "choose",
     "make_planes",

@@ -1,22 +1,24 @@
 """Codes in output order: the layout that answers fast, made once from states and never stored.
 
 States lie in hash order, so whoever multiplies with them evaluates the hash for every token. Here each weight's code
-lies where its output and its input are, as bit planes, and inputs whose channels store nothing are left out:
+lies where its output and its input are, as signs, and inputs whose channels store nothing are left out:
 
-    weight[o, channels[c]] = code[o, c] * scales[c] * factors[group of c, o]
-    code[o, c] = step * Σ_p 2^p (±1)[p, o, c] + shift
+    weight[o, i] = (Σ over the columns c of channel i of ±scales[c] + offsets[c]) * factors[group of c, o]
 
-One plane is a sign, so a code of one bit takes one bit of memory. The signs of 64 outputs and 32 columns lie together,
-a word of 32 bits for each output: a vector register takes the words of many outputs, and four bits of each choose among
-the 16 sums that the inputs of four columns can have.
+A code of one bit is one column of signs; a wider one is a column for each of its bits, worth a power of two each. So a
+layer of many widths is one matrix of signs. Those of 64 outputs and 32 columns lie together, a word of 32 bits for each
+output: a vector register takes the words of many outputs, and four bits of each choose among the 16 sums that four
+columns can have.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 OUTPUTS = 64
@@ -33,23 +35,18 @@ class Levels(NamedTuple):
     stride: int
 
     @property
-    def signs(self) -> bool:
-        """Whether they are -1 and 1."""
-        return self == SIGNS
-
-    @property
     def bits(self) -> int:
-        """Planes that tell them apart."""
+        """Columns that tell them apart."""
         return max(((self.most - self.least) // self.stride).bit_length(), 1)
 
     @property
     def step(self) -> float:
-        """What the lowest plane's sign is worth."""
+        """What the sign of the lowest bit is worth."""
         return self.stride / 2
 
     @property
     def shift(self) -> float:
-        """What is added to the planes' sum."""
+        """What is added to the signs' sum."""
         return self.step * ((1 << self.bits) - 1) + self.least
 
 
@@ -58,22 +55,22 @@ SIGNS = Levels(-1, 1, 2)
 
 @dataclass(frozen=True, eq=False)
 class Planes:
-    """The codes of some of a layer's channels, all of one width.
+    """A layer's codes in output order.
 
     Attributes:
         shape: ``(out, in)`` of the layer's weight.
-        levels: Of the codes.
-        channels: Input of each column, int32 [columns], a multiple of 32 for each group.
-        scales: What one unit of a code is worth, fp32 [columns]; 0 in columns that fill up a word.
-        words: int32 [planes, blocks of 64 outputs, columns / 32, 64]; bit ``c`` belongs to column ``c`` of the word, 1
-            is positive.
+        channels: Input of each column, int32 [columns]: a multiple of 32 in each group. Those of one channel follow
+            each other.
+        scales: What a column's sign is worth, fp32 [columns]; 0 in columns that fill up a word.
+        offsets: What is added to the signs, fp32 [columns]; all 0 but for one column of a wide code.
+        words: int32 [blocks of 64 outputs, columns / 32, 64]; bit ``c`` is that of column ``c`` of the word, 1 is +1.
         factors: Of each group of columns and output, fp32 [groups, blocks * 64]; groups have equally many columns.
     """
 
     shape: tuple[int, int]
-    levels: Levels
     channels: Tensor
     scales: Tensor
+    offsets: Tensor
     words: Tensor
     factors: Tensor
 
@@ -93,35 +90,50 @@ class Planes:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Channels, scales, words and factors."""
-        return self.channels, self.scales, self.words, self.factors
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Channels, scales, offsets, words and factors."""
+        return self.channels, self.scales, self.offsets, self.words, self.factors
 
     @cached_property
-    def arrays(self) -> tuple[Any, Any, Any, Any]:
+    def arrays(self) -> tuple[Any, Any, Any, Any, Any]:
         """The same as NumPy arrays over the same memory, of planes on the CPU."""
-        channels, scales, words, factors = (tensor.numpy() for tensor in self.tensors)
-        return channels, scales, words, factors
+        channels, scales, offsets, words, factors = (tensor.numpy() for tensor in self.tensors)
+        return channels, scales, offsets, words, factors
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """First column of each run of columns of one channel within a group, and the end, int32 [runs + 1].
+
+        Columns that fill up a word follow the run of another channel, or are a run of the first channel, worth nothing.
+        """
+        if not self.columns:
+            return torch.zeros(1, dtype=torch.int32)
+        fresh = torch.ones(self.columns, dtype=torch.bool, device=self.channels.device)
+        fresh[1:] = self.channels[1:] != self.channels[:-1]
+        fresh[:: self.columns // self.groups] = True
+        return torch.cat([fresh.nonzero().flatten(), fresh.new_tensor([self.columns], dtype=torch.int64)]).int()
 
 
-def planes_bytes(outputs: int, columns: int, levels: Levels, group_size: int | None = None) -> int:
-    """Memory of :func:`usllm_kernels.make_planes` of so many columns, before there are any.
+def planes_bytes(outputs: int, widths: Sequence[tuple[int, Levels]], group_size: int | None = None) -> int:
+    """Memory of :func:`usllm_kernels.make_planes`, before there are any.
 
     Args:
         outputs: Of the layer.
-        columns: Of all groups together.
-        levels: Of the codes.
-        group_size: Columns that share a factor; ``None``: all.
+        widths: Numbers of channels, and levels of their codes.
+        group_size: Channels that share a factor, all of one width; ``None``: all do.
     """
-    _, groups, wide = group_sizes(columns, group_size)
-    return _whole(outputs, OUTPUTS) * (levels.bits * groups * wide // 8 + 4 * groups) + 8 * groups * wide
+    columns = sum(count * levels.bits for count, levels in widths)
+    size = None if group_size is None else group_size * widths[0][1].bits
+    _, groups, wide = group_sizes(columns, size)
+    return whole(outputs, OUTPUTS) * (groups * wide // 8 + 4 * groups) + 12 * groups * wide
 
 
 def group_sizes(columns: int, group_size: int | None) -> tuple[int, int, int]:
     """Columns of a group, groups, and columns of a group in whole words."""
     size = max(columns, 1) if group_size is None else min(group_size, max(columns, 1))
-    return size, max(-(-columns // size), 1), _whole(size, COLUMNS) if columns else 0
+    return size, max(-(-columns // size), 1), whole(size, COLUMNS) if columns else 0
 
 
-def _whole(number: int, of: int) -> int:
+def whole(number: int, of: int) -> int:
+    """The least multiple that is not below a number."""
     return -(-number // of) * of

@@ -134,7 +134,9 @@ def test_generate_goes_on_from_the_prompt(
     prompt = "prompt=it's a cat, {sat} on: a=mat"  # signs that mean something to Hydra
     run(monkeypatch, generate, f"model={packed}", prompt, "max_new_tokens=5")
     from_packed = capsys.readouterr().out
-    run(monkeypatch, generate, f"model={packed}", prompt, "max_new_tokens=5", "keep_decoded=1MB")
+    run(monkeypatch, generate, f"model={packed}", prompt, "max_new_tokens=5", "layout=decoded", "layout_memory=1MB")
+    assert capsys.readouterr().out == from_packed
+    run(monkeypatch, generate, f"model={packed}", prompt, "max_new_tokens=5", "layout=expanded")
     assert capsys.readouterr().out == from_packed
     run(monkeypatch, generate, f"ckpt={run_dir}", prompt, "max_new_tokens=5")
     assert capsys.readouterr().out == from_packed
@@ -180,7 +182,7 @@ def test_dense_model_is_packed_without_training_and_measured(
         (inspect, ["model={run}"], "config.json: is missing"),
         (generate, ["prompt=x"], "give exactly one"),
         (generate, ["model={packed}", "prompt="], "prompt: is empty"),
-        (generate, ["ckpt={run}", "prompt=x", "keep_decoded=1MB"], "keep_decoded=1MB: has a meaning for packed models"),
+        (generate, ["ckpt={run}", "prompt=x", "layout=decoded"], "layout=decoded: has a meaning for packed models"),
         (export, ["ckpt={run}", "out=x", "sketch.rows=1"], "sketch.rows=1: ckpt="),
         (export, ["ckpt={run}", "out=x", "max_shard_size=0"], "max_shard_size=0"),
         (export, ["ckpt={run}", "out={run}", "overwrite=true"], "not a packed model"),

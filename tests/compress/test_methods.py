@@ -127,6 +127,24 @@ def test_product_of_a_packed_layer_is_that_of_training_bit_for_bit(
 
 
 @cases
+@pytest.mark.parametrize("shape", [(33, 41), (130, 70)])
+def test_codes_in_output_order_hold_the_same_weight(name: str, options: dict[str, Any], shape: tuple[int, int]) -> None:
+    plan, weight, statistics = planned(compressor_of(name, options), shape)
+    states = plan.encode(plan.start(weight, statistics), statistics.energy).states
+    if plan.expanded_bytes() is None:
+        with pytest.raises(NotImplementedError, match="no expanded layout"):
+            plan.expand(states)
+        return
+    expanded = plan.expand(plan.unpack(plan.pack(states)))
+    assert expanded.nbytes == plan.expanded_bytes()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(expanded.weight(dtype), plan.decode(states, dtype))
+    x, decoded = random(40, shape[1]), plan.decode(states)
+    for tokens in (1, 40):
+        torch.testing.assert_close(expanded.linear(x[:tokens]), x[:tokens] @ decoded.t(), rtol=1e-4, atol=1e-4)
+
+
+@cases
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_latent_learns_and_the_loss_falls(name: str, options: dict[str, Any], precision: str) -> None:
     model, layer = compressed(name, options)

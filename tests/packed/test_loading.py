@@ -11,7 +11,7 @@ from tiny_packed import logits, pack, rewrite, seal, sketched_model
 
 import usllm
 from usllm.packed.export import RestStorage
-from usllm.packed.linear import keep_decoded_, packed_layers
+from usllm.packed.linear import packed_layers
 from usllm.system.errors import PackedFormatError, UserError
 
 
@@ -112,19 +112,11 @@ def test_callers_mistake_is_not_blamed_on_the_folder(folder: Path) -> None:
     assert not isinstance(raised.value, PackedFormatError)
 
 
-def test_kept_decoded_weights_stay_inside_the_budget_and_change_nothing(folder: Path) -> None:
-    model = usllm.load(folder, dtype=torch.float32)
-    wanted = logits(model)
-    weights = [layer.in_features * layer.out_features for layer in packed_layers(model).values()]
-    budget = 4 * sum(weights) // 2
-    kept = keep_decoded_(model, budget, torch.float32)
-    assert torch.equal(logits(model), wanted)
-    held = [layer._decoded for layer in packed_layers(model).values() if layer._decoded is not None]
-    assert sum(tensor.nbytes for tensor in held) == kept
-    assert 0 < kept <= budget
-    assert torch.equal(logits(model), wanted)
-    keep_decoded_(model, 0, torch.float32)
-    assert all(layer._decoded is None for layer in packed_layers(model).values())
+def test_old_name_of_what_is_held_is_answered_with_the_new_one(folder: Path) -> None:
+    with pytest.raises(UserError, match="keep_decoded=7: is layout='decoded', layout_memory=7 now"):
+        usllm.load(folder, keep_decoded=7)
+    with pytest.raises(UserError, match="layout='fast': is unknown; choose one of auto, compact"):
+        usllm.load(folder, layout="fast")
 
 
 def test_nothing_decoded_stays_without_a_budget(folder: Path) -> None:

@@ -16,6 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
+from usllm.system.renamed_keys import GONE
+
 _OPEN = ("callbacks.", "logger.", "trainer.", "stages.", "evaluation.test_sets.", "hydra.")
 """Groups that take keys of one's own; all others refuse what is added to them."""
 _REFUSED = re.compile(r"Could not override '(.+?)'")
@@ -32,7 +34,8 @@ def about_unknown_keys(config_name: str, arguments: Sequence[str]) -> list[str]:
         group, _, option = key.partition(".")
         method = OmegaConf.select(cfg, "sketch.method", default=DEFAULT_METHOD)
         foreign = of_another_method(option, method) if group == "sketch" else None
-        lines.append(f"{key}: {foreign or _inside_null(key, cfg) or f'there is no such key{_hint(key, known)}'}")
+        said = GONE.get(key) or foreign or _inside_null(key, cfg)
+        lines.append(f"{key}: {said or f'there is no such key{_hint(key, known)}'}")
     return lines
 
 

@@ -9,24 +9,24 @@ import torch
 from torch import Tensor
 
 from usllm.compress.values import compute_dtype
-from usllm_kernels import make_planes, plane_linear, plane_weight
+from usllm_kernels import Codes, make_planes, plane_linear, plane_weight
 from usllm_kernels.planes import SIGNS, Planes
 
 
 class Expanded:
-    """A weight that is the sum of what some planes decode to.
+    """A weight that is what some planes decode to.
 
     Args:
-        parts: At least one.
+        planes: All that is held: one, unless a subclass has a product of its own.
     """
 
-    def __init__(self, parts: Sequence[Planes]) -> None:
-        self.parts = tuple(parts)
+    def __init__(self, *planes: Planes) -> None:
+        self.planes = planes
 
     @property
     def nbytes(self) -> int:
         """Memory that it takes."""
-        return sum(part.nbytes for part in self.parts)
+        return sum(planes.nbytes for planes in self.planes)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``y = x Ŵᵀ + b``, [..., in] to [..., out] in the type that is computed with, with the gradient of ``x``."""
@@ -39,11 +39,11 @@ class Expanded:
 
     def product(self, x: Tensor) -> Tensor:
         """``x Ŵᵀ`` without a graph."""
-        return plane_linear(x, self.parts)
+        return plane_linear(x, self.planes[0])
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The decoded weight [out, in], the bits that the states decode to."""
-        return plane_weight(self.parts, dtype)
+        return plane_weight(self.planes[0], dtype)
 
 
 class _InputGradient(torch.autograd.Function):
@@ -70,16 +70,16 @@ class ExpandedFactors(Expanded):
     """
 
     def __init__(self, paths: Sequence[tuple[Planes, Planes]]) -> None:
-        super().__init__([part for path in paths for part in path])
+        super().__init__(*(planes for path in paths for planes in path))
         self.paths = tuple(paths)
 
     def product(self, x: Tensor) -> Tensor:
-        first, *others = (plane_linear(plane_linear(x, [right]), [left]) for right, left in self.paths)
+        first, *others = (plane_linear(plane_linear(x, right), left) for right, left in self.paths)
         return sum(others, first)
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        left = torch.cat([plane_weight([left]) for _, left in self.paths], 1)
-        right = torch.cat([plane_weight([right]).t() for right, _ in self.paths], 1)
+        left = torch.cat([plane_weight(left) for _, left in self.paths], 1)
+        right = torch.cat([plane_weight(right).t() for right, _ in self.paths], 1)
         return (left @ right.T).to(dtype)
 
 
@@ -92,4 +92,4 @@ def sign_planes(signs: Tensor, scales: Tensor, factors: Tensor) -> Planes:
         factors: [out].
     """
     channels = torch.arange(signs.shape[1], device=signs.device)
-    return make_planes(signs, SIGNS, signs.shape[1], channels, scales, factors[:, None])
+    return make_planes([Codes(signs, SIGNS, channels, scales)], signs.shape[1], factors[:, None])

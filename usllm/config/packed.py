@@ -18,6 +18,7 @@ from usllm.config.schema import AllocationConfig, DataConfig, EvaluationConfig
 from usllm.config.structure import built, merge_typed
 from usllm.config.validation import plain_config, user_error
 from usllm.models import ModelSpec
+from usllm.packed.layouts import CHOICES
 from usllm.packed.new_folder import check_out
 from usllm.system.files import expanded, unusable
 
@@ -72,7 +73,8 @@ class GenerateConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
-    keep_decoded: str = "0"
+    layout: str = "auto"
+    layout_memory: str | None = None
     plugins: list[str] = field(default_factory=list)
 
 
@@ -160,9 +162,13 @@ def check_generate(cfg: DictConfig | dict[str, Any]) -> GenerateConfig:
         )
     problems.choice("device", config.device, ("auto", "cpu", "cuda"))
     problems.choice("dtype", config.dtype, DTYPES)
-    _check_size("keep_decoded", config.keep_decoded, 0, problems)
-    if config.ckpt is not None and config.keep_decoded != "0":
-        problems.append(f"keep_decoded={config.keep_decoded}: has a meaning for packed models only; leave it at 0")
+    problems.choice("layout", config.layout, CHOICES)
+    if config.layout_memory is not None:
+        _check_size("layout_memory", config.layout_memory, 0, problems)
+    held = {"layout": (config.layout, "auto"), "layout_memory": (config.layout_memory, None)}
+    for key, (value, unset) in held.items():
+        if config.ckpt is not None and value != unset:
+            problems.append(f"{key}={value}: has a meaning for packed models only; leave it out")
     if problems:
         raise user_error(problems)
     return config

@@ -9,14 +9,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from usllm.compress import Compressor, LayerPlan
+from usllm.compress.expanded import Expanded
 from usllm.packed.config import PackedLayerEntry
+
+LAYOUTS = ("compact", "expanded", "decoded")
 
 
 class PackedLinear(nn.Module):
-    """``y = x Ŵᵀ + b`` with ``Ŵ`` decoded from bytes for each call and released after it.
+    """``y = x Ŵᵀ + b`` with ``Ŵ`` from bytes.
 
     Its only state is a buffer of bytes, which no cast of the model touches. The decoded weight is that of the trained
-    layer, bit for bit, in the dtype that is computed with.
+    layer, bit for bit, in the dtype that is computed with. What else is held, and made again where it is lost, is
+    :attr:`layout`: nothing (``compact``: decoded for each call and released after it), codes in output order
+    (``expanded``), or the decoded weight.
 
     Args:
         entry: Shape and bytes of the layer.
@@ -41,9 +46,10 @@ class PackedLinear(nn.Module):
         self.compressor, self.name = compressor, name
         self.register_buffer("packed", torch.zeros(entry.bytes, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype), requires_grad=False) if bias else None
-        self.keeps_decoded = False
+        self.layout = "compact"
         self._plan: LayerPlan | None = None
         self._decoded: Tensor | None = None
+        self._expanded: Expanded | None = None
 
     @property
     def plan(self) -> LayerPlan:
@@ -62,14 +68,32 @@ class PackedLinear(nn.Module):
             return self._decoded
         with torch.no_grad():
             decoded = self.plan.decode(self.plan.unpack(self.packed), dtype)
-        if self.keeps_decoded:
+        if self.layout == "decoded":
             self._decoded = decoded
         return decoded
 
-    def keep_decoded(self, keep: bool) -> None:
-        """Hold on to the decoded weight from the next call on: ``out * in`` numbers more memory, no decoding."""
-        self.keeps_decoded = keep
-        self._decoded = None
+    @property
+    def expanded(self) -> Expanded:
+        """The codes in output order, made again where they were lost."""
+        if self._expanded is None:
+            self._expanded = self.plan.expand(self.plan.unpack(self.packed))
+        return self._expanded
+
+    def set_layout(self, layout: str) -> None:
+        """Compute by another of :data:`LAYOUTS` from the next call on; what was held is released.
+
+        Raises:
+            ValueError: The layer has no such layout.
+        """
+        if layout not in LAYOUTS or (layout == "expanded" and self.plan.expanded_bytes() is None):
+            raise ValueError(f"{self.name}: has no layout {layout!r}")
+        self.layout = layout
+        self._forget()
+        if layout == "expanded" and self.packed.device.type != "meta":
+            _ = self.expanded  # now, and not in the midst of what somebody compiles
+
+    def _forget(self) -> None:
+        self._decoded = self._expanded = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out] in the dtype of ``x``, or of autocast."""
@@ -78,17 +102,20 @@ class PackedLinear(nn.Module):
         plan = self.plan
         # Where the trained layer multiplies a decoded weight, so does this one in float32: what is added up, and so the
         # bits of the logits, are then the same. In other types products come straight from the states.
-        if self.keeps_decoded or (device in plan.decodes_on and dtype == torch.float32):
+        if self.layout == "expanded":
+            return self.expanded.linear(x, self.bias)
+        if self.layout == "decoded" or (device in plan.decodes_on and dtype == torch.float32):
             return functional.linear(x, self.decoded_weight(dtype), self.bias)
         return plan.linear(x, plan.unpack(self.packed), {}, self.bias)
 
     def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
-        self._decoded = None
+        self._forget()
         return super()._apply(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._plan = self._decoded = None
+        self._plan = None
+        self._forget()
 
     def extra_repr(self) -> str:
         weights = self.out_features * self.in_features
@@ -99,27 +126,3 @@ class PackedLinear(nn.Module):
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     """All packed layers of a model by stable name, in module order."""
     return {module.name: module for module in model.modules() if isinstance(module, PackedLinear)}
-
-
-def keep_decoded_(model: nn.Module, budget_bytes: int, dtype: torch.dtype) -> int:
-    """Let the first layers keep their decoded weights, as many as fit the budget; in place.
-
-    Which layers are kept never changes while the model runs: tokens pass the layers in turn, so evicting the one used
-    longest ago would evict each just before it is needed.
-
-    Args:
-        model: A packed model.
-        budget_bytes: Ceiling for all kept weights together; 0 keeps none.
-        dtype: That the model computes with.
-
-    Returns:
-        Bytes that will be kept.
-    """
-    kept = 0
-    size = torch.empty(0, dtype=dtype).element_size()
-    for layer in packed_layers(model).values():
-        needed = layer.in_features * layer.out_features * size
-        fits = kept + needed <= budget_bytes
-        layer.keep_decoded(fits)
-        kept += needed if fits else 0
-    return kept

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from usllm.packed.folder import CONFIG_FILE, PackedFolder, open_folder
-from usllm.packed.linear import keep_decoded_
+from usllm.packed.layouts import CHOICES, choose_layouts_
 from usllm.system.errors import PackedFormatError, UserError, first_line
 from usllm.system.files import expanded
 
@@ -24,7 +24,8 @@ def load(
     *,
     dtype: torch.dtype | str = "auto",
     device_map: Any = None,
-    keep_decoded: int = 0,
+    layout: str = "auto",
+    layout_memory: int | None = None,
     revision: str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
@@ -37,8 +38,9 @@ def load(
         model: Folder written by ``usllm-export``, or the name of one on the Hugging Face hub.
         dtype: That the model computes with; ``auto`` is that of the stored embeddings and norms.
         device_map: As in transformers.
-        keep_decoded: Bytes of memory for decoded weights that are kept between calls
-            (:func:`usllm.packed.linear.keep_decoded_`).
+        layout: ``compact``, ``expanded`` or ``decoded``: what is held of each layer; ``auto`` chooses
+            (:func:`usllm.packed.layouts.choose_layouts_`).
+        layout_memory: Ceiling in bytes on what is held besides what is stored.
         revision: Branch, tag or commit on the hub.
         options: Passed on to ``from_pretrained``.
 
@@ -47,9 +49,14 @@ def load(
 
     Raises:
         PackedFormatError: A file is missing or damaged; the message begins with the tensor's or file's name.
-        UserError: There is no such folder or hub model.
+        UserError: There is no such folder, hub model or layout.
         Exception: Whatever transformers raises for ``device_map``, a ``dtype`` by name or ``options``.
     """
+    if "keep_decoded" in options:
+        kept = options["keep_decoded"]
+        raise UserError(f"keep_decoded={kept}: is layout='decoded', layout_memory={kept} now")
+    if layout not in CHOICES:
+        raise UserError(f"layout={layout!r}: is unknown; choose one of {', '.join(CHOICES)}")
     path = _local(model, revision)
     folder = open_folder(path)
     check_against_model(folder)
@@ -73,8 +80,7 @@ def load(
         if odd := info.get(kind):
             first = next(iter(odd))
             raise PackedFormatError(f"{first}: is among the {kind.replace('_', ' ')} of {path}, {len(odd)} in all")
-    if keep_decoded:
-        keep_decoded_(loaded, keep_decoded, loaded.dtype)
+    choose_layouts_(loaded, layout, layout_memory)
     model_loaded: PreTrainedModel = loaded
     return model_loaded
 

@@ -107,7 +107,8 @@ def _packed(config: GenerateConfig, device: torch.device) -> tuple[PreTrainedMod
             place,
             dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
             device_map=None if device.type == "cpu" else {"": str(device)},
-            keep_decoded=size_in_bytes(config.keep_decoded),
+            layout=config.layout,
+            layout_memory=None if config.layout_memory is None else size_in_bytes(config.layout_memory),
         )
     except PackedFormatError as error:
         raise UserError(f"model={place}: {error}") from error

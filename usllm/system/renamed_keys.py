@@ -11,6 +11,8 @@ RENAMED = {
     "callbacks.importance_calibration.reuse": "stages.calibrate.reuse",
 }
 """Old key -> new key."""
+GONE = {"keep_decoded": "is layout=decoded layout_memory=… now"}
+"""Keys for which there is more than another name: what to say of them."""
 REPLACED = {"~callbacks.importance_calibration": "stages=none"}
 """Old override -> new override, for what is not said by a key and a value."""
 

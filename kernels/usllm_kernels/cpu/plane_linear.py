@@ -1,7 +1,8 @@
 """Products from codes in output order on the CPU.
 
-A few tokens look sums of four columns up. For more, codes become a matrix some outputs at a time, while it stays in the
-second cache, and torch multiplies: of signs an exact one, whose scales are left with the input and the output.
+A few tokens look sums of four columns up. For more, signs become an exact matrix some outputs at a time, while it stays
+in the second cache, and torch multiplies; scales are left with the inputs and the outputs. Where most codes are wide,
+or groups of inputs have factors of their own, weights are decoded instead.
 """
 
 from __future__ import annotations
@@ -11,22 +12,24 @@ import torch
 from torch import Tensor
 
 from usllm_kernels.cpu.parallel import side_by_side
-from usllm_kernels.cpu.planes import decode_columns, gather_inputs, look_up, sign_columns
+from usllm_kernels.cpu.planes import decode_runs, gather_inputs, look_up, sign_columns
 from usllm_kernels.planes import COLUMNS, OUTPUTS, Planes
 
 FEW_TOKENS = 24
-"""Beyond, a matrix of the codes and torch's product are faster."""
+"""Beyond, a matrix and torch's product are faster."""
 _MATRIX = 1 << 19
 """Elements of the matrix that is made at a time; at least a block of outputs for each thread."""
 _LEAST_SHARED = 1 << 21
 """Signs; below, starting a second thread takes longer than it saves."""
+_MOST_COLUMNS = 1.5
+"""Of a channel, in the mean, that are multiplied as signs."""
 _ONE = {torch.float32: 0x3F800000, torch.bfloat16: 0x3F80, torch.float16: 0x3C00}
 """Bits of 1."""
 _SIGN = {torch.float32: -(1 << 31), torch.bfloat16: 0x8000, torch.float16: 0x8000}
 
 
 def plane_linear(x: Tensor, planes: Planes) -> Tensor:
-    """``x Ŵᵀ`` of the planes' channels, [tokens, out]; the same bits for every number of threads but for torch's.
+    """``x Ŵᵀ``, [tokens, out]; sums of a few tokens are the same bits for every number of threads.
 
     Args:
         x: [tokens, in].
@@ -35,71 +38,98 @@ def plane_linear(x: Tensor, planes: Planes) -> Tensor:
     Returns:
         fp32 for a few tokens, else in the type of ``x``.
     """
-    if not planes.columns or not len(x):
-        return x.new_zeros(len(x), planes.shape[0])
-    if len(x) <= FEW_TOKENS or x.dtype not in _ONE:
+    tokens, outputs = x.shape[0], planes.shape[0]
+    if not planes.columns or not tokens:
+        return x.new_zeros(tokens, outputs)
+    if tokens <= FEW_TOKENS or x.dtype not in _ONE:
         return _looked_up(x, planes)
-    outputs, blocks = planes.shape[0], planes.words.shape[1]
-    exact = planes.levels.signs and planes.groups == 1
-    found, held = x.new_empty(len(x), outputs), _inputs(x, planes, exact)
-    width = max(_MATRIX // (planes.columns * OUTPUTS), torch.get_num_threads())
+    runs, blocks = len(planes.starts) - 1, planes.words.shape[0]
+    exact = planes.groups == 1 and planes.columns <= _MOST_COLUMNS * runs
+    rows = planes.columns if exact else runs
+    found, held = x.new_empty(tokens, outputs), _inputs(x, planes, exact)
+    added = _offsets(x, planes) if exact else None
+    width = max(_MATRIX // (rows * OUTPUTS), torch.get_num_threads())
     for first in range(0, blocks, width):
         part = range(first, min(first + width, blocks))
         start, stop = first * OUTPUTS, min(part.stop * OUTPUTS, outputs)
         matrix = _signs(planes, part, x.dtype) if exact else _decoded(planes, part, x.dtype)
         product = held @ matrix[:, : stop - start]
         if exact:
+            product = product if added is None else product + added
             torch.mul(product, planes.factors[0, start:stop], out=found[:, start:stop])
         else:
             found[:, start:stop] = product
     return found
 
 
-def columns_weight(planes: Planes, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Decoded weight of the columns, [columns, out]."""
-    return _decoded(planes, range(planes.words.shape[1]), dtype)[:, : planes.shape[0]]
+def plane_weight(planes: Planes, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Decoded weight [out, in]."""
+    outputs, inputs = planes.shape
+    weight = torch.zeros(inputs, outputs, dtype=dtype)
+    if planes.columns:
+        runs = planes.starts[:-1].long()
+        held = planes.scales[runs] != 0  # the others fill up words
+        found = _decoded(planes, range(planes.words.shape[0]), dtype)[:, :outputs]
+        weight[planes.channels[runs][held].long()] = found[held]
+    return weight.t()
 
 
 def _looked_up(x: Tensor, planes: Planes) -> Tensor:
-    channels, scales, words, factors = planes.arrays
-    blocks, levels = words.shape[1], planes.levels
+    channels, scales, offsets, words, factors = planes.arrays
+    blocks = words.shape[0]
     found = torch.empty(x.shape[0], blocks * OUTPUTS)
     values, into = x.float().contiguous().numpy(), found.numpy()
     threads = torch.get_num_threads() if words.size * COLUMNS * x.shape[0] >= _LEAST_SHARED else 1
+    if threads == 1:
+        look_up(values, channels, scales, offsets, words, factors, into, 0, blocks)
+    else:
 
-    def work(part: int) -> None:
-        span = blocks * part // threads, blocks * (part + 1) // threads
-        look_up(values, channels, scales, words, factors, levels.step, levels.shift, into, *span)
+        def work(part: int) -> None:
+            span = blocks * part // threads, blocks * (part + 1) // threads
+            look_up(values, channels, scales, offsets, words, factors, into, *span)
 
-    side_by_side(work, range(threads))
+        side_by_side(work, range(threads))
     return found[:, : planes.shape[0]]
 
 
-def _inputs(x: Tensor, planes: Planes, scaled: bool) -> Tensor:
-    """What a matrix of the columns is multiplied with, [tokens, columns]: scales rounded in, as in a weight, or not."""
-    channels, scales, _, _ = planes.arrays
+def _inputs(x: Tensor, planes: Planes, columns: bool) -> Tensor:
+    """What a matrix is multiplied with: of its columns with the scales rounded in, or of runs, as they are."""
+    channels, scales = planes.arrays[:2]
+    if not columns:
+        channels = channels[planes.starts[:-1].numpy()]
+        scales = np.ones(channels.size, np.float32)
+        if channels.size % 8:  # compiled loops write eight at a time
+            return x.index_select(1, torch.from_numpy(channels))
     bits = x.dtype == torch.bfloat16
     values = (x.view(torch.int16) if bits else x.float()).contiguous().numpy()
-    held = torch.empty(len(x), planes.columns, dtype=x.dtype if bits else torch.float32)
-    into, by = (held.view(torch.int16) if bits else held).numpy(), scales if scaled else np.ones_like(scales)
+    held = torch.empty(len(x), channels.size, dtype=x.dtype if bits else torch.float32)
+    into = (held.view(torch.int16) if bits else held).numpy()
     parts = torch.get_num_threads() if held.numel() >= _LEAST_SHARED // COLUMNS else 1
 
     def work(part: int) -> None:
-        gather_inputs(values, channels, by, into, len(x) * part // parts, len(x) * (part + 1) // parts)
+        gather_inputs(values, channels, scales, into, len(x) * part // parts, len(x) * (part + 1) // parts)
 
     side_by_side(work, range(parts))
     return held.to(x.dtype)
 
 
+def _offsets(x: Tensor, planes: Planes) -> Tensor | None:
+    """What offsets add to every output's product, fp32 [tokens, 1]."""
+    where = planes.offsets.nonzero().flatten()
+    if not len(where):
+        return None
+    return x.index_select(1, planes.channels[where]).float() @ planes.offsets[where, None]
+
+
 def _decoded(planes: Planes, blocks: range, dtype: torch.dtype) -> Tensor:
-    """Decoded weights of some blocks of outputs, [columns, len(blocks) * 64]."""
-    _, scales, words, factors = planes.arrays
-    levels, written = planes.levels, dtype if dtype == torch.bfloat16 else torch.float32
-    weight = torch.empty(planes.columns, len(blocks) * OUTPUTS, dtype=written)
+    """Decoded weights of some blocks of outputs, [runs, len(blocks) * 64]."""
+    _, scales, offsets, words, factors = planes.arrays
+    starts, written = planes.starts.numpy(), dtype if dtype == torch.bfloat16 else torch.float32
+    weight = torch.empty(len(starts) - 1, len(blocks) * OUTPUTS, dtype=written)
     into = (weight.view(torch.int16) if written == torch.bfloat16 else weight).numpy()
 
     def work(block: int) -> None:
-        decode_columns(words, scales, factors, levels.step, levels.shift, into, blocks.start, block)
+        decode_runs(words, starts, scales, offsets, factors, into, blocks.start, block)
 
     side_by_side(work, blocks)
     return weight.to(dtype)
@@ -108,7 +138,7 @@ def _decoded(planes: Planes, blocks: range, dtype: torch.dtype) -> Tensor:
 def _signs(planes: Planes, blocks: range, dtype: torch.dtype) -> Tensor:
     """Signs of some blocks of outputs, 1 and -1, [columns, len(blocks) * 64]."""
     signs = torch.empty(planes.columns, len(blocks) * OUTPUTS, dtype=dtype)
-    into, words = signs.view(torch.int32 if dtype == torch.float32 else torch.int16).numpy(), planes.arrays[2]
+    into, words = signs.view(torch.int32 if dtype == torch.float32 else torch.int16).numpy(), planes.arrays[3]
 
     def work(block: int) -> None:
         sign_columns(words, _ONE[dtype], _ONE[dtype] | _SIGN[dtype], into, blocks.start, block)

@@ -144,7 +144,7 @@ class LittleBitPlan(LayerPlan):
 
     def expanded_bytes(self) -> int | None:
         out, inputs = self.shape
-        return self.paths * (planes_bytes(self.rank, inputs, SIGNS) + planes_bytes(out, self.rank, SIGNS))
+        return self.paths * (planes_bytes(self.rank, [(inputs, SIGNS)]) + planes_bytes(out, [(self.rank, SIGNS)]))
 
     def expand(self, states: Mapping[str, Tensor]) -> Expanded:
         paths = []

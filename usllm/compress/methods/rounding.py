@@ -20,7 +20,7 @@ from usllm.rounding.config import DEFAULT_WIDTH, WIDTHS
 from usllm.rounding.scales import fit_scales
 from usllm.sketch.bitstream import pack, unpack
 from usllm.system.errors import UserError
-from usllm_kernels import make_planes
+from usllm_kernels import Codes, make_planes
 from usllm_kernels.planes import Levels, planes_bytes
 
 HEADER_BYTES = 4
@@ -129,14 +129,14 @@ class RoundingPlan(LayerPlan):
         return _sections(self.shape, self.bits, self.config.group_size)
 
     def expanded_bytes(self) -> int | None:
-        return planes_bytes(self.shape[0], self.shape[1], self._levels(), self.config.group_size)
+        return planes_bytes(self.shape[0], [(self.shape[1], self._levels())], self.config.group_size)
 
     def expand(self, states: Mapping[str, Tensor]) -> Expanded:
         inputs, scales = self.shape[1], states["scales"]
         levels = to_levels(self._codes(states), self.bits).view(self.shape)
         channels, ones = torch.arange(inputs, device=scales.device), torch.ones(inputs, device=scales.device)
-        size = self.config.group_size
-        return Expanded([make_planes(levels, self._levels(), inputs, channels, ones, scales, size)])
+        codes = Codes(levels, self._levels(), channels, ones)
+        return Expanded(make_planes([codes], inputs, scales, self.config.group_size))
 
     def _levels(self) -> Levels:
         largest = largest_level(self.bits)

@@ -1,83 +1,113 @@
-"""Words of bit planes: whole numbers in output order -> one bit of each, together with those of its neighbours."""
+"""Words of signs: whole numbers in output order -> a bit of each, together with those of its neighbours."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from usllm_kernels.dispatch import implementation, running_on
-from usllm_kernels.planes import OUTPUTS, Levels, Planes, group_sizes
+from usllm_kernels.planes import OUTPUTS, Levels, Planes, group_sizes, whole
+
+
+class Codes(NamedTuple):
+    """Codes of channels of one width.
+
+    Attributes:
+        numbers: Among ``levels``, any type, [out, channels].
+        levels: That they can have; at most 8 bits.
+        channels: Whole numbers [channels].
+        scales: What a unit is worth in each channel, fp32 [channels].
+    """
+
+    numbers: Tensor
+    levels: Levels
+    channels: Tensor
+    scales: Tensor
 
 
 @torch.no_grad()
-def plane_words(numbers: Tensor, bits: int, *, backend: str | None = None) -> Tensor:
+def plane_words(bits: Tensor, *, backend: str | None = None) -> Tensor:
     """Words of :class:`usllm_kernels.planes.Planes`.
 
     It runs once for a layer that is loaded, in no graph: it is not a custom op.
 
     Args:
-        numbers: Below ``2^bits``, uint8 [out, columns], multiples of 64 and 32.
-        bits: Planes, 1 to 8.
+        bits: 0 or 1, uint8 [out, columns], multiples of 64 and 32.
         backend: See :func:`usllm_kernels.dispatch.choose`.
 
     Returns:
-        int32 [bits, out / 64, columns / 32, 64].
+        int32 [out / 64, columns / 32, 64].
 
     Raises:
         ValueError: The back end cannot run.
     """
-    with running_on(numbers.device):
-        words: Tensor = implementation("plane_words", numbers, numbers.device, backend).plane_words(numbers, bits)
+    with running_on(bits.device):
+        words: Tensor = implementation("plane_words", bits, bits.device, backend).plane_words(bits)
     return words
 
 
 @torch.no_grad()
 def make_planes(
-    codes: Tensor,
-    levels: Levels,
+    widths: Sequence[Codes],
     inputs: int,
-    channels: Tensor,
-    scales: Tensor,
     factors: Tensor | None = None,
     group_size: int | None = None,
     *,
     backend: str | None = None,
 ) -> Planes:
-    """Planes of codes.
+    """Codes in output order as signs.
 
     Args:
-        codes: Whole numbers among ``levels``, any type, [out, columns].
-        levels: That codes can have; at most 8 bits.
+        widths: The channels of a layer, by the width of their codes; one width at least.
         inputs: Of the layer.
-        channels: Input of each column, whole numbers [columns].
-        scales: What a unit is worth in each column, fp32 [columns].
         factors: Of each output and group, [out, groups]; ``None``: ones.
-        group_size: Consecutive columns of a group, of which the last one may be shorter; ``None``: all.
+        group_size: Consecutive channels of a group, of which the last one may be shorter, all of one width; ``None``:
+            all.
         backend: See :func:`usllm_kernels.dispatch.choose`.
 
     Raises:
         ValueError: The back end cannot run.
     """
-    (outputs, columns), device = codes.shape, codes.device
-    size, groups, wide = group_sizes(columns, group_size)
-    rows = -(-outputs // OUTPUTS) * OUTPUTS
+    outputs, device = widths[0].numbers.shape[0], widths[0].numbers.device
+    columns = sum(len(codes.channels) * codes.levels.bits for codes in widths)
+    size = None if group_size is None else group_size * widths[0].levels.bits
+    size, groups, wide = group_sizes(columns, size)
+    rows = whole(outputs, OUTPUTS)
 
-    def filled(values: Tensor, into: Tensor) -> Tensor:
-        """[..., columns] with columns that fill up words."""
-        by_group = into.view(*into.shape[:-1], groups, wide)
-        for group, part in enumerate(values.split(size, -1)):
+    def filled(parts: Sequence[Tensor], into: Tensor) -> Tensor:
+        """Parts [..., columns] beside each other, with columns that fill up words."""
+        joined, by_group = torch.cat(list(parts), -1), into.view(*into.shape[:-1], groups, wide)
+        for group, part in enumerate(joined.split(size, -1)):
             by_group[..., group, : part.shape[-1]] = part
         return into
 
-    numbers = torch.zeros(rows, groups * wide, dtype=torch.uint8, device=device)
-    filled((codes - levels.least) // levels.stride, numbers[:outputs])
+    channels, scales, offsets, bits = [], [], [], []
+    for codes in widths:
+        levels, number = codes.levels, len(codes.channels)
+        powers = 2.0 ** torch.arange(levels.bits, device=device)
+        channels.append(codes.channels.int().repeat_interleave(levels.bits))
+        scales.append((codes.scales.float()[:, None] * (levels.step * powers)).flatten())
+        lowest = torch.zeros(number, levels.bits, device=device)
+        lowest[:, 0] = levels.shift * codes.scales.float()
+        offsets.append(lowest.flatten())
+        counted = codes.numbers if levels == (-1, 1, 2) else (codes.numbers - levels.least) // levels.stride
+        if levels.bits == 1:
+            bits.append((counted > 0).to(torch.uint8))
+        else:
+            places = torch.arange(levels.bits, dtype=torch.uint8, device=device)
+            bits.append(((counted.to(torch.uint8)[..., None] >> places) & 1).flatten(1))
     by_output = torch.zeros(groups, rows, device=device)
     by_output[:, :outputs] = 1.0 if factors is None else factors.float().t()
+    whole_bits = torch.zeros(rows, groups * wide, dtype=torch.uint8, device=device)
+    filled(bits, whole_bits[:outputs])
     return Planes(
         (outputs, inputs),
-        levels,
         filled(channels, torch.zeros(groups * wide, dtype=torch.int32, device=device)),
-        filled(scales.float(), torch.zeros(groups * wide, device=device)),
-        plane_words(numbers, levels.bits, backend=backend),
+        filled(scales, torch.zeros(groups * wide, device=device)),
+        filled(offsets, torch.zeros(groups * wide, device=device)),
+        plane_words(whole_bits, backend=backend),
         by_output,
     )

@@ -1,4 +1,4 @@
-"""The truth about words of bit planes: bits put together in plain torch."""
+"""The truth about words of signs: bits put together in plain torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from usllm.sketch.bitstream import pack
 from usllm_kernels.planes import COLUMNS, OUTPUTS
 
 
-def supports(numbers: Tensor) -> None:
-    """All numbers."""
+def supports(bits: Tensor) -> None:
+    """All bits."""
 
 
-def plane_words(numbers: Tensor, bits: int) -> Tensor:
-    """Words, int32 [bits, out / 64, columns / 32, 64], of numbers below ``2^bits``, uint8 [out, columns]."""
-    by_block = numbers.view(-1, OUTPUTS, numbers.shape[1] // COLUMNS, COLUMNS).transpose(1, 2).contiguous()
-    planes = [pack([((by_block >> plane) & 1, 1)], numbers.device) for plane in range(bits)]
-    return torch.stack(planes).view(torch.int32).view(bits, *by_block.shape[:-1])
+def plane_words(bits: Tensor) -> Tensor:
+    """Words, int32 [out / 64, columns / 32, 64], of 0 and 1, uint8 [out, columns]."""
+    by_block = bits.view(-1, OUTPUTS, bits.shape[1] // COLUMNS, COLUMNS).transpose(1, 2).contiguous()
+    return pack([(by_block, 1)], bits.device).view(torch.int32).view(by_block.shape[:-1])

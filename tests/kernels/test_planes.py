@@ -1,0 +1,164 @@
+"""Codes in output order: every back end against the reference, on shapes that fill no word and no block."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from usllm_kernels import Codes, make_planes, plane_linear, plane_weight
+from usllm_kernels.dispatch import installed
+from usllm_kernels.planes import OUTPUTS, SIGNS, Levels, Planes, planes_bytes
+
+ALL = [SIGNS, Levels(-3, 3, 2), Levels(-1, 1, 1), Levels(-7, 7, 1), Levels(-3, 3, 1), Levels(-255, 255, 2)]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+layers = st.tuples(
+    st.integers(1, 140), st.integers(1, 150), st.sampled_from(ALL), st.sampled_from([None, 1, 7, 32, 50])
+)
+
+
+def made(
+    outputs: int, columns: int, levels: Levels, group_size: int | None, backend: str = "torch", extra: int = 9
+) -> tuple[Planes, torch.Tensor]:
+    """Planes of random codes, and the weight that they stand for."""
+    generator = torch.Generator().manual_seed(outputs * columns)
+    choices = (levels.most - levels.least) // levels.stride + 1
+    codes = torch.randint(0, choices, (outputs, columns), generator=generator) * levels.stride + levels.least
+    channels = torch.randperm(columns + extra, generator=generator)[:columns]
+    scales = torch.randint(8, 16, (columns,), generator=generator) / 64  # four bits, as stored ones have
+    groups = 1 if group_size is None else -(-columns // group_size)
+    factors = torch.rand(outputs, groups, generator=generator) + 0.1
+    weight = torch.zeros(outputs, columns + extra)
+    wide = factors if group_size is None else factors.repeat_interleave(group_size, 1)[:, :columns]
+    weight[:, channels] = (codes.float() * scales) * wide
+    given = [Codes(codes, levels, channels, scales)]
+    planes = make_planes(given, columns + extra, factors, group_size, backend=backend)
+    return planes, weight
+
+
+BACKENDS = ["torch", pytest.param("numba", marks=pytest.mark.skipif(not installed("numba"), reason="no numba"))]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=60, deadline=None)
+@given(layer=layers, tokens=st.sampled_from([0, 1, 2, 5, 24, 25, 40]), dtype=st.sampled_from(DTYPES))
+def test_planes_hold_the_weight_and_multiply_with_it(
+    backend: str, layer: tuple[int, int, Levels, int | None], tokens: int, dtype: torch.dtype
+) -> None:
+    planes, weight = made(*layer, backend=backend)
+    outputs, columns, levels, group_size = layer
+    assert planes.nbytes == planes_bytes(outputs, [(columns, levels)], group_size)
+    for kind in DTYPES:
+        assert torch.equal(plane_weight(planes, kind, backend=backend), weight.to(kind))
+    x = torch.randn(tokens, weight.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = plane_linear(x, planes, backend=backend)
+    assert found.dtype == dtype and found.shape == (tokens, outputs)
+    expected = x.double() @ weight.t().double()
+    # A sum of rounded numbers: in units of the last place of what is added up.
+    unit = torch.finfo(dtype).eps * (x.double().abs() @ weight.t().double().abs())
+    assert bool(((found.double() - expected).abs() <= 3 * unit + 1e-30).all())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tokens", [1, 30])
+@pytest.mark.parametrize("wide", [3, 60])
+def test_channels_of_several_widths_are_one_matrix(backend: str, tokens: int, wide: int) -> None:
+    generator, inputs = torch.Generator().manual_seed(0), 40 + wide + 5
+    channels = torch.randperm(inputs, generator=generator)
+    weight, widths = torch.zeros(70, inputs), []
+    for levels, mine in ((SIGNS, channels[:40]), (Levels(-7, 7, 1), channels[40 : 40 + wide])):
+        choices = (levels.most - levels.least) // levels.stride + 1
+        codes = torch.randint(0, choices, (70, len(mine)), generator=generator) * levels.stride + levels.least
+        scales = torch.randint(8, 16, (len(mine),), generator=generator) / 64
+        widths.append(Codes(codes, levels, mine, scales))
+        weight[:, mine] = codes * scales
+    planes = make_planes(widths, inputs, backend=backend)
+    assert planes.nbytes == planes_bytes(70, [(40, SIGNS), (wide, Levels(-7, 7, 1))])
+    assert torch.equal(plane_weight(planes, backend=backend), weight)
+    x = torch.randn(tokens, inputs, generator=generator)
+    torch.testing.assert_close(plane_linear(x, planes, backend=backend), x @ weight.t(), rtol=1e-4, atol=1e-4)
+
+
+def test_words_are_the_same_bits_on_every_back_end() -> None:
+    pytest.importorskip("numba")
+    for levels in ALL:
+        words = [made(130, 70, levels, 50, backend)[0].words for backend in ("torch", "numba")]
+        assert torch.equal(*words)
+
+
+@pytest.mark.skipif(not installed("numba"), reason="no numba")
+@pytest.mark.parametrize("tokens", [1, 7, 30])
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("levels", [SIGNS, Levels(-7, 7, 1)], ids=["signs", "four bits"])
+def test_nothing_is_read_before_it_is_written(tokens: int, levels: Levels) -> None:
+    planes, weight = made(100, 90, levels, None, "numba")
+    x = torch.randn(tokens, weight.shape[1])
+    found = plane_linear(x, planes, backend="numba")
+    torch.testing.assert_close(found, x @ weight.t(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(not installed("numba"), reason="no numba")
+@pytest.mark.parametrize("levels", [SIGNS, Levels(-7, 7, 1)], ids=["signs", "four bits"])
+def test_every_number_of_threads_gives_the_same_bits(levels: Levels, monkeypatch: pytest.MonkeyPatch) -> None:
+    from usllm_kernels.cpu import plane_linear as driver
+
+    planes, _ = made(5 * OUTPUTS + 3, 200, levels, None, "numba")
+    x = torch.randn(3, planes.shape[1])
+    monkeypatch.setattr(driver, "_LEAST_SHARED", 1)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.append(plane_linear(x, planes, backend="numba"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.skipif(not installed("numba"), reason="no numba")
+def test_every_set_of_instructions_adds_up_in_the_same_order() -> None:
+    import numpy as np
+    from llvmlite import binding
+    from numba import njit
+
+    from usllm_kernels.cpu.lookup import INSTRUCTIONS, TABLE, TABLES, table_sums
+
+    generator = np.random.default_rng(0)
+    words = generator.integers(-(2**31), 2**31, (3, OUTPUTS), dtype=np.int64).astype(np.int32)
+    tables = generator.standard_normal((3, TABLES, TABLE)).astype(np.float32)
+    expected = np.zeros(OUTPUTS, np.float32)
+    for row in range(3):
+        for number in range(TABLES):
+            expected += tables[row, number][(words[row].view(np.uint32) >> np.uint32(4 * number)) & 15]
+    has, tried = binding.get_host_cpu_features(), 0
+    for feature in INSTRUCTIONS:
+        if feature and not has.get(feature):
+            continue
+        sums = table_sums(feature)
+        found = np.full(OUTPUTS, np.nan, np.float32)
+        njit(lambda words, tables, found, sums=sums: sums(words, 0, tables, 0, 3, found, 0))(words, tables, found)
+        assert np.array_equal(found, expected), feature
+        tried += 1
+    assert tried
+
+
+def test_a_product_is_compiled_whole() -> None:
+    planes, weight = made(70, 40, SIGNS, None)
+    compiled = torch.compile(lambda x: plane_linear(x, planes), fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, weight.shape[1])
+    torch.testing.assert_close(compiled(x), plane_linear(x, planes), rtol=0, atol=0)
+    torch.library.opcheck(torch.ops.usllm.plane_linear.default, (x, list(planes.tensors), 70, "torch"))
+
+
+def test_an_input_of_another_width_is_refused() -> None:
+    planes, _ = made(70, 40, SIGNS, None)
+    with pytest.raises(ValueError, match="the input has 5 channels, the layer 49"):
+        plane_linear(torch.randn(2, 5), planes)
+
+
+def test_a_layer_without_columns_gives_zeros() -> None:
+    nothing = make_planes([Codes(torch.zeros(70, 0), SIGNS, torch.zeros(0), torch.zeros(0))], 9)
+    for backend in ("torch", "auto"):
+        assert not plane_linear(torch.randn(2, 9), nothing, backend=backend).any()
+        assert not plane_weight(nothing, backend=backend).any()

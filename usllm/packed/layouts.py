@@ -1,0 +1,67 @@
+"""In which form each layer of a loaded model lies in memory: what is stored, codes in output order, or weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from usllm.packed.linear import LAYOUTS, PackedLinear, packed_layers
+from usllm.system.errors import UserError
+
+MOST_BITS = 1.5
+"""Of a weight in output order, that ``auto`` still takes: with more of them not only states would be resident."""
+CHOICES = ("auto", *LAYOUTS)
+
+
+def choose_layouts_(model: nn.Module, layout: str = "auto", memory: int | None = None) -> dict[str, str]:
+    """Give every packed layer of a model the layout that is asked for, as long as memory is left; in place.
+
+    Which layers have it never changes while the model runs: tokens pass the layers in turn, so evicting the one used
+    longest ago would evict each just before it is needed.
+
+    Args:
+        model: A packed model.
+        layout: ``compact``: as stored, looked up through the hash at each use. ``expanded``: codes in output order,
+            one bit of memory for each bit of a code. ``decoded``: weights in the type that is computed with. ``auto``:
+            expanded where that takes at most 1.5 bits a weight, else compact; on the CPU, and not where the model
+            computes in float32: there compact layers compute the bits of the trained ones.
+        memory: Ceiling in bytes for all that is held besides what is stored; layers that it has no room for stay
+            compact. ``None``: no ceiling.
+
+    Returns:
+        The layout of each layer.
+
+    Raises:
+        UserError: There is no such layout.
+    """
+    if layout not in CHOICES:
+        raise UserError(f"layout={layout!r}: is unknown; choose one of {', '.join(CHOICES)}")
+    dtype, left = getattr(model, "dtype", torch.float32), memory
+    found = {}
+    for name, layer in packed_layers(model).items():
+        chosen = _automatic(layer, dtype) if layout == "auto" else layout
+        needed = _BYTES[chosen](layer, dtype)
+        if needed is None or (left is not None and needed > left):
+            chosen, needed = "compact", 0
+        left = None if left is None else left - needed
+        layer.set_layout(chosen)
+        found[name] = chosen
+    return found
+
+
+def _automatic(layer: PackedLinear, dtype: torch.dtype) -> str:
+    if dtype == torch.float32 or layer.packed.device.type != "cpu":
+        return "compact"
+    needed = layer.plan.expanded_bytes()
+    fits = needed is not None and 8 * needed <= MOST_BITS * layer.in_features * layer.out_features
+    return "expanded" if fits else "compact"
+
+
+_BYTES: dict[str, Callable[[PackedLinear, torch.dtype], int | None]] = {
+    "compact": lambda layer, dtype: 0,
+    "expanded": lambda layer, dtype: layer.plan.expanded_bytes(),
+    "decoded": lambda layer, dtype: layer.in_features * layer.out_features * dtype.itemsize,
+}
+"""Memory besides what is stored; ``None`` where the layout does not exist."""
