@@ -8,6 +8,7 @@ and is found there; its ``reference.py`` is the truth about it.
 from importlib import import_module
 
 from usllm_kernels.dispatch import choice_problem, choose, operations, register, supports
+from usllm_kernels.ops.block_linear.op import block_linear
 from usllm_kernels.ops.plane_linear.op import plane_linear, plane_weight
 from usllm_kernels.ops.plane_words.op import Codes, make_planes
 from usllm_kernels.ops.project.op import project
@@ -23,6 +24,7 @@ for _operation in operations():  # a compiled or exported graph asks for the cus
 
 __all__ = [
     "Codes",
+    "block_linear",
     "choice_problem",
     "choose",
     "make_planes",

@@ -12,6 +12,8 @@ from torch.nn import functional
 from usllm.packed import block_layers
 from usllm.packed.block_layers import BlockEmbedding, BlockLinear
 from usllm.packed.blocks import SCHEMES, pack_blocks, unpack_blocks
+from usllm_kernels.ops.block_linear import reference
+from usllm_kernels.ops.block_linear.numba import FEW_TOKENS
 
 bits_of_a_scheme = pytest.mark.parametrize("bits", sorted(SCHEMES))
 
@@ -23,7 +25,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
     """Forward passes decode seven rows of 64 weights at a time."""
-    monkeypatch.setattr(block_layers, "DECODED_BYTES", 7 * 64 * 4)
+    monkeypatch.setattr(reference, "DECODED_BYTES", 7 * 64 * 4)
     return 7
 
 
@@ -40,7 +42,10 @@ def test_linear_is_that_of_the_decoded_weight(
     layer = BlockLinear.from_weight(normal(24, 64), bits, normal(24, seed=1) if bias else None)
     x = normal(*shape, seed=2, dtype=dtype)
     expected = functional.linear(x, layer.decoded_weight(dtype), None if layer.bias is None else layer.bias.to(dtype))
-    assert torch.equal(layer(x), expected)
+    if dtype == torch.float32 or x[..., 0].numel() > FEW_TOKENS:
+        assert torch.equal(layer(x), expected)
+    else:  # codes are multiplied as they lie, and not rounded first
+        torch.testing.assert_close(layer(x), expected, rtol=0.02, atol=0.2)
 
 
 @bits_of_a_scheme
@@ -64,7 +69,8 @@ def test_no_more_than_a_chunk_is_decoded(bits: int, small_chunks: int, monkeypat
         decoded.append(len(packed))
         return unpack_blocks(packed, *args)
 
-    monkeypatch.setattr(block_layers, "unpack_blocks", counting)
+    for module in (reference, block_layers):
+        monkeypatch.setattr(module, "unpack_blocks", counting)
     layer(normal(2, 64).requires_grad_()).sum().backward()
     assert decoded == [7, 7, 7, 3] * 2  # forward and backward
 
@@ -129,7 +135,7 @@ def test_linear_computes_in_the_dtype_of_its_input_and_of_autocast(bits: int) ->
     layer = BlockLinear.from_weight(normal(24, 64), bits, normal(24, seed=1))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert layer(normal(2, 64, dtype=dtype)).dtype == dtype
-    x = normal(2, 64)
+    x = normal(FEW_TOKENS + 1, 64)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     weight, bias = layer.decoded_weight(torch.bfloat16), layer.bias.to(torch.bfloat16)

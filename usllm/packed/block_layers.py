@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from usllm.packed.blocks import SCHEMES, bytes_per_row, chunk_rows, pack_blocks, unpack_blocks
-
-DECODED_BYTES = 8 << 20
-"""Bound of the fp32 weights that a forward pass decodes at a time; with their codes and their cast it is twice that."""
+from usllm_kernels import block_linear
+from usllm_kernels.ops.block_linear import reference
 
 
 class BlockLinear(nn.Module):
-    """``y = x Ŵᵀ + b`` with ``Ŵ`` decoded in chunks of rows, in the dtype of ``x`` or of autocast.
+    """``y = x Ŵᵀ + b`` with ``Ŵ`` decoded in chunks of rows, or a few tokens multiplied with codes as they lie.
+
+    It computes in the dtype of ``x`` or of autocast.
 
     Gradients reach ``x`` and the bias; for them the chunks are decoded again.
 
@@ -168,15 +169,7 @@ class _BlockProduct(torch.autograd.Function):
         """Args: x [..., in], packed uint8 [out, bytes], bias [out]; one dtype. Returns [..., out]."""
         ctx.save_for_backward(packed)
         ctx.bits, ctx.columns = bits, x.shape[-1]
-        rows, step = len(packed), chunk_rows(x.shape[-1], DECODED_BYTES)
-        if rows <= step:
-            return functional.linear(x, unpack_blocks(packed, bits, x.dtype), bias)
-        y = x.new_empty(*x.shape[:-1], rows)
-        for first in range(0, rows, step):
-            chunk = slice(first, first + step)
-            part = None if bias is None else bias[chunk]
-            y[..., chunk] = functional.linear(x, unpack_blocks(packed[chunk], bits, x.dtype), part)
-        return y
+        return block_linear(x, packed, bits, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
@@ -184,7 +177,7 @@ class _BlockProduct(torch.autograd.Function):
         (grad,) = grads
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            step = chunk_rows(ctx.columns, DECODED_BYTES)
+            step = chunk_rows(ctx.columns, reference.DECODED_BYTES)
             total: Tensor | None = None
             for first in range(0, len(packed), step):
                 chunk = slice(first, first + step)

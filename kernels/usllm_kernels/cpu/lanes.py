@@ -199,6 +199,26 @@ def shift_left(typing: Any, value: Any, places: Any) -> Any:
 
 
 @intrinsic
+def low_half(typing: Any, value: Any) -> Any:
+    """The low four bits of each lane."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.and_(arguments[0], ir.Constant(arguments[0].type, [15] * LANES))
+
+    return value(value), emit
+
+
+@intrinsic
+def high_half(typing: Any, value: Any) -> Any:
+    """Lanes of bytes, each without its low four bits, which are moved out."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.lshr(arguments[0], ir.Constant(arguments[0].type, [4] * LANES))
+
+    return value(value), emit
+
+
+@intrinsic
 def where_less(typing: Any, one: Any, other: Any, then: Any, otherwise: Any) -> Any:
     """``then`` in the lanes where ``one < other``, else ``otherwise``."""
 

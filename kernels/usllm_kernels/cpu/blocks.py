@@ -1,0 +1,71 @@
+"""Compiled loops over the blocks of GGUF: a few tokens are multiplied with codes as they lie.
+
+A sum over a block's codes is multiplied by its scale once. Codes of four bits are stored plus eight, which is taken off
+the sum: eight times that of the inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from usllm_kernels.blocks import BLOCK, BLOCK_BYTES, SCALE_BYTES
+from usllm_kernels.cpu.compiled import compiled
+from usllm_kernels.cpu.lanes import LANES, add, fill, high_half, load, low_half, multiply, store
+from usllm_kernels.cpu.tiles import as_floats
+
+_WIDE, _NARROW = BLOCK_BYTES[8], BLOCK_BYTES[4]
+_HALF = BLOCK // 2
+_FP16_BIAS = 2.0**112  # between the exponents of fp16 and of fp32, once its bits stand in the place of fp32's
+
+
+@compiled
+def multiply_blocks(
+    x: Any,  # float32 [tokens, in]
+    packed: Any,  # uint8 [out, bytes of a row]
+    bits: int,  # 8 or 4
+    found: Any,  # float32 [tokens, out], written
+    first: int,  # row
+    last: int,
+) -> None:
+    """Products of some rows; each is added up in one order."""
+    tokens, columns = x.shape
+    blocks = columns // BLOCK
+    size = _WIDE if bits == 8 else _NARROW
+    codes, signed, row_bytes = packed.reshape(-1), packed.reshape(-1).view(np.int8), packed.shape[1]
+    scale_bits = np.empty(blocks, np.int32)
+    scales, sums, inputs = scale_bits.view(np.float32), np.empty(LANES, np.float32), x.reshape(-1)
+    eights = np.zeros((tokens, blocks), np.float32)
+    if bits == 4:
+        for token in range(tokens):
+            for block in range(blocks):
+                for i in range(BLOCK):
+                    eights[token, block] += np.float32(8.0) * x[token, block * BLOCK + i]
+    for row in range(first, last):
+        start = row * row_bytes
+        for block in range(blocks):
+            half = np.int32(codes[start + block * size]) | (np.int32(codes[start + block * size + 1]) << 8)
+            scale_bits[block] = ((half & 0x7FFF) << 13) | ((half & 0x8000) << 16)
+        for block in range(blocks):
+            scales[block] *= np.float32(_FP16_BIAS)
+        for token in range(tokens):
+            total, taken = fill(sums, np.float32(0.0)), np.float32(0.0)
+            for block in range(blocks):
+                at, of = start + block * size + SCALE_BYTES, token * columns + block * BLOCK
+                part = fill(sums, np.float32(0.0))
+                if bits == 8:
+                    for i in range(0, BLOCK, LANES):
+                        code = as_floats(load(signed, at + i), sums)
+                        part = add(part, multiply(code, load(inputs, of + i)))
+                else:
+                    for i in range(0, _HALF, LANES):
+                        both = load(codes, at + i)
+                        low, high = as_floats(low_half(both), sums), as_floats(high_half(both), sums)
+                        part = add(part, multiply(low, load(inputs, of + i)))
+                        part = add(part, multiply(high, load(inputs, of + _HALF + i)))
+                    taken += scales[block] * eights[token, block]
+                total = add(total, multiply(part, fill(sums, scales[block])))
+            store(sums, 0, total)
+            whole = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]))
+            found[token, row] = whole - taken
