@@ -16,6 +16,8 @@ LITTLEBIT = (
     "sketch.paths=2",
     "stages.reconstruct.latent_lr=0.1",
     "stages.reconstruct.scale_lr=4e-3",
+    "stages.reconstruct.steps=200",  # of 2,048 tokens, at which its rates were searched
+    "stages.reconstruct.batch_size=8",
 )
 ROUNDING = (*RECIPE, "sketch=rounding", "allocation.layer_budget=equal")
 PAPER = ("experiment=paper_smollm2",)
