@@ -20,11 +20,17 @@ def perplexities(run_dir: Path) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("method", [[], ["sketch=sign", "sketch.bits_per_weight=1.5"]], ids=["tiny", "sign"])
 def test_sharded_run_is_killed_continued_by_one_process_and_reported_as_if_it_had_always_been_one(
-    tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    method: list[str],
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    two = ["trainer.devices=2", "trainer.strategy=fsdp2", "data.batch_size=1", "reuse_statistics=false"]
-    run_here(monkeypatch, *arguments(tiny_text, tmp_path, f"run_dir={tmp_path}/one", "reuse_statistics=false"))
+    alike = ["reuse_statistics=false", *method]
+    two = ["trainer.devices=2", "trainer.strategy=fsdp2", "data.batch_size=1", *alike]
+    run_here(monkeypatch, *arguments(tiny_text, tmp_path, f"run_dir={tmp_path}/one", *alike))
 
     whole = run_apart(*arguments(tiny_text, tmp_path, f"run_dir={tmp_path}/two", *two))
     assert whole.returncode == 0, whole.stderr
@@ -38,7 +44,7 @@ def test_sharded_run_is_killed_continued_by_one_process_and_reported_as_if_it_ha
     assert killed.returncode != 0
     assert not (tmp_path / "killed" / "report.json").exists()
     capsys.readouterr()
-    again = arguments(tiny_text, tmp_path, f"run_dir={tmp_path}/killed", "resume=true", "reuse_statistics=false")
+    again = arguments(tiny_text, tmp_path, f"run_dir={tmp_path}/killed", "resume=true", *alike)
     with pytest.raises(SystemExit):
         run_here(monkeypatch, *again, "data.batch_size=3")
     assert "1 x 1 x 2 = 2 in the checkpoint, 3 x 1 x 1 = 3 in this run" in capsys.readouterr().err
