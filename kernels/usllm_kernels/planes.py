@@ -104,7 +104,7 @@ class Planes:
     def starts(self) -> Tensor:
         """First column of each run of columns of one channel within a group, and the end, int32 [runs + 1].
 
-        Columns that fill up a word follow the run of another channel, or are a run of the first channel, worth nothing.
+        Columns that fill up a word belong to the run of a group's last channel.
         """
         if not self.columns:
             return torch.zeros(1, dtype=torch.int32)

@@ -128,6 +128,7 @@ VALUES = [
     generate("temperature=nan", "temperature=nan: must be 0"),
     generate("keep_decoded=1MB", "keep_decoded: is layout=decoded layout_memory=… now"),
     generate("layout=fast", "layout=fast: unknown; choose one of auto, compact, expanded, decoded"),
+    generate(["layout=compact", "layout_memory=1MB"], "layout_memory=1MB: nothing is held with layout=compact"),
     generate("layout_memory=much", "layout_memory=much: must be a size such as 200MB"),
     generate("max_new_tokens=3000", "more than the model's 2048 positions"),
     export("seed=1", "seed=1: ckpt=RUN decides that"),

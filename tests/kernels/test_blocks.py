@@ -82,3 +82,13 @@ def test_a_product_is_compiled_whole(bits: int) -> None:
     compiled = torch.compile(lambda x: block_linear(x, codes, bits), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), block_linear(x, codes, bits))
     torch.library.opcheck(torch.ops.usllm.block_linear.default, (x, codes, bits, None, "torch"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_input_or_bytes_that_do_not_fit_are_refused(dtype: torch.dtype) -> None:
+    codes = packed(8, 64, 8)
+    for width in (32, 65, 128):
+        with pytest.raises(ValueError, match=f"the input has {width} channels, the weight 64"):
+            block_linear(torch.randn(1, width).to(dtype), codes, 8)
+    with pytest.raises(ValueError, match="whole Q4_0 blocks"):
+        block_linear(torch.randn(1, 64).to(dtype), codes, 4)

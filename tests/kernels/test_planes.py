@@ -162,3 +162,37 @@ def test_a_layer_without_columns_gives_zeros() -> None:
     for backend in ("torch", "auto"):
         assert not plane_linear(torch.randn(2, 9), nothing, backend=backend).any()
         assert not plane_weight(nothing, backend=backend).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_sizes_that_fp16_does_not_hold_on_the_way_are_right_in_the_end(backend: str, tokens: int) -> None:
+    codes, channels = torch.ones(64, 1024), torch.arange(1024)
+    for scale, factor, size in ((1.0, 1e-3, 100.0), (1e-6, 1e3, 0.01)):
+        given = [Codes(codes, SIGNS, channels, torch.full((1024,), scale))]
+        planes = make_planes(given, 1024, torch.full((64, 1), factor), backend=backend)
+        found = plane_linear(torch.full((tokens, 1024), size, dtype=torch.float16), planes, backend=backend)
+        torch.testing.assert_close(
+            found.float(), torch.full((tokens, 64), 1024 * scale * factor * size), rtol=0.02, atol=0
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_an_infinite_input_reaches_no_output_that_does_not_read_it(backend: str, tokens: int) -> None:
+    codes = torch.ones(64, 40)
+    given = [Codes(codes, SIGNS, torch.arange(1, 41), torch.ones(40))]  # the first input is read by nobody
+    x = torch.ones(tokens, 41)
+    x[:, 0] = torch.inf
+    found = plane_linear(x, make_planes(given, 41, backend=backend), backend=backend)
+    if backend == "numba":  # the reference multiplies with zeros
+        assert torch.equal(found, torch.full((tokens, 64), 40.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_product_of_doubles_and_one_with_a_graph(backend: str) -> None:
+    planes, weight = made(70, 40, SIGNS, None, backend)
+    x = torch.randn(3, 49, dtype=torch.float64)
+    torch.testing.assert_close(plane_linear(x, planes, backend=backend), x @ weight.double().t())
+    found = plane_linear(torch.randn(3, 49, requires_grad=True), planes, backend=backend)
+    assert found.is_contiguous() and not found.requires_grad

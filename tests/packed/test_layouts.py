@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,24 @@ def test_auto_expands_what_stays_small_and_never_where_bits_are_those_of_trainin
         assert small == (layer._expanded is not None)
     exact = usllm.load(folder, dtype=torch.float32)
     assert {layer.layout for layer in packed_layers(exact).values()} == {"compact"}
+    for layer in packed_layers(model).values():  # computing in float32 after all
+        x = torch.randn(2, layer.in_features)
+        assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.decoded_weight(), layer.bias))
+
+
+def test_what_was_asked_for_is_made_once_and_nothing_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    whole = PackedLinear.set_layout
+
+    def counting(layer: PackedLinear, layout: str, automatic: bool = False) -> None:
+        made.append(layout)
+        whole(layer, layout, automatic)
+
+    monkeypatch.setattr(PackedLinear, "set_layout", counting)
+    for layout in ("compact", "expanded", "decoded"):
+        made.clear()
+        model = usllm.load(folder, dtype=torch.bfloat16, layout=layout)
+        assert made == [layout] * len(packed_layers(model))
 
 
 def test_transformers_own_loader_chooses_too(folder: Path) -> None:
@@ -86,13 +105,15 @@ def test_transformers_own_loader_chooses_too(folder: Path) -> None:
     assert {name: layer.layout for name, layer in theirs.items()} == {n: layer.layout for n, layer in ours.items()}
 
 
-def test_layers_that_are_moved_or_loaded_anew_forget_what_they_held(folder: Path) -> None:
+def test_layers_that_are_copied_or_loaded_anew_forget_what_they_held(folder: Path) -> None:
     model = usllm.load(folder, dtype=torch.bfloat16, layout="expanded")
-    wanted = logits(model)
+    wanted, before = logits(model), held(model)
     stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.to("cpu")
-    assert held(model) == 0
-    assert torch.equal(logits(model), wanted)
+    assert held(model) == before > 0
+    twin = copy.deepcopy(model)
+    assert (held(twin), held(model)) == (0, before)
+    assert torch.equal(logits(twin), wanted)
     model.load_state_dict(stored)
     assert held(model) == 0
     assert torch.equal(logits(model), wanted)

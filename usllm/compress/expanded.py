@@ -78,6 +78,7 @@ class ExpandedFactors(Expanded):
         return sum(others, first)
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The decoded weight [out, in]: the products of the factors that the states decode to, added up in fp32."""
         left = torch.cat([plane_weight(left) for _, left in self.paths], 1)
         right = torch.cat([plane_weight(right).t() for right, _ in self.paths], 1)
         return (left @ right.T).to(dtype)

@@ -50,7 +50,8 @@ class ScaleGradient(torch.autograd.Function):
 def scale_gradient(output: Tensor, gain: Tensor, bias: Tensor | None = None) -> Tensor:
     """Outputs that hand their gradient on, and give ``gain``, [out], its own.
 
-    ``d loss / d gain[o] = Σ_tokens (d loss / d output[o]) · (output[o] - bias[o])``.
+    ``d loss / d gain[o] = Σ_tokens (d loss / d output[o]) · (output[o] - bias[o])``. In the ramp of a reconstruction,
+    where part of an output is still the latent weight's, the gain learns what would suit the whole of it.
 
     Args:
         output: [..., out]; without the bias it is in proportion to ``exp(gain)``.

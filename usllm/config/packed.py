@@ -165,6 +165,8 @@ def check_generate(cfg: DictConfig | dict[str, Any]) -> GenerateConfig:
     problems.choice("layout", config.layout, CHOICES)
     if config.layout_memory is not None:
         _check_size("layout_memory", config.layout_memory, 0, problems)
+    if config.layout == "compact" and config.layout_memory is not None:
+        problems.append(f"layout_memory={config.layout_memory}: nothing is held with layout=compact; leave it out")
     held = {"layout": (config.layout, "auto"), "layout_memory": (config.layout_memory, None)}
     for key, (value, unset) in held.items():
         if config.ckpt is not None and value != unset:

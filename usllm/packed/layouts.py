@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ from usllm.system.errors import UserError
 MOST_BITS = 1.5
 """Of a weight in output order, that ``auto`` still takes: with more of them not only states would be resident."""
 CHOICES = ("auto", *LAYOUTS)
+asked: ContextVar[tuple[str, int | None]] = ContextVar("asked", default=("auto", None))
+"""Layout and memory that a model is being loaded with."""
 
 
 def choose_layouts_(model: nn.Module, layout: str = "auto", memory: int | None = None) -> dict[str, str]:
@@ -28,25 +31,33 @@ def choose_layouts_(model: nn.Module, layout: str = "auto", memory: int | None =
             expanded where that takes at most 1.5 bits a weight, else compact; on the CPU, and not where the model
             computes in float32: there compact layers compute the bits of the trained ones.
         memory: Ceiling in bytes for all that is held besides what is stored; layers that it has no room for stay
-            compact. ``None``: no ceiling.
+            compact, as do those whose method has no expanded layout, and offloaded ones. ``None``: no ceiling.
 
     Returns:
         The layout of each layer.
 
     Raises:
-        UserError: There is no such layout.
+        UserError: There is no such layout, or none on the device of a layer.
     """
     if layout not in CHOICES:
         raise UserError(f"layout={layout!r}: is unknown; choose one of {', '.join(CHOICES)}")
+    for name, layer in packed_layers(model).items():
+        if layout == "expanded" and layer.packed.device.type not in ("cpu", "meta"):
+            raise UserError(
+                f"layout=expanded: {name} is on {layer.packed.device}; it is there for the CPU alone, leave it at auto"
+            )
     dtype, left = getattr(model, "dtype", torch.float32), memory
     found = {}
     for name, layer in packed_layers(model).items():
+        if layer.packed.device.type == "meta":
+            found[name] = layer.layout
+            continue
         chosen = _automatic(layer, dtype) if layout == "auto" else layout
         needed = _BYTES[chosen](layer, dtype)
         if needed is None or (left is not None and needed > left):
             chosen, needed = "compact", 0
         left = None if left is None else left - needed
-        layer.set_layout(chosen)
+        layer.set_layout(chosen, automatic=layout == "auto")
         found[name] = chosen
     return found
 

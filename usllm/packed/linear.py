@@ -19,9 +19,9 @@ class PackedLinear(nn.Module):
     """``y = x Ŵᵀ + b`` with ``Ŵ`` from bytes.
 
     Its only state is a buffer of bytes, which no cast of the model touches. The decoded weight is that of the trained
-    layer, bit for bit, in the dtype that is computed with. What else is held, and made again where it is lost, is
-    :attr:`layout`: nothing (``compact``: decoded for each call and released after it), codes in output order
-    (``expanded``), or the decoded weight.
+    layer, bit for bit, in the dtype that is computed with. What else is held, and made again where it is lost, is its
+    layout: nothing (``compact``: decoded for each call and released after it), codes in output order (``expanded``), or
+    the decoded weight. Who writes into ``packed`` by hand has to set the layout anew.
 
     Args:
         entry: Shape and bytes of the layer.
@@ -46,7 +46,7 @@ class PackedLinear(nn.Module):
         self.compressor, self.name = compressor, name
         self.register_buffer("packed", torch.zeros(entry.bytes, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype), requires_grad=False) if bias else None
-        self.layout = "compact"
+        self.layout, self.automatic = "compact", True
         self._plan: LayerPlan | None = None
         self._decoded: Tensor | None = None
         self._expanded: Expanded | None = None
@@ -79,14 +79,22 @@ class PackedLinear(nn.Module):
             self._expanded = self.plan.expand(self.plan.unpack(self.packed))
         return self._expanded
 
-    def set_layout(self, layout: str) -> None:
+    def set_layout(self, layout: str, automatic: bool = False) -> None:
         """Compute by another of :data:`LAYOUTS` from the next call on; what was held is released.
+
+        Args:
+            layout: One that the layer has.
+            automatic: Whether nobody asked for it: then a layer that is moved to another device, or computes in
+                float32, computes as a compact one there.
 
         Raises:
             ValueError: The layer has no such layout.
         """
         if layout not in LAYOUTS or (layout == "expanded" and self.plan.expanded_bytes() is None):
             raise ValueError(f"{self.name}: has no layout {layout!r}")
+        self.automatic = automatic
+        if layout == self.layout:
+            return
         self.layout = layout
         self._forget()
         if layout == "expanded" and self.packed.device.type != "meta":
@@ -102,15 +110,21 @@ class PackedLinear(nn.Module):
         plan = self.plan
         # Where the trained layer multiplies a decoded weight, so does this one in float32: what is added up, and so the
         # bits of the logits, are then the same. In other types products come straight from the states.
-        if self.layout == "expanded":
+        if self.layout == "expanded" and not (self.automatic and (device != "cpu" or dtype == torch.float32)):
             return self.expanded.linear(x, self.bias)
         if self.layout == "decoded" or (device in plan.decodes_on and dtype == torch.float32):
             return functional.linear(x, self.decoded_weight(dtype), self.bias)
         return plan.linear(x, plan.unpack(self.packed), {}, self.bias)
 
     def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
-        self._forget()
-        return super()._apply(*args, **kwargs)
+        before = self.packed.device
+        super()._apply(*args, **kwargs)
+        if self.packed.device != before:
+            self._forget()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_decoded": None, "_expanded": None}  # made again from the bytes
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from usllm.packed.folder import CONFIG_FILE, PackedFolder, open_folder
-from usllm.packed.layouts import CHOICES, choose_layouts_
+from usllm.packed.layouts import CHOICES, asked
 from usllm.system.errors import PackedFormatError, UserError, first_line
 from usllm.system.files import expanded
 
@@ -64,23 +64,25 @@ def load(
 
     from usllm.packed import quantizer  # noqa: F401 (registers itself)
 
-    asked = bool(options) or device_map is not None or (isinstance(dtype, str) and dtype != "auto")
+    by_caller = bool(options) or device_map is not None or (isinstance(dtype, str) and dtype != "auto")
     options = {"trust_remote_code": False, **options, "use_safetensors": True, "output_loading_info": True}
+    token = asked.set((layout, layout_memory))
     try:
         loaded: Any
         info: dict[str, Any]
         loaded, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map, **options)  # type: ignore[misc]
-    except (PackedFormatError, torch.OutOfMemoryError):
+    except (PackedFormatError, UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, safetensors and accelerate errors have no common base class
-        if asked:  # the caller's own options may be at fault: the folder was checked before
+        if by_caller:  # the caller's own options may be at fault: the folder was checked before
             raise
         raise PackedFormatError(f"{path.name}: cannot be loaded ({first_line(error)})") from error
+    finally:
+        asked.reset(token)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if odd := info.get(kind):
             first = next(iter(odd))
             raise PackedFormatError(f"{first}: is among the {kind.replace('_', ' ')} of {path}, {len(odd)} in all")
-    choose_layouts_(loaded, layout, layout_memory)
     model_loaded: PreTrainedModel = loaded
     return model_loaded
 

@@ -21,7 +21,7 @@ from usllm.packed.block_layers import BlockEmbedding, BlockLinear
 from usllm.packed.blocks import check_blocks
 from usllm.packed.config import QUANT_METHOD, BlockEntry, PackedConfig
 from usllm.packed.folder import refuse_files
-from usllm.packed.layouts import choose_layouts_
+from usllm.packed.layouts import asked, choose_layouts_
 from usllm.packed.linear import PackedLinear, packed_layers
 from usllm.packed.rotary import older_rope
 from usllm.packed.saving import checksums_of
@@ -96,8 +96,7 @@ class SketchQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         check_packed(model)
-        if all(layer.packed.device.type != "meta" for layer in packed_layers(model).values()):
-            choose_layouts_(model)
+        choose_layouts_(model, *asked.get())
         if hasattr(model, "_weight_conversions"):  # names in the files are the model's own: saving changes none
             model._weight_conversions = []  # type: ignore[assignment]
         for cast in ("half", "float"):  # transformers forbids them for quantised models; bytes they leave alone

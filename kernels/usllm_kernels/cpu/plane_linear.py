@@ -41,10 +41,13 @@ def plane_linear(x: Tensor, planes: Planes) -> Tensor:
     tokens, outputs = x.shape[0], planes.shape[0]
     if not planes.columns or not tokens:
         return x.new_zeros(tokens, outputs)
-    if tokens <= FEW_TOKENS or x.dtype not in _ONE:
+    if x.dtype not in _ONE:
+        return x @ plane_weight(planes).to(x.dtype).t()
+    if tokens <= FEW_TOKENS:
         return _looked_up(x, planes)
     runs, blocks = len(planes.starts) - 1, planes.words.shape[0]
-    exact = planes.groups == 1 and planes.columns <= _MOST_COLUMNS * runs
+    # Scales alone, or products without the outputs' factors, may be beyond what fp16 holds.
+    exact = planes.groups == 1 and planes.columns <= _MOST_COLUMNS * runs and x.dtype != torch.float16
     rows = planes.columns if exact else runs
     found, held = x.new_empty(tokens, outputs), _inputs(x, planes, exact)
     added = _offsets(x, planes) if exact else None
@@ -55,7 +58,7 @@ def plane_linear(x: Tensor, planes: Planes) -> Tensor:
         matrix = _signs(planes, part, x.dtype) if exact else _decoded(planes, part, x.dtype)
         product = held @ matrix[:, : stop - start]
         if exact:
-            product = product if added is None else product + added
+            product = product if added is None else (product + added).to(product.dtype)
             torch.mul(product, planes.factors[0, start:stop], out=found[:, start:stop])
         else:
             found[:, start:stop] = product
@@ -89,7 +92,7 @@ def _looked_up(x: Tensor, planes: Planes) -> Tensor:
             look_up(values, channels, scales, offsets, words, factors, into, *span)
 
         side_by_side(work, range(threads))
-    return found[:, : planes.shape[0]]
+    return found[:, : planes.shape[0]].contiguous()
 
 
 def _inputs(x: Tensor, planes: Planes, columns: bool) -> Tensor:
@@ -118,7 +121,7 @@ def _offsets(x: Tensor, planes: Planes) -> Tensor | None:
     where = planes.offsets.nonzero().flatten()
     if not len(where):
         return None
-    return x.index_select(1, planes.channels[where]).float() @ planes.offsets[where, None]
+    return (x.index_select(1, planes.channels[where]).float() * planes.offsets[where]).sum(1, keepdim=True)
 
 
 def _decoded(planes: Planes, blocks: range, dtype: torch.dtype) -> Tensor:

@@ -60,7 +60,7 @@ class SketchPlan(Plan, LayerPlan):
             return {"weight": weight}
         states = project(weight.float(), self, statistics.energy)
         scales = decode_scale(states["output_scales"], states["output_scale_base"], OUTPUT_MANTISSA)
-        return {"weight": weight, GAIN: scales.log()}
+        return {"weight": weight, GAIN: scales.log() if self.blocks else torch.zeros_like(scales)}
 
     def state_specs(self) -> dict[str, Spec]:
         empty = self.state_tensors("meta")
@@ -122,7 +122,8 @@ class SketchPlan(Plan, LayerPlan):
             y = super().linear(x, states, latents, bias, decoded=decoded)
         else:
             y = sketch_linear(x, dict(states), self, bias, weight=latents.get("weight"))
-        return scale_gradient(y, latents[GAIN], bias) if GAIN in latents else y
+        gain = latents.get(GAIN)
+        return y if gain is None or not gain.requires_grad else scale_gradient(y, gain, bias)
 
     def expanded_bytes(self) -> int | None:
         return sketch_planes_bytes(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from usllm_kernels.blocks import BLOCK, blocks_of
 from usllm_kernels.dispatch import implementation, running_on
 
 
@@ -21,7 +22,7 @@ def block_linear(
         backend: See :func:`usllm_kernels.dispatch.choose`.
 
     Raises:
-        ValueError: The back end cannot run, or the bytes are no whole number of blocks.
+        ValueError: The back end cannot run, the bytes are no whole number of blocks, or ``x`` is not [..., in].
     """
     if torch.compiler.is_compiling():
         return block_linear_op(x, packed, bits, bias, backend or "")
@@ -29,6 +30,9 @@ def block_linear(
 
 
 def _computed(x: Tensor, packed: Tensor, bits: int, bias: Tensor | None, backend: str | None) -> Tensor:
+    columns = blocks_of(packed, bits, "weight").shape[-2] * BLOCK
+    if x.shape[-1] != columns:
+        raise ValueError(f"the input has {x.shape[-1]} channels, the weight {columns}")
     with running_on(x.device):
         computing = implementation("block_linear", packed, x.device, backend)
         y: Tensor = computing.block_linear(x.reshape(-1, x.shape[-1]), packed, bits, bias)

@@ -12,7 +12,7 @@ from usllm_kernels.planes import Planes
 
 
 def plane_linear(x: Tensor, planes: Planes, *, backend: str | None = None) -> Tensor:
-    """Map [..., in] to [..., out] with what the planes decode to; few tokens are added up in fp32.
+    """Map [..., in] to [..., out] with what the planes decode to, without a graph; few tokens are added up in fp32.
 
     Args:
         x: [..., in].
@@ -50,7 +50,7 @@ def plane_weight(planes: Planes, dtype: torch.dtype = torch.float32, *, backend:
 def _computed(x: Tensor, planes: Planes, backend: str | None) -> Tensor:
     with running_on(x.device):
         computing = implementation("plane_linear", planes, x.device, backend)
-        y: Tensor = computing.plane_linear(x.reshape(-1, x.shape[-1]), planes)
+        y: Tensor = computing.plane_linear(x.detach().reshape(-1, x.shape[-1]), planes)
     return y.to(x.dtype).view(*x.shape[:-1], planes.shape[0])
 
 

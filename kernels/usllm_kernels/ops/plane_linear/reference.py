@@ -33,7 +33,9 @@ def plane_linear(x: Tensor, planes: Planes) -> Tensor:
         x: [tokens, in].
         planes: Of the layer.
     """
-    return x.float() @ plane_weight(planes).t()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return x.to(wide) @ plane_weight(planes).to(wide).t()
 
 
 def _signs(planes: Planes) -> Tensor:

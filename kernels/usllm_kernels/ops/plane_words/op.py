@@ -99,13 +99,16 @@ def make_planes(
         else:
             places = torch.arange(levels.bits, dtype=torch.uint8, device=device)
             bits.append(((counted.to(torch.uint8)[..., None] >> places) & 1).flatten(1))
+    places = torch.zeros(groups * wide, dtype=torch.int32, device=device)
+    for group, of_group in enumerate(torch.cat(channels).split(size)):  # those that fill up words go with the last one
+        places[group * wide : (group + 1) * wide] = of_group[-1] if len(of_group) else 0
     by_output = torch.zeros(groups, rows, device=device)
     by_output[:, :outputs] = 1.0 if factors is None else factors.float().t()
     whole_bits = torch.zeros(rows, groups * wide, dtype=torch.uint8, device=device)
     filled(bits, whole_bits[:outputs])
     return Planes(
         (outputs, inputs),
-        filled(channels, torch.zeros(groups * wide, dtype=torch.int32, device=device)),
+        filled(channels, places),
         filled(scales, torch.zeros(groups * wide, device=device)),
         filled(offsets, torch.zeros(groups * wide, device=device)),
         plane_words(whole_bits, backend=backend),
