@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,10 +76,12 @@ def test_occupancy_and_load_are_those_of_the_plans() -> None:
         )
 
 
-def test_error_weighs_channels_by_importance() -> None:
+@pytest.mark.parametrize("trained", [False, True], ids=["", "output scales trained"])
+def test_error_weighs_channels_by_importance(trained: bool) -> None:
     model = nn.ModuleDict({"a": nn.Linear(48, 64)})
     importance = torch.rand(48) + 0.1
-    report = compress_(model, CONFIG, {"a": importance}, ["a"])
+    config = replace(CONFIG, output_scale=True, train_output_scale=True) if trained else CONFIG
+    report = compress_(model, config, {"a": importance}, ["a"])
     (layer,) = compressed_layers(model).values()
     latent = layer.weight.detach().double()
     weighted = ((layer.decoded_weight() - latent).square() * importance).sum() / (latent.square() * importance).sum()

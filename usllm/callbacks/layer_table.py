@@ -73,7 +73,7 @@ def layer_table(model: nn.Module, changes: dict[str, Reprojection]) -> tuple[tup
 
 @torch.no_grad()
 def _projection_error(layer: CompressedLinear) -> float | None:
-    if set(layer.latents) != {"weight"}:
+    if "weight" not in layer.latents:
         return None
     latent = layer.latent_weight()
     error = (layer.decoded_weight() - latent).square().sum(0) @ layer.importance

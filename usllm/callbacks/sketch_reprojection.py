@@ -67,7 +67,7 @@ class SketchReprojection(Callback):
         if own and self.reallocate_every_n_steps:
             raise UserError(
                 f"callbacks.sketch_reprojection.reallocate_every_n_steps={self.reallocate_every_n_steps}: the method's "
-                "latents have the size of its plan, which cannot change; set it to null"
+                "latents go with its plan, which cannot change; set it to null"
             )
         recall_winners_(network)
         self._seen_step = self._projected_step = trainer.global_step

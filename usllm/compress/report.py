@@ -147,7 +147,7 @@ def layer_report(layer: CompressedLinear) -> LayerReport:
     if plan is None:
         raise RuntimeError(f"{layer.name} has no plan yet: calibrate and allocate first")
     error = None
-    if set(layer.latents) == {"weight"}:
+    if "weight" in layer.latents:
         latent = layer.latent_weight()
         difference = (layer.decoded_weight() - latent).square().sum(0) @ layer.importance
         energy = latent.square().sum(0) @ layer.importance
