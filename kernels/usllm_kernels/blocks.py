@@ -21,7 +21,14 @@ BLOCK_BYTES = {8: 34, 4: 18}
 SCALE_BYTES = 2
 """Of a block, its first ones."""
 
+DECODED_BYTES = 8 << 20
+"""Bound of the fp32 weights that a product decodes at a time; with their codes and their cast it is twice that."""
 _LOW_HALVES = 0x0F0F0F0F0F0F0F0F
+
+
+def chunk_rows(columns: int, chunk_bytes: int = DECODED_BYTES) -> int:
+    """Rows of ``columns`` weights whose fp32 form takes at most ``chunk_bytes``; at least one."""
+    return max(1, chunk_bytes // (4 * columns))
 
 
 def unpack_blocks(packed: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:

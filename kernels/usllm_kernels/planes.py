@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 OUTPUTS = 64
@@ -61,6 +60,8 @@ class Planes:
         shape: ``(out, in)`` of the layer's weight.
         channels: Input of each column, int32 [columns]: a multiple of 32 in each group. Those of one channel follow
             each other.
+        starts: First column of each channel, and their end, int32 [channels + 1]; columns that fill up a word belong to
+            the channel before them.
         scales: What a column's sign is worth, fp32 [columns]; 0 in columns that fill up a word.
         offsets: What is added to the signs, fp32 [columns]; all 0 but for one column of a wide code.
         words: int32 [blocks of 64 outputs, columns / 32, 64]; bit ``c`` is that of column ``c`` of the word, 1 is +1.
@@ -69,6 +70,7 @@ class Planes:
 
     shape: tuple[int, int]
     channels: Tensor
+    starts: Tensor
     scales: Tensor
     offsets: Tensor
     words: Tensor
@@ -90,28 +92,15 @@ class Planes:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Channels, scales, offsets, words and factors."""
-        return self.channels, self.scales, self.offsets, self.words, self.factors
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Channels, starts, scales, offsets, words and factors."""
+        return self.channels, self.starts, self.scales, self.offsets, self.words, self.factors
 
     @cached_property
-    def arrays(self) -> tuple[Any, Any, Any, Any, Any]:
+    def arrays(self) -> tuple[Any, Any, Any, Any, Any, Any]:
         """The same as NumPy arrays over the same memory, of planes on the CPU."""
-        channels, scales, offsets, words, factors = (tensor.numpy() for tensor in self.tensors)
-        return channels, scales, offsets, words, factors
-
-    @cached_property
-    def starts(self) -> Tensor:
-        """First column of each run of columns of one channel within a group, and the end, int32 [runs + 1].
-
-        Columns that fill up a word belong to the run of a group's last channel.
-        """
-        if not self.columns:
-            return torch.zeros(1, dtype=torch.int32)
-        fresh = torch.ones(self.columns, dtype=torch.bool, device=self.channels.device)
-        fresh[1:] = self.channels[1:] != self.channels[:-1]
-        fresh[:: self.columns // self.groups] = True
-        return torch.cat([fresh.nonzero().flatten(), fresh.new_tensor([self.columns], dtype=torch.int64)]).int()
+        channels, starts, scales, offsets, words, factors = (tensor.numpy() for tensor in self.tensors)
+        return channels, starts, scales, offsets, words, factors
 
 
 def planes_bytes(outputs: int, widths: Sequence[tuple[int, Levels]], group_size: int | None = None) -> int:
@@ -125,7 +114,9 @@ def planes_bytes(outputs: int, widths: Sequence[tuple[int, Levels]], group_size:
     columns = sum(count * levels.bits for count, levels in widths)
     size = None if group_size is None else group_size * widths[0][1].bits
     _, groups, wide = group_sizes(columns, size)
-    return whole(outputs, OUTPUTS) * (groups * wide // 8 + 4 * groups) + 12 * groups * wide
+    channels = sum(count for count, _ in widths)
+    by_column = 12 * groups * wide + 4 * (channels + 1)
+    return whole(outputs, OUTPUTS) * (groups * wide // 8 + 4 * groups) + by_column
 
 
 def group_sizes(columns: int, group_size: int | None) -> tuple[int, int, int]:

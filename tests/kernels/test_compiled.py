@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,23 @@ def test_code_of_other_sources_is_not_used(tmp_path: Path) -> None:
     after = compiled.code_folder(tmp_path)
     assert before is not None and after is not None
     assert after.name != before.name and after.parent == before.parent
+
+
+def test_constants_from_other_folders_are_among_the_sources() -> None:
+    """Every module outside of the folder that a compiled file takes a number from decides which code is used."""
+    here = Path(compiled.__file__).parent
+    taken = set()
+    for file in here.glob("*.py"):
+        module = import_module(f"usllm_kernels.cpu.{file.stem}")
+        if not any(hasattr(value, "py_func") for value in vars(module).values()) and "intrinsic" not in vars(module):
+            continue  # nothing in it is compiled
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("usllm_kernels.cpu"):
+                names = [alias.name for alias in node.names if isinstance(vars(module).get(alias.name), int | float)]
+                taken |= {node.module} if names else set()
+    source = inspect.getsource(compiled.code_folder)
+    assert taken >= {"usllm.sketch.scale", "usllm_kernels.planes", "usllm_kernels.blocks"}
+    assert [name for name in taken if str(name).rpartition(".")[2] not in source] == []
 
 
 def test_code_is_kept_in_the_folder_of_these_sources() -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from usllm.packed import block_layers
 from usllm.packed.block_layers import BlockEmbedding, BlockLinear
-from usllm.packed.blocks import SCHEMES, pack_blocks, unpack_blocks
+from usllm.packed.blocks import SCHEMES, chunk_rows, pack_blocks, unpack_blocks
 from usllm_kernels.ops.block_linear import reference
 from usllm_kernels.ops.block_linear.numba import FEW_TOKENS
 
@@ -25,7 +25,8 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
     """Forward passes decode seven rows of 64 weights at a time."""
-    monkeypatch.setattr(reference, "DECODED_BYTES", 7 * 64 * 4)
+    for module in (reference, block_layers):
+        monkeypatch.setattr(module, "chunk_rows", lambda columns: chunk_rows(columns, 7 * 64 * 4))
     return 7
 
 

@@ -79,7 +79,7 @@ def test_packing_is_that_of_gguf_whatever_the_chunks(bits: int, monkeypatch: pyt
     weight = torch.randn(37, 96, generator=torch.Generator().manual_seed(1))
     expected = torch.from_numpy(quantize(weight.numpy(), GGMLQuantizationType[SCHEMES[bits]]))
     for rows in (1, 5, 36, 37, 100):
-        monkeypatch.setattr(blocks, "chunk_rows", lambda columns, rows=rows: rows)
+        monkeypatch.setattr(blocks, "chunk_rows", lambda *_, rows=rows: rows)
         assert torch.equal(pack_blocks(weight, bits), expected)
 
 
@@ -187,7 +187,7 @@ def test_what_is_no_row_of_blocks_is_refused(bits: int) -> None:
 
 
 def test_memory_of_packing_does_not_grow_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "chunk_rows", lambda columns: chunk_rows(columns, 1 << 16))
+    monkeypatch.setattr(blocks, "chunk_rows", lambda columns, _: chunk_rows(columns, 1 << 16))
     peaks = []
     for rows in (2048, 8192):
         weight = torch.ones(rows, 64)

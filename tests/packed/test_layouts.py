@@ -10,9 +10,13 @@ import torch
 from tiny_packed import logits, pack, sketched_model
 
 import usllm
+from usllm.compress import Statistics
+from usllm.compress.methods.rounding import RoundingCompressor
+from usllm.packed.config import PackedLayerEntry
 from usllm.packed.export import RestStorage
 from usllm.packed.layouts import MOST_BITS, choose_layouts_
 from usllm.packed.linear import PackedLinear, packed_layers
+from usllm.rounding import RoundingConfig
 from usllm.system.errors import UserError
 
 
@@ -80,6 +84,19 @@ def test_auto_expands_what_stays_small_and_never_where_bits_are_those_of_trainin
     for layer in packed_layers(model).values():  # computing in float32 after all
         x = torch.randn(2, layer.in_features)
         assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.decoded_weight(), layer.bias))
+
+
+@pytest.mark.parametrize(("bits", "layout"), [(1, "expanded"), (2, "compact")])
+def test_auto_expands_one_bit_and_not_two(bits: int, layout: str) -> None:
+    compressor = RoundingCompressor(RoundingConfig(bits=bits))
+    plan = compressor.plan((512, 512), "layer", Statistics(energy=None), 1 << 30)
+    packed = plan.pack(plan.encode({"weight": torch.randn(512, 512)}).states)
+    layer = PackedLinear(PackedLayerEntry((512, 512), packed.numel()), compressor, "layer", dtype=torch.bfloat16)
+    layer.packed.copy_(packed)
+    model = torch.nn.Sequential(layer)
+    model.dtype = torch.bfloat16  # as transformers' models tell it
+    assert choose_layouts_(model) == {"layer": layout}
+    assert choose_layouts_(model, "auto", 1000) == {"layer": "compact"}
 
 
 def test_what_was_asked_for_is_made_once_and_nothing_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

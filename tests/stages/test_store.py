@@ -90,7 +90,7 @@ def test_an_option_that_came_later_changes_nothing_at_its_first_value(
 
 
 @pytest.mark.parametrize(("rounding", "found"), [("toward_zero", True), ("nearest", False)])
-def test_neither_does_one_of_the_method(
+def test_an_option_that_the_method_got_later_changes_nothing_at_its_first_value(
     rounding: str, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SketchCompressor, "later_options", {})

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from usllm.compress.expanded import Expanded
 from usllm.compress.straight_through import straight_through
 from usllm.compress.values import Encoded, Fact, Spec, Statistics, compute_dtype
+
+if TYPE_CHECKING:  # kernels are loaded with the first method that has some
+    from usllm.compress.expanded import Expanded
 
 
 class LayerPlan(ABC):

@@ -17,7 +17,6 @@ from torch.nn import functional
 
 from usllm.packed.blocks import SCHEMES, bytes_per_row, chunk_rows, pack_blocks, unpack_blocks
 from usllm_kernels import block_linear
-from usllm_kernels.ops.block_linear import reference
 
 
 class BlockLinear(nn.Module):
@@ -177,7 +176,7 @@ class _BlockProduct(torch.autograd.Function):
         (grad,) = grads
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            step = chunk_rows(ctx.columns, reference.DECODED_BYTES)
+            step = chunk_rows(ctx.columns)
             total: Tensor | None = None
             for first in range(0, len(packed), step):
                 chunk = slice(first, first + step)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from usllm_kernels.blocks import BLOCK, BLOCK_BYTES, SCALE_BYTES, SCHEMES, blocks_of, unpack_blocks
+from usllm_kernels.blocks import BLOCK, BLOCK_BYTES, SCALE_BYTES, SCHEMES, blocks_of, chunk_rows, unpack_blocks
 
 __all__ = ["BLOCK", "SCHEMES", "bytes_per_row", "check_blocks", "chunk_rows", "fits", "pack_blocks", "unpack_blocks"]
 
@@ -36,11 +36,6 @@ def bytes_per_row(columns: int, bits: int, name: str = "weight") -> int:
     return columns // BLOCK * BLOCK_BYTES[bits]
 
 
-def chunk_rows(columns: int, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """Rows of ``columns`` weights whose fp32 form takes at most ``chunk_bytes``; at least one."""
-    return max(1, chunk_bytes // (4 * columns))
-
-
 def pack_blocks(weight: Tensor, bits: int, name: str = "weight") -> Tensor:
     """Quantise a weight, some rows at a time.
 
@@ -65,7 +60,7 @@ def pack_blocks(weight: Tensor, bits: int, name: str = "weight") -> Tensor:
     rows, columns = weight.shape
     packed = torch.empty(rows, bytes_per_row(columns, bits, name), dtype=torch.uint8)
     scheme = GGMLQuantizationType[SCHEMES[bits]]
-    step = chunk_rows(columns)
+    step = chunk_rows(columns, CHUNK_BYTES)
     for first in range(0, rows, step):
         chunk = weight[first : first + step].detach().to(device="cpu", dtype=torch.float32)
         if not bool(chunk.isfinite().all()):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from usllm.compress import Compressor, LayerPlan
-from usllm.compress.expanded import Expanded
 from usllm.packed.config import PackedLayerEntry
+
+if TYPE_CHECKING:
+    from usllm.compress.expanded import Expanded
 
 LAYOUTS = ("compact", "expanded", "decoded")
 

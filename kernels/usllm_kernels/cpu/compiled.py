@@ -18,7 +18,7 @@ from numba import njit
 
 from usllm.sketch import quantize, scale
 from usllm.system.cache import cache_root
-from usllm_kernels import compiled_operators
+from usllm_kernels import blocks, compiled_operators, planes
 
 numba_settings: Any = _config  # its names are made at run time
 _HERE = Path(__file__).parent
@@ -48,7 +48,7 @@ def code_folder(sources: Path, asked: str = "") -> Path | None:
         The folder, or ``None`` where none can be created: each process then compiles for itself.
     """
     digest = hashlib.blake2b(digest_size=8)
-    elsewhere = (scale, quantize, compiled_operators)  # their constants are compiled in
+    elsewhere = (scale, quantize, compiled_operators, planes, blocks)  # their constants are compiled in
     for file in [*sorted(sources.glob("*.py")), *(Path(str(module.__file__)) for module in elsewhere)]:
         digest.update(file.name.encode() + file.read_bytes())
     places = [Path(asked)] if asked else [sources / "__pycache__", cache_root() / "compiled"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from usllm_kernels.cpu.parallel import side_by_side
-from usllm_kernels.cpu.planes import decode_runs, gather_inputs, look_up, sign_columns
+from usllm_kernels.cpu.planes import decode_channels, gather_inputs, look_up, sign_columns
 from usllm_kernels.planes import COLUMNS, OUTPUTS, Planes
 
 FEW_TOKENS = 24
@@ -23,9 +23,9 @@ _LEAST_SHARED = 1 << 21
 """Signs; below, starting a second thread takes longer than it saves."""
 _MOST_COLUMNS = 1.5
 """Of a channel, in the mean, that are multiplied as signs."""
-_ONE = {torch.float32: 0x3F800000, torch.bfloat16: 0x3F80, torch.float16: 0x3C00}
-"""Bits of 1."""
-_SIGN = {torch.float32: -(1 << 31), torch.bfloat16: 0x8000, torch.float16: 0x8000}
+_COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
+_SIGNED = {torch.float32: (0x3F800000, 0x3F800000 - (1 << 31)), torch.bfloat16: (0x3F80, 0xBF80)}
+"""Bits of 1 and -1. Not of fp16: scales alone, or products before outputs' factors, may be beyond what it holds."""
 
 
 def plane_linear(x: Tensor, planes: Planes) -> Tensor:
@@ -41,14 +41,13 @@ def plane_linear(x: Tensor, planes: Planes) -> Tensor:
     tokens, outputs = x.shape[0], planes.shape[0]
     if not planes.columns or not tokens:
         return x.new_zeros(tokens, outputs)
-    if x.dtype not in _ONE:
+    if x.dtype not in _COMPUTED:
         return x @ plane_weight(planes).to(x.dtype).t()
     if tokens <= FEW_TOKENS:
         return _looked_up(x, planes)
-    runs, blocks = len(planes.starts) - 1, planes.words.shape[0]
-    # Scales alone, or products without the outputs' factors, may be beyond what fp16 holds.
-    exact = planes.groups == 1 and planes.columns <= _MOST_COLUMNS * runs and x.dtype != torch.float16
-    rows = planes.columns if exact else runs
+    channels, blocks = planes.starts.shape[0] - 1, planes.words.shape[0]
+    exact = planes.groups == 1 and planes.columns <= _MOST_COLUMNS * channels and x.dtype in _SIGNED
+    rows = planes.columns if exact else channels
     found, held = x.new_empty(tokens, outputs), _inputs(x, planes, exact)
     added = _offsets(x, planes) if exact else None
     width = max(_MATRIX // (rows * OUTPUTS), torch.get_num_threads())
@@ -70,15 +69,13 @@ def plane_weight(planes: Planes, dtype: torch.dtype = torch.float32) -> Tensor:
     outputs, inputs = planes.shape
     weight = torch.zeros(inputs, outputs, dtype=dtype)
     if planes.columns:
-        runs = planes.starts[:-1].long()
-        held = planes.scales[runs] != 0  # the others fill up words
         found = _decoded(planes, range(planes.words.shape[0]), dtype)[:, :outputs]
-        weight[planes.channels[runs][held].long()] = found[held]
+        weight[planes.channels[planes.starts[:-1]].long()] = found
     return weight.t()
 
 
 def _looked_up(x: Tensor, planes: Planes) -> Tensor:
-    channels, scales, offsets, words, factors = planes.arrays
+    channels, _, scales, offsets, words, factors = planes.arrays
     blocks = words.shape[0]
     found = torch.empty(x.shape[0], blocks * OUTPUTS)
     values, into = x.float().contiguous().numpy(), found.numpy()
@@ -96,10 +93,10 @@ def _looked_up(x: Tensor, planes: Planes) -> Tensor:
 
 
 def _inputs(x: Tensor, planes: Planes, columns: bool) -> Tensor:
-    """What a matrix is multiplied with: of its columns with the scales rounded in, or of runs, as they are."""
-    channels, scales = planes.arrays[:2]
+    """What a matrix is multiplied with: of its columns with the scales rounded in, or of channels, as they are."""
+    channels, starts, scales = planes.arrays[:3]
     if not columns:
-        channels = channels[planes.starts[:-1].numpy()]
+        channels = channels[starts[:-1]]
         scales = np.ones(channels.size, np.float32)
         if channels.size % 8:  # compiled loops write eight at a time
             return x.index_select(1, torch.from_numpy(channels))
@@ -125,14 +122,14 @@ def _offsets(x: Tensor, planes: Planes) -> Tensor | None:
 
 
 def _decoded(planes: Planes, blocks: range, dtype: torch.dtype) -> Tensor:
-    """Decoded weights of some blocks of outputs, [runs, len(blocks) * 64]."""
-    _, scales, offsets, words, factors = planes.arrays
-    starts, written = planes.starts.numpy(), dtype if dtype == torch.bfloat16 else torch.float32
+    """Decoded weights of some blocks of outputs, [channels, len(blocks) * 64]."""
+    _, starts, scales, offsets, words, factors = planes.arrays
+    written = dtype if dtype == torch.bfloat16 else torch.float32
     weight = torch.empty(len(starts) - 1, len(blocks) * OUTPUTS, dtype=written)
     into = (weight.view(torch.int16) if written == torch.bfloat16 else weight).numpy()
 
     def work(block: int) -> None:
-        decode_runs(words, starts, scales, offsets, factors, into, blocks.start, block)
+        decode_channels(words, starts, scales, offsets, factors, into, blocks.start, block)
 
     side_by_side(work, blocks)
     return weight.to(dtype)
@@ -141,10 +138,10 @@ def _decoded(planes: Planes, blocks: range, dtype: torch.dtype) -> Tensor:
 def _signs(planes: Planes, blocks: range, dtype: torch.dtype) -> Tensor:
     """Signs of some blocks of outputs, 1 and -1, [columns, len(blocks) * 64]."""
     signs = torch.empty(planes.columns, len(blocks) * OUTPUTS, dtype=dtype)
-    into, words = signs.view(torch.int32 if dtype == torch.float32 else torch.int16).numpy(), planes.arrays[3]
+    into, words = signs.view(torch.int32 if dtype == torch.float32 else torch.int16).numpy(), planes.arrays[4]
 
     def work(block: int) -> None:
-        sign_columns(words, _ONE[dtype], _ONE[dtype] | _SIGN[dtype], into, blocks.start, block)
+        sign_columns(words, *_SIGNED[dtype], into, blocks.start, block)
 
     side_by_side(work, blocks)
     return signs

@@ -133,26 +133,26 @@ def sign_columns(
 
 
 @compiled
-def decode_runs(
+def decode_channels(
     words: Any,  # int32 [blocks, columns / 32, 64]
-    starts: Any,  # int32 [runs + 1]
+    starts: Any,  # int32 [channels + 1]
     scales: Any,  # float32 [columns]
     offsets: Any,  # float32 [columns]
     factors: Any,  # float32 [groups, blocks * 64]
-    weights: Any,  # float32, or int16 for the bits of bfloat16, [runs, outputs from first_block on], written
+    weights: Any,  # float32, or int16 for the bits of bfloat16, [channels, outputs from first_block on], written
     first_block: int,
     block: int,
 ) -> None:
-    """Decoded weights of all runs of columns and one block of outputs."""
+    """Decoded weights of all channels and one block of outputs."""
     blocks, columns, _ = words.shape
     each = columns * COLUMNS // factors.shape[0]
     nothing = fill(words, 0)
-    for run in range(starts.size - 1):
-        to = run * weights.shape[1] + (block - first_block) * OUTPUTS
-        at_factor = (starts[run] // each) * blocks * OUTPUTS + block * OUTPUTS
+    for channel in range(starts.size - 1):
+        to = channel * weights.shape[1] + (block - first_block) * OUTPUTS
+        at_factor = (starts[channel] // each) * blocks * OUTPUTS + block * OUTPUTS
         for i in range(0, OUTPUTS, LANES):
             total = fill(scales, np.float32(0.0))
-            for column in range(starts[run], starts[run + 1]):
+            for column in range(starts[channel], starts[channel + 1]):
                 at_word = (block * columns + column // COLUMNS) * OUTPUTS
                 bits = shift_left(load(words, at_word + i), COLUMNS - 1 - column % COLUMNS)
                 worth = scales[column]

@@ -5,10 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from usllm_kernels.blocks import unpack_blocks
-
-DECODED_BYTES = 8 << 20
-"""Bound of the fp32 weights that are decoded at a time; with their codes and their cast it is twice that."""
+from usllm_kernels.blocks import chunk_rows, unpack_blocks
 
 
 def supports(packed: Tensor) -> None:
@@ -24,7 +21,7 @@ def block_linear(x: Tensor, packed: Tensor, bits: int, bias: Tensor | None = Non
         bits: 8 or 4.
         bias: [rows], in the type of ``x``.
     """
-    step = max(1, DECODED_BYTES // (4 * x.shape[1]))
+    step = chunk_rows(x.shape[1])
     if len(packed) <= step:
         return functional.linear(x, unpack_blocks(packed, bits, x.dtype), bias)
     y = x.new_empty(len(x), len(packed))

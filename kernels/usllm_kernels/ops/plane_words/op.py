@@ -85,6 +85,9 @@ def make_planes(
         return into
 
     channels, scales, offsets, bits = [], [], [], []
+    each = torch.cat([torch.full((len(codes.channels),), codes.levels.bits) for codes in widths])
+    first = each.cumsum(0) - each
+    starts = torch.cat([first // size * wide + first % size, torch.tensor([groups * wide])]).int().to(device)
     for codes in widths:
         levels, number = codes.levels, len(codes.channels)
         powers = 2.0 ** torch.arange(levels.bits, device=device)
@@ -100,7 +103,7 @@ def make_planes(
             places = torch.arange(levels.bits, dtype=torch.uint8, device=device)
             bits.append(((counted.to(torch.uint8)[..., None] >> places) & 1).flatten(1))
     places = torch.zeros(groups * wide, dtype=torch.int32, device=device)
-    for group, of_group in enumerate(torch.cat(channels).split(size)):  # those that fill up words go with the last one
+    for group, of_group in enumerate(torch.cat(channels).split(size)):  # those that fill up words go with the last
         places[group * wide : (group + 1) * wide] = of_group[-1] if len(of_group) else 0
     by_output = torch.zeros(groups, rows, device=device)
     by_output[:, :outputs] = 1.0 if factors is None else factors.float().t()
@@ -109,6 +112,7 @@ def make_planes(
     return Planes(
         (outputs, inputs),
         filled(channels, places),
+        starts,
         filled(scales, torch.zeros(groups * wide, device=device)),
         filled(offsets, torch.zeros(groups * wide, device=device)),
         plane_words(whole_bits, backend=backend),
