@@ -71,14 +71,11 @@ def test_what_is_held_stays_inside_the_memory_that_is_given(folder: Path, layout
     assert held(model) == 0
 
 
-def test_auto_expands_what_stays_small_and_never_where_bits_are_those_of_training(folder: Path) -> None:
+def test_auto_never_expands_where_bits_are_those_of_training(folder: Path) -> None:
     model = usllm.load(folder, dtype=torch.bfloat16)
+    choose_layouts_(model, "expanded")
     for layer in packed_layers(model).values():
-        needed = layer.plan.expanded_bytes()
-        assert needed is not None
-        small = 8 * needed <= MOST_BITS * layer.in_features * layer.out_features
-        assert layer.layout == ("expanded" if small else "compact")
-        assert small == (layer._expanded is not None)
+        layer.automatic = True
     exact = usllm.load(folder, dtype=torch.float32)
     assert {layer.layout for layer in packed_layers(exact).values()} == {"compact"}
     for layer in packed_layers(model).values():  # computing in float32 after all
@@ -86,17 +83,39 @@ def test_auto_expands_what_stays_small_and_never_where_bits_are_those_of_trainin
         assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.decoded_weight(), layer.bias))
 
 
-@pytest.mark.parametrize(("bits", "layout"), [(1, "expanded"), (2, "compact")])
-def test_auto_expands_one_bit_and_not_two(bits: int, layout: str) -> None:
-    compressor = RoundingCompressor(RoundingConfig(bits=bits))
-    plan = compressor.plan((512, 512), "layer", Statistics(energy=None), 1 << 30)
-    packed = plan.pack(plan.encode({"weight": torch.randn(512, 512)}).states)
-    layer = PackedLinear(PackedLayerEntry((512, 512), packed.numel()), compressor, "layer", dtype=torch.bfloat16)
-    layer.packed.copy_(packed)
-    model = torch.nn.Sequential(layer)
+def rounded(*widths: tuple[int, int]) -> torch.nn.Module:
+    """Packed layers of 512 inputs, each of so many outputs and bits a weight."""
+    layers = []
+    for number, (outputs, bits) in enumerate(widths):
+        compressor = RoundingCompressor(RoundingConfig(bits=bits))
+        plan = compressor.plan((outputs, 512), str(number), Statistics(energy=None), 1 << 30)
+        packed = plan.pack(plan.encode({"weight": torch.randn(outputs, 512)}).states)
+        entry = PackedLayerEntry((outputs, 512), packed.numel())
+        layers.append(PackedLinear(entry, compressor, str(number), dtype=torch.bfloat16))
+        layers[-1].packed.copy_(packed)
+    model = torch.nn.Sequential(*layers)
     model.dtype = torch.bfloat16  # as transformers' models tell it
-    assert choose_layouts_(model) == {"layer": layout}
-    assert choose_layouts_(model, "auto", 1000) == {"layer": "compact"}
+    return model
+
+
+@pytest.mark.parametrize(
+    ("widths", "expanded"),
+    [
+        ([(512, 1)], "0"),
+        ([(512, 2)], ""),
+        ([(2048, 1), (256, 2)], "01"),  # 1.3 bits together
+        ([(512, 1), (512, 2)], "0"),  # 1.7 bits together
+    ],
+)
+def test_auto_expands_all_that_together_stay_small_or_what_does_by_itself(
+    widths: list[tuple[int, int]], expanded: str
+) -> None:
+    model = rounded(*widths)
+    found = choose_layouts_(model)
+    assert "".join(name for name, layout in found.items() if layout == "expanded") == expanded
+    taken, weights = held(model), sum(512 * outputs for outputs, _ in widths)
+    assert 8 * taken <= MOST_BITS * weights
+    assert set(choose_layouts_(model, "auto", 1000).values()) == {"compact"}
 
 
 def test_what_was_asked_for_is_made_once_and_nothing_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

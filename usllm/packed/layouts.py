@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 
 import torch
@@ -12,7 +12,7 @@ from usllm.packed.linear import LAYOUTS, PackedLinear, packed_layers
 from usllm.system.errors import UserError
 
 MOST_BITS = 1.5
-"""Of a weight in output order, that ``auto`` still takes: with more of them not only states would be resident."""
+"""Of a weight in output order, in the mean, that ``auto`` still takes: with more, not only states would be resident."""
 CHOICES = ("auto", *LAYOUTS)
 asked: ContextVar[tuple[str, int | None]] = ContextVar("asked", default=("auto", None))
 """Layout and memory that a model is being loaded with."""
@@ -28,8 +28,9 @@ def choose_layouts_(model: nn.Module, layout: str = "auto", memory: int | None =
         model: A packed model.
         layout: ``compact``: as stored, looked up through the hash at each use. ``expanded``: codes in output order,
             one bit of memory for each bit of a code. ``decoded``: weights in the type that is computed with. ``auto``:
-            expanded where that takes at most 1.5 bits a weight, else compact; on the CPU, and not where the model
-            computes in float32: there compact layers compute the bits of the trained ones.
+            all layers expanded if together they take at most 1.5 bits a weight, else those that do by themselves; on
+            the CPU, and not where the model computes in float32: there compact layers compute the bits of the trained
+            ones.
         memory: Ceiling in bytes for all that is held besides what is stored; layers that it has no room for stay
             compact, as do those whose method has no expanded layout, and offloaded ones. ``None``: no ceiling.
 
@@ -47,12 +48,13 @@ def choose_layouts_(model: nn.Module, layout: str = "auto", memory: int | None =
                 f"layout=expanded: {name} is on {layer.packed.device}; it is there for the CPU alone, leave it at auto"
             )
     dtype, left = getattr(model, "dtype", torch.float32), memory
+    small = _small(packed_layers(model), dtype) if layout == "auto" else set()
     found = {}
     for name, layer in packed_layers(model).items():
         if layer.packed.device.type == "meta":
             found[name] = layer.layout
             continue
-        chosen = _automatic(layer, dtype) if layout == "auto" else layout
+        chosen = layout if layout != "auto" else "expanded" if name in small else "compact"
         needed = _BYTES[chosen](layer, dtype)
         if needed is None or (left is not None and needed > left):
             chosen, needed = "compact", 0
@@ -62,12 +64,19 @@ def choose_layouts_(model: nn.Module, layout: str = "auto", memory: int | None =
     return found
 
 
-def _automatic(layer: PackedLinear, dtype: torch.dtype) -> str:
-    if dtype == torch.float32 or layer.packed.device.type != "cpu":
-        return "compact"
-    needed = layer.plan.expanded_bytes()
-    fits = needed is not None and 8 * needed <= MOST_BITS * layer.in_features * layer.out_features
-    return "expanded" if fits else "compact"
+def _small(layers: Mapping[str, PackedLinear], dtype: torch.dtype) -> set[str]:
+    """Names of the layers that ``auto`` expands."""
+    if dtype == torch.float32:
+        return set()
+    on_cpu = {name: layer for name, layer in layers.items() if layer.packed.device.type == "cpu"}
+    sizes = {name: layer.plan.expanded_bytes() for name, layer in on_cpu.items()}
+    able = {name: size for name, size in sizes.items() if size is not None}
+
+    def fit(names: Iterable[str]) -> bool:
+        weights = sum(layers[name].in_features * layers[name].out_features for name in names)
+        return 8 * sum(able[name] for name in names) <= MOST_BITS * weights
+
+    return set(able) if fit(able) else {name for name in able if fit([name])}
 
 
 _BYTES: dict[str, Callable[[PackedLinear, torch.dtype], int | None]] = {
