@@ -36,7 +36,7 @@ def plane_linear(x: Tensor, planes: Planes) -> Tensor:
         planes: Of the layer.
 
     Returns:
-        fp32 for a few tokens, else in the type of ``x``.
+        In the type of ``x``; of a few tokens in fp16, fp32.
     """
     tokens, outputs = x.shape[0], planes.shape[0]
     if not planes.columns or not tokens:
@@ -76,9 +76,11 @@ def plane_weight(planes: Planes, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _looked_up(x: Tensor, planes: Planes) -> Tensor:
     channels, _, scales, offsets, words, factors = planes.arrays
-    blocks = words.shape[0]
-    found = torch.empty(x.shape[0], blocks * OUTPUTS)
-    values, into = x.float().contiguous().numpy(), found.numpy()
+    blocks, bits = words.shape[0], x.dtype == torch.bfloat16
+    held = x if bits else x.float()
+    found = held.new_empty(x.shape[0], planes.shape[0])
+    values = (held.contiguous().view(torch.int16) if bits else held.contiguous()).numpy()
+    into = (found.view(torch.int16) if bits else found).numpy()
     threads = torch.get_num_threads() if words.size * COLUMNS * x.shape[0] >= _LEAST_SHARED else 1
     if threads == 1:
         look_up(values, channels, scales, offsets, words, factors, into, 0, blocks)
@@ -89,7 +91,7 @@ def _looked_up(x: Tensor, planes: Planes) -> Tensor:
             look_up(values, channels, scales, offsets, words, factors, into, *span)
 
         side_by_side(work, range(threads))
-    return found[:, : planes.shape[0]].contiguous()
+    return found
 
 
 def _inputs(x: Tensor, planes: Planes, columns: bool) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 from usllm_kernels.cpu.compiled import compiled
 from usllm_kernels.cpu.lanes import LANES, add, fill, load, multiply, shift_left, store_low, where_less
 from usllm_kernels.cpu.lookup import TABLE, TABLES, machine_instructions, table_sums
-from usllm_kernels.cpu.tiles import store_lanes
+from usllm_kernels.cpu.tiles import store_element, store_lanes
 from usllm_kernels.planes import COLUMNS, OUTPUTS
 
 _sums = table_sums(machine_instructions())
@@ -21,46 +21,64 @@ _sums = table_sums(machine_instructions())
 
 @compiled
 def look_up(
-    x: Any,  # float32 [tokens, in]
+    x: Any,  # float32 [tokens, in], or int16 for the bits of bfloat16
     channels: Any,  # int32 [columns]
     scales: Any,  # float32 [columns]
     offsets: Any,  # float32 [columns]
     words: Any,  # int32 [blocks, columns / 32, 64]
     factors: Any,  # float32 [groups, blocks * 64]
-    found: Any,  # float32 [tokens, blocks * 64], written
+    found: Any,  # of the type of x, [tokens, out], written
     first_block: int,
     last_block: int,
 ) -> None:
-    """Products of some blocks of outputs; each is added up in one order, whoever does it."""
-    columns, groups = words.shape[1], factors.shape[0]
+    """Products of some blocks of outputs, added up in float32; each in one order, whoever does it."""
+    columns, groups, outputs = words.shape[1], factors.shape[0], found.shape[1]
     each = columns // groups
     tables, totals = np.empty(columns * TABLES * TABLE, np.float32), np.empty(groups, np.float32)
-    one = np.empty(OUTPUTS, np.float32)
+    row, one, whole = np.empty(x.shape[1], np.float32), np.empty(OUTPUTS, np.float32), np.empty(OUTPUTS, np.float32)
     for token in range(x.shape[0]):
-        _fill_tables(x, token, channels, scales, offsets, each * COLUMNS, tables, totals)
+        _read_row(x, token, row)
+        _fill_tables(row, channels, scales, offsets, each * COLUMNS, tables, totals)
         for block in range(first_block, last_block):
             first = block * OUTPUTS
-            found[token, first : first + OUTPUTS] = np.float32(0.0)
+            whole[:] = np.float32(0.0)
             for group in range(groups):
                 at_word = (block * columns + group * each) * OUTPUTS
                 _sums(words, at_word, tables, group * each * TABLES * TABLE, each, one, 0)
                 for i in range(OUTPUTS):
-                    found[token, first + i] += (one[i] + totals[group]) * factors[group, first + i]
+                    whole[i] += (one[i] + totals[group]) * factors[group, first + i]
+            to, count = token * outputs + first, min(OUTPUTS, outputs - first)
+            for i in range(0, count // LANES * LANES, LANES):
+                store_lanes(found, to + i, load(whole, i))
+            for i in range(count // LANES * LANES, count):
+                store_element(found, to + i, whole[i])
+
+
+@compiled
+def _read_row(x: Any, token: int, row: Any) -> None:
+    """One token's inputs in float32."""
+    if x.itemsize == 2:
+        bits = row.view(np.int32)
+        for i in range(row.size):
+            bits[i] = np.int32(x[token, i]) << 16
+    else:
+        for i in range(row.size):
+            row[i] = x[token, i]
 
 
 @compiled
 def _fill_tables(
-    x: Any, token: int, channels: Any, scales: Any, offsets: Any, group_columns: int, tables: Any, totals: Any
+    row: Any, channels: Any, scales: Any, offsets: Any, group_columns: int, tables: Any, totals: Any
 ) -> None:
     """All sums of four columns at a time, and each group's sum of offsets."""
     totals[:] = np.float32(0.0)
     for first in range(0, channels.size, 4):
         for i in range(first, first + 4):
-            totals[first // group_columns] += x[token, channels[i]] * offsets[i]
-        one = x[token, channels[first]] * scales[first]
-        two = x[token, channels[first + 1]] * scales[first + 1]
-        three = x[token, channels[first + 2]] * scales[first + 2]
-        four = x[token, channels[first + 3]] * scales[first + 3]
+            totals[first // group_columns] += row[channels[i]] * offsets[i]
+        one = row[channels[first]] * scales[first]
+        two = row[channels[first + 1]] * scales[first + 1]
+        three = row[channels[first + 2]] * scales[first + 2]
+        four = row[channels[first + 3]] * scales[first + 3]
         at = first * (TABLE // 4)
         for number in range(TABLE):
             low = (one if number & 1 else -one) + (two if number & 2 else -two)
@@ -79,14 +97,8 @@ def gather_inputs(
     """What codes are multiplied with: inputs in the order of columns, times scales."""
     row = np.empty(x.shape[1], np.float32)
     kept = np.empty(channels.size + LANES, np.float32)
-    bits = row.view(np.int32)
     for token in range(first, last):
-        if found.itemsize == 2:
-            for i in range(row.size):
-                bits[i] = np.int32(x[token, i]) << 16
-        else:
-            for i in range(row.size):
-                row[i] = x[token, i]
+        _read_row(x, token, row)
         for column in range(channels.size):
             kept[column] = row[channels[column]] * scales[column]
         whole = channels.size // LANES * LANES
