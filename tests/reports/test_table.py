@@ -37,6 +37,17 @@ def test_table_has_a_row_for_the_dense_model_the_reference_and_each_finished_run
     assert "2 of 9 runs have not finished" in table
 
 
+def test_perplexity_after_the_blocks_has_a_column_where_a_run_has_it(runs: list[Run]) -> None:
+    text, rebuilt = texts_of(runs)[0], next(run for run in runs if run.status == "finished" and not run.dense)
+    measured = {**rebuilt.perplexity, text: replace(rebuilt.perplexity[text], reconstructed=77.0)}
+    found = rows(markdown([run if run is not rebuilt else replace(run, perplexity=measured) for run in runs]))
+    heads = [cell.strip() for cell in found[0]]
+    column = heads.index("wikitext2 reconstructed")
+    assert heads[column - 1 : column + 2] == ["wikitext2 sketched", "wikitext2 reconstructed", "wikitext2 finetuned"]
+    cells = [row[column].strip() for row in found[2:]]
+    assert cells.count("77.00") == 1 and set(cells) == {"77.00", "-"}
+
+
 def test_all_rows_have_the_same_cells_whatever_names_are(runs: list[Run]) -> None:
     table = markdown([replace(run, model=NASTY, allocation=f"a|b {NASTY}") for run in runs])
     assert len({len(row) for row in rows(table)}) == 1

@@ -10,9 +10,16 @@ from typing import Any
 from usllm.reports.figures import Reference
 from usllm.reports.labels import by_model, dense_perplexity, labels, text_names, texts_of
 from usllm.reports.runs import Perplexities, Run, TestText
-from usllm.system.text import perplexity_text
+from usllm.system.stage_names import FINETUNED, HEADINGS, RECONSTRUCTED, SKETCHED
+from usllm.system.text import human_seconds, perplexity_text
 
 NONE = "-"
+_HINTS = {
+    SKETCHED: "perplexity, sketched, not trained",
+    RECONSTRUCTED: "perplexity after the stages behind the first projection, such as reconstruction",
+    FINETUNED: "perplexity after finetuning",
+}
+"""What a perplexity's heading means, by stage."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,12 @@ class Column:
         return NONE if value is None or value == "" else self.text(value)
 
 
+def _stages(runs: Sequence[Run]) -> list[str]:
+    """The stages whose perplexities have a column: ``reconstructed`` only where a run has it."""
+    rebuilt = any(stages.reconstructed is not None for run in runs for stages in run.perplexity.values())
+    return [stage for stage in _HINTS if stage != RECONSTRUCTED or rebuilt]
+
+
 def columns(names: Mapping[str, str], texts: Mapping[TestText, str]) -> list[Column]:
     """All columns.
 
@@ -46,7 +59,7 @@ def columns(names: Mapping[str, str], texts: Mapping[TestText, str]) -> list[Col
         names: Labels of the runs, by their names.
         texts: Test texts and their names, as they stand in headings.
     """
-    from usllm.runs.report import human_bytes, human_seconds
+    from usllm.runs.report import human_bytes
 
     def number(title: str, value: Callable[[Run], Any], text: Callable[[Any], str], hint: str = "") -> Column:
         return Column(title, value, text, numeric=True, hint=hint)
@@ -66,10 +79,8 @@ def columns(names: Mapping[str, str], texts: Mapping[TestText, str]) -> list[Col
     ]
     for text, name in texts.items():
         found += [
-            number(
-                f"{name} sketched", _stage(text, "sketched"), perplexity_text, "perplexity, sketched, not finetuned"
-            ),
-            number(f"{name} finetuned", _stage(text, "finetuned"), perplexity_text, "perplexity after finetuning"),
+            number(f"{name} {HEADINGS[stage]}", _stage(text, stage), perplexity_text, hint)
+            for stage, hint in _HINTS.items()
         ]
     return [
         *found,
@@ -101,37 +112,40 @@ def markdown(runs: Sequence[Run], reference: Mapping[str, Reference] | None = No
 def _table(runs: Sequence[Run], texts: Mapping[TestText, str], reference: Reference | None) -> str:
     from usllm.runs.report import human_bytes
 
+    stages = _stages(runs)
     heads = ["variant", "bpw", "model bpw", "size"]
-    heads += [f"{name}{stage}" for name in texts.values() for stage in (" sketched", " finetuned")]
+    heads += [f"{name} {HEADINGS[stage]}" for name in texts.values() for stage in stages]
     rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     dense_bytes = next((run.dense_bytes for run in runs if run.dense_bytes), None)
     dense = ["dense model", NONE, "16", NONE if dense_bytes is None else human_bytes(dense_bytes)]
-    rows.append([*dense, *_around(lambda text: dense_perplexity(runs, text), texts)])
+    rows.append([*dense, *_around(lambda text: dense_perplexity(runs, text), texts, stages)])
     if reference is not None:
         size = NONE if reference.bytes is None else human_bytes(reference.bytes)
-        rows.append([reference.name, NONE, NONE, size, *_around(reference.perplexity.get, texts)])
+        rows.append([reference.name, NONE, NONE, size, *_around(reference.perplexity.get, texts, stages)])
     names = labels(runs)
     shown = {column.title: column for column in columns(names, texts)}
     for run in runs:
         name = "dense, finetuned" if names[run.name] == "dense" else names[run.name]
         cells = [shown[title].shown(run) for title in ("bpw", "model bpw", "size")]
         for text in texts:
-            stages = run.perplexity.get(text, Perplexities())
-            sketched = None if run.dense else stages.sketched
-            cells += [NONE if value is None else perplexity_text(value) for value in (sketched, stages.finetuned)]
+            values = [_stage(text, stage)(run) for stage in stages]
+            cells += [NONE if value is None else perplexity_text(value) for value in values]
         rows.append([name, *cells])
     return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows)
 
 
-def _around(value: Callable[[TestText], float | None], texts: Mapping[TestText, str]) -> list[str]:
-    """The cells of a model that is not finetuned: a figure in each ``finetuned``, none in ``sketched``."""
-    found = [value(text) for text in texts]
-    return [cell for figure in found for cell in (NONE, NONE if figure is None else perplexity_text(figure))]
+def _around(
+    value: Callable[[TestText], float | None], texts: Mapping[TestText, str], stages: Sequence[str]
+) -> list[str]:
+    """The cells of a model that is not finetuned: a figure in each ``finetuned``, none in the stages before."""
+    found = [value(text) if stage == FINETUNED else None for text in texts for stage in stages]
+    return [NONE if figure is None else perplexity_text(figure) for figure in found]
 
 
 def _stage(text: TestText, stage: str) -> Callable[[Run], float | None]:
     def figure(run: Run) -> float | None:
-        return None if run.dense and stage == "sketched" else getattr(run.perplexity.get(text, Perplexities()), stage)
+        measured = run.perplexity.get(text, Perplexities())
+        return None if run.dense and stage == SKETCHED else getattr(measured, stage)
 
     return figure
 
