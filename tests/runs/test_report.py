@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from usllm.runs.report import human_bytes, human_seconds, print_outcome, print_report
+from usllm.runs.report import human_bytes, print_outcome, print_report
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -96,13 +96,6 @@ def test_a_model_finetuned_dense_has_no_bits() -> None:
 )
 def test_bytes_are_readable(count: int, text: str) -> None:
     assert human_bytes(count) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.04, "0.0 s"), (59.9, "59.9 s"), (245, "4 min 05 s"), (12_000, "3 h 20 min")]
-)
-def test_seconds_are_readable(seconds: float, text: str) -> None:
-    assert human_seconds(seconds) == text
 
 
 @pytest.mark.parametrize(("changes", "rate"), [({}, "0.4987 bits per weight"), ({"bits_per_weight": None}, "dense")])

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from usllm.system.text import perplexity_text
+from usllm.system.text import human_seconds, perplexity_text
 
 
 @pytest.mark.parametrize(
@@ -16,3 +16,10 @@ def test_perplexities_are_readable(value: float, text: str) -> None:
 def test_what_was_not_measured_is_said() -> None:
     assert perplexity_text(None) == "-"
     assert perplexity_text(None, "not measured") == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (59.9, "59.9 s"), (245, "4 min 05 s"), (12_000, "3 h 20 min")]
+)
+def test_seconds_are_readable(seconds: float, text: str) -> None:
+    assert human_seconds(seconds) == text

@@ -15,6 +15,7 @@ from usllm.callbacks.sketch_health import SketchHealth
 from usllm.callbacks.sketch_histograms import SketchHistograms
 from usllm.callbacks.sketch_reprojection import SketchReprojection
 from usllm.callbacks.text_samples import TextSamples
+from usllm.callbacks.training_progress import TrainingProgress
 
 __all__ = [
     "AllocationPicture",
@@ -30,5 +31,6 @@ __all__ = [
     "SketchHistograms",
     "SketchReprojection",
     "TextSamples",
+    "TrainingProgress",
     "measure_importance",
 ]

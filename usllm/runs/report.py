@@ -13,7 +13,7 @@ from usllm.compress.coverage import Coverage
 from usllm.data.windows import EACH, NONE
 from usllm.system.machine import machine_line
 from usllm.system.stage_names import DENSE, FINETUNED, HEADINGS, with_todays_names
-from usllm.system.text import perplexity_text
+from usllm.system.text import human_seconds, perplexity_text
 
 
 def perplexity_table(rows: list[dict[str, Any]], title: str | None = None, *, tokens: bool = True) -> Table:
@@ -169,16 +169,6 @@ def human_bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.2f} GB"
-
-
-def human_seconds(seconds: float) -> str:
-    """Such as ``12.3 s``, ``4 min 05 s`` or ``3 h 20 min``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _window_start(row: Mapping[str, Any]) -> str:

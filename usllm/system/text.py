@@ -17,3 +17,13 @@ def perplexity_text(value: float | None, absent: str = "-") -> str:
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
+
+
+def human_seconds(seconds: float) -> str:
+    """Such as ``12.3 s``, ``4 min 05 s`` or ``3 h 20 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
