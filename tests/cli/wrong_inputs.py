@@ -140,6 +140,9 @@ VALUES = [
 ]
 
 PLACES = [
+    # Two faults: what Lightning refuses is said before the text, which is too short, is read.
+    train(["trainer.accelerator=foo", "data.train.path=FILE"], "trainer: ", "`accelerator='foo'`", "auto, cpu"),
+    train(["trainer.devices=foo", "data.train.path=FILE"], "trainer: `devices`"),
     train("data.train.path=HERE/nope", "data.train.path=HERE/nope: no such file"),
     train("data.train.path=~/no such,file=[.txt", "data.train.path=~/no such,file=[.txt: no such file"),
     train("output_root=FILE", "run_dir: cannot be made", "choose another run_dir or output_root"),

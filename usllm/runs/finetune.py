@@ -42,7 +42,7 @@ from usllm.runs.report import print_outcome, print_report
 from usllm.runs.side_by_side import SideBySide
 from usllm.runs.sizes import sizes
 from usllm.runs.tracking import finishing, log_results
-from usllm.runs.trainer import build_nodes, build_trainer, devices_in
+from usllm.runs.trainer import build_nodes, build_trainer, devices_in, refuse_by_lightning
 from usllm.stages import Preparation
 from usllm.system.code_version import code_version
 from usllm.system.errors import UserError
@@ -110,6 +110,7 @@ def _finetune(
     timer = timer_of(callbacks, config.trainer.get("max_time"))
     first_rank = getattr(rank_zero_only, "rank", 0) == 0
     console = Console(stderr=True, quiet=not first_rank)
+    refuse_by_lightning(config)
     begun = begin(config, plain, console)
     config, plain, tokenizer, data = begun.config, begun.plain, begun.tokenizer, begun.data
     accumulate = int(config.trainer.get("accumulate_grad_batches", 1))

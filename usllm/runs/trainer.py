@@ -67,6 +67,15 @@ def devices_in(trainer: dict[str, Any]) -> int:
     return devices * int(nodes)
 
 
+def refuse_by_lightning(config: TrainConfig) -> None:
+    """Let Lightning look at the group ``trainer`` before any text is read: it knows the devices of this machine.
+
+    Raises:
+        UserError: Lightning refuses an argument.
+    """
+    build_trainer(config, 1, [], [])
+
+
 def build_trainer(config: TrainConfig, max_steps: int, callbacks: list[Callback], loggers: list[Logger]) -> Trainer:
     """The Trainer of a run.
 
