@@ -13,19 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from backends import unusable
 from torch import Tensor
 from torch._dynamo.trace_rules import get_torch_obj_rule_map
 
-from usllm_kernels.dispatch import installed, interpreted
-
-
-def unusable(backend: str) -> str | None:
-    """Why a backend cannot be tested in this process."""
-    if backend != "torch" and not installed(backend):
-        return f"{backend} is not installed"
-    if backend == "triton" and not (torch.cuda.is_available() or interpreted()):
-        return "no CUDA; tests/kernels/test_interpreted.py runs this in Triton's interpreter"
-    return None
+from usllm_kernels.dispatch import interpreted
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -61,10 +61,13 @@ JITFunction.run = compile_only
 
 from cases import case
 from usllm.sketch import SketchConfig, build_plan
+from usllm_kernels.ops.plane_linear import triton as plane_linear
+from usllm_kernels.ops.plane_words import triton as plane_words
 from usllm_kernels.ops.project import triton as projection
 from usllm_kernels.ops.project_query.triton_sums import error_sums
 from usllm_kernels.ops.query import triton as querying
 from usllm_kernels.ops.sketch_linear import triton as products
+from usllm_kernels.planes import Planes
 
 for name in ("plain", "mean"):
     layer = case(name)
@@ -82,6 +85,13 @@ for fields in ({"rows": 3}, {"allocation": "waterfill", "output_scale": True}):
         x = torch.zeros(tokens, 4096, dtype=getattr(torch, dtype))
         products.sketch_linear(x, states, plan)
         products.input_gradient(x[:, :1024], states, plan)
+bits = torch.zeros(1024, 4096, dtype=torch.uint8)
+ones = torch.ones(4096)
+words = plane_words.plane_words(bits)
+whole = torch.arange(4097, dtype=torch.int32)
+planes = Planes((1024, 4096), whole[:-1], whole, ones, ones, words, torch.ones(1, 1024))
+for tokens, dtype in ((1, "bfloat16"), (8, "bfloat16"), (100, "bfloat16"), (100, "float32")):
+    plane_linear.plane_linear(torch.zeros(tokens, 4096, dtype=getattr(torch, dtype)), planes)
 print(json.dumps([{name: sorted(found) for name, found in instructions.items()}, stacks]))
 """
 
@@ -113,7 +123,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_every_kernel_compiles(compiled: Any) -> None:
     products = {"error_sums_kernel", "few_tokens_kernel", "input_gradient_kernel", "many_tokens_kernel"}
-    assert set(compiled[0]) == {*MAKING_STATES_OR_WEIGHTS, *products}
+    planes = {"plane_words_kernel", "plane_few_tokens_kernel", "plane_many_tokens_kernel"}
+    assert set(compiled[0]) == {*MAKING_STATES_OR_WEIGHTS, *products, *planes}
 
 
 @pytest.mark.parametrize("name", MAKING_STATES_OR_WEIGHTS)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import unusable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from usllm_kernels import Codes, make_planes, plane_linear, plane_weight
-from usllm_kernels.dispatch import installed
+from usllm_kernels.dispatch import installed, interpreted
 from usllm_kernels.planes import OUTPUTS, SIGNS, Levels, Planes, planes_bytes
 
 ALL = [SIGNS, Levels(-3, 3, 2), Levels(-1, 1, 1), Levels(-7, 7, 1), Levels(-3, 3, 1), Levels(-255, 255, 2)]
@@ -32,12 +33,21 @@ def made(
     weight = torch.zeros(outputs, columns + extra)
     wide = factors if group_size is None else factors.repeat_interleave(group_size, 1)[:, :columns]
     weight[:, channels] = (codes.float() * scales) * wide
-    given = [Codes(codes, levels, channels, scales)]
-    planes = make_planes(given, columns + extra, factors, group_size, backend=backend)
-    return planes, weight
+    device = place(backend)
+    given = [Codes(codes.to(device), levels, channels.to(device), scales.to(device))]
+    planes = make_planes(given, columns + extra, factors.to(device), group_size, backend=backend)
+    return planes, weight.to(device)
 
 
-BACKENDS = ["torch", pytest.param("numba", marks=pytest.mark.skipif(not installed("numba"), reason="no numba"))]
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(unusable(name) is not None, reason=str(unusable(name))))
+    for name in ("torch", "numba", "triton")
+]
+
+
+def place(backend: str) -> torch.device:
+    """Where a back end is tested."""
+    return torch.device("cuda" if backend == "triton" and not interpreted() else "cpu")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -51,7 +61,7 @@ def test_planes_hold_the_weight_and_multiply_with_it(
     assert planes.nbytes == planes_bytes(outputs, [(columns, levels)], group_size)
     for kind in DTYPES:
         assert torch.equal(plane_weight(planes, kind, backend=backend), weight.to(kind))
-    x = torch.randn(tokens, weight.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = torch.randn(tokens, weight.shape[1], generator=torch.Generator().manual_seed(1)).to(weight.device, dtype)
     found = plane_linear(x, planes, backend=backend)
     assert found.dtype == dtype and found.shape == (tokens, outputs)
     expected = x.double() @ weight.t().double()
@@ -64,37 +74,38 @@ def test_planes_hold_the_weight_and_multiply_with_it(
 @pytest.mark.parametrize("tokens", [1, 30])
 @pytest.mark.parametrize("wide", [3, 60])
 def test_channels_of_several_widths_are_one_matrix(backend: str, tokens: int, wide: int) -> None:
-    generator, inputs = torch.Generator().manual_seed(0), 40 + wide + 5
+    generator, inputs, device = torch.Generator().manual_seed(0), 40 + wide + 5, place(backend)
     channels = torch.randperm(inputs, generator=generator)
     weight, widths = torch.zeros(70, inputs), []
     for levels, mine in ((SIGNS, channels[:40]), (Levels(-7, 7, 1), channels[40 : 40 + wide])):
         choices = (levels.most - levels.least) // levels.stride + 1
         codes = torch.randint(0, choices, (70, len(mine)), generator=generator) * levels.stride + levels.least
         scales = torch.randint(8, 16, (len(mine),), generator=generator) / 64
-        widths.append(Codes(codes, levels, mine, scales))
+        widths.append(Codes(codes.to(device), levels, mine.to(device), scales.to(device)))
         weight[:, mine] = codes * scales
+    weight = weight.to(device)
     planes = make_planes(widths, inputs, backend=backend)
     assert planes.nbytes == planes_bytes(70, [(40, SIGNS), (wide, Levels(-7, 7, 1))])
     assert torch.equal(plane_weight(planes, backend=backend), weight)
-    x = torch.randn(tokens, inputs, generator=generator)
+    x = torch.randn(tokens, inputs, generator=generator).to(device)
     torch.testing.assert_close(plane_linear(x, planes, backend=backend), x @ weight.t(), rtol=1e-4, atol=1e-4)
 
 
-def test_words_are_the_same_bits_on_every_back_end() -> None:
-    pytest.importorskip("numba")
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_words_are_the_same_bits_on_every_back_end(backend: str) -> None:
     for levels in ALL:
-        words = [made(130, 70, levels, 50, backend)[0].words for backend in ("torch", "numba")]
+        words = [made(130, 70, levels, 50, each)[0].words.cpu() for each in ("torch", backend)]
         assert torch.equal(*words)
 
 
-@pytest.mark.skipif(not installed("numba"), reason="no numba")
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("tokens", [1, 7, 30])
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("levels", [SIGNS, Levels(-7, 7, 1)], ids=["signs", "four bits"])
-def test_nothing_is_read_before_it_is_written(tokens: int, levels: Levels) -> None:
-    planes, weight = made(100, 90, levels, None, "numba")
-    x = torch.randn(tokens, weight.shape[1])
-    found = plane_linear(x, planes, backend="numba")
+def test_nothing_is_read_before_it_is_written(backend: str, tokens: int, levels: Levels) -> None:
+    planes, weight = made(100, 90, levels, None, backend)
+    x = torch.randn(tokens, weight.shape[1]).to(weight.device)
+    found = plane_linear(x, planes, backend=backend)
     torch.testing.assert_close(found, x @ weight.t(), rtol=1e-4, atol=1e-3)
 
 
@@ -167,13 +178,15 @@ def test_a_layer_without_columns_gives_zeros() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tokens", [2, 40])
 def test_sizes_that_fp16_does_not_hold_on_the_way_are_right_in_the_end(backend: str, tokens: int) -> None:
-    codes, channels = torch.ones(64, 1024), torch.arange(1024)
+    device = place(backend)
+    codes, channels = torch.ones(64, 1024, device=device), torch.arange(1024, device=device)
     for scale, factor, size in ((1.0, 1e-3, 100.0), (1e-6, 1e3, 0.01)):
-        given = [Codes(codes, SIGNS, channels, torch.full((1024,), scale))]
-        planes = make_planes(given, 1024, torch.full((64, 1), factor), backend=backend)
-        found = plane_linear(torch.full((tokens, 1024), size, dtype=torch.float16), planes, backend=backend)
+        given = [Codes(codes, SIGNS, channels, torch.full((1024,), scale, device=device))]
+        planes = make_planes(given, 1024, torch.full((64, 1), factor, device=device), backend=backend)
+        x = torch.full((tokens, 1024), size, dtype=torch.float16, device=device)
+        found = plane_linear(x, planes, backend=backend)
         torch.testing.assert_close(
-            found.float(), torch.full((tokens, 64), 1024 * scale * factor * size), rtol=0.02, atol=0
+            found.float().cpu(), torch.full((tokens, 64), 1024 * scale * factor * size), rtol=0.02, atol=0
         )
 
 
@@ -191,7 +204,8 @@ def test_an_infinite_input_that_no_channel_stores_reaches_no_output(tokens: int)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_product_of_doubles_and_one_with_a_graph(backend: str) -> None:
     planes, weight = made(70, 40, SIGNS, None, backend)
-    x = torch.randn(3, 49, dtype=torch.float64)
+    x = torch.randn(3, 49, dtype=torch.float64, device=weight.device)
     torch.testing.assert_close(plane_linear(x, planes, backend=backend), x @ weight.double().t())
-    found = plane_linear(torch.randn(3, 49, requires_grad=True), planes, backend=backend)
+    x = torch.randn(3, 49, requires_grad=True, device=weight.device)
+    found = plane_linear(x, planes, backend=backend)
     assert found.is_contiguous() and not found.requires_grad

@@ -14,6 +14,7 @@ from usllm.system.errors import UserError
 MOST_BITS = 1.5
 """Of a weight in output order, in the mean, that ``auto`` still takes: with more, not only states would be resident."""
 CHOICES = ("auto", *LAYOUTS)
+_WITH_KERNELS = ("cpu", "cuda", "meta")
 asked: ContextVar[tuple[str, int | None]] = ContextVar("asked", default=("auto", None))
 """Layout and memory that a model is being loaded with."""
 
@@ -29,8 +30,8 @@ def choose_layouts_(model: nn.Module, layout: str = "auto", memory: int | None =
         layout: ``compact``: as stored, looked up through the hash at each use. ``expanded``: codes in output order,
             one bit of memory for each bit of a code. ``decoded``: weights in the type that is computed with. ``auto``:
             all layers expanded if together they take at most 1.5 bits a weight, else those that do by themselves; on
-            the CPU, and not where the model computes in float32: there compact layers compute the bits of the trained
-            ones.
+            the CPU (on no card was it measured), and not where the model computes in float32: there compact layers
+            compute the bits of the trained ones.
         memory: Ceiling in bytes for all that is held besides what is stored; layers that it has no room for stay
             compact, as do those whose method has no expanded layout, and offloaded ones. ``None``: no ceiling.
 
@@ -43,9 +44,9 @@ def choose_layouts_(model: nn.Module, layout: str = "auto", memory: int | None =
     if layout not in CHOICES:
         raise UserError(f"layout={layout!r}: is unknown; choose one of {', '.join(CHOICES)}")
     for name, layer in packed_layers(model).items():
-        if layout == "expanded" and layer.packed.device.type not in ("cpu", "meta"):
+        if layout == "expanded" and layer.packed.device.type not in _WITH_KERNELS:
             raise UserError(
-                f"layout=expanded: {name} is on {layer.packed.device}; it is there for the CPU alone, leave it at auto"
+                f"layout=expanded: {name} is on {layer.packed.device}; it is for the CPU and CUDA, leave it at auto"
             )
     dtype, left = getattr(model, "dtype", torch.float32), memory
     small = _small(packed_layers(model), dtype) if layout == "auto" else set()
