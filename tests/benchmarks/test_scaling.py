@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import scaling
+from benchmarks import scaling, scaling_check, scaling_counts
 from usllm.compress import compress_, compressed_layers
 from usllm.models.random_model import random_model
 
@@ -27,4 +27,11 @@ def test_states_are_counted_as_the_buffers_of_a_compressed_model() -> None:
 @pytest.mark.parametrize(("rows", "ranks", "elements"), [(8, 1, 80), (8, 8, 10), (9, 8, 20), (3, 8, 10)])
 def test_largest_shard_is_the_first_run_of_rows(rows: int, ranks: int, elements: int) -> None:
     weight = torch.empty(rows, 10)
-    assert scaling._shard(weight, ranks) == elements == weight.chunk(ranks)[0].numel()
+    assert scaling_counts.shard(weight, ranks) == elements == weight.chunk(ranks)[0].numel()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_small_models_hold_what_is_counted_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    status = scaling_check.check()
+    assert status == 0, capsys.readouterr().out

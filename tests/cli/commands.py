@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +47,51 @@ def command(name: str, *arguments: str, folder: Path, before: Callable[[], None]
     return Outcome(process.exitcode, log.read_text(encoding="utf-8", errors="replace"))
 
 
-def _child(name: str, arguments: tuple[str, ...], folder: Path, log: Path, before: Callable[[], None] | None) -> None:
+def command_on_ranks(
+    name: str, *arguments: str, folder: Path, before: Callable[[], None] | None = None, ranks: int = 2
+) -> list[Outcome]:
+    """Run ``usllm-<name>`` on ranks that talk through gloo, started as torchrun starts them; what became of each.
+
+    When one has failed, those that wait for it are killed, as torchrun does, if they have not noticed by themselves.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    logs, processes = [folder / f".{name}.{rank}.log" for rank in range(ranks)], []
+    for rank, log in enumerate(logs):
+        launched = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
+        processes.append(_context.Process(target=_child, args=(name, arguments, folder, log, before, launched)))
+    for process in processes:
+        process.start()
+    waiting = {process.sentinel: process for process in processes}
+    failed = False
+    while waiting:
+        ended = multiprocessing.connection.wait(list(waiting), 30 if failed else 280)
+        for sentinel in ended:
+            process = waiting.pop(sentinel)  # type: ignore[call-overload]
+            process.join()
+            failed = failed or process.exitcode != 0
+        if not ended:
+            for process in waiting.values():
+                process.kill()
+            if not failed:
+                raise AssertionError(f"usllm-{name} did not end: {[log.read_text() for log in logs]}")
+    return [
+        Outcome(process.exitcode or 0, log.read_text(encoding="utf-8", errors="replace"))
+        for process, log in zip(processes, logs, strict=True)
+    ]
+
+
+def _child(
+    name: str,
+    arguments: tuple[str, ...],
+    folder: Path,
+    log: Path,
+    before: Callable[[], None] | None,
+    environment: Mapping[str, object] | None = None,
+) -> None:
     import importlib
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -53,6 +99,11 @@ def _child(name: str, arguments: tuple[str, ...], folder: Path, log: Path, befor
     os.dup2(output, 2)
     os.chdir(folder)
     os.environ["USLLM_CACHE"] = str(folder / "cache")
+    if environment is not None:
+        from lightning.pytorch.utilities import rank_zero_only
+
+        os.environ |= {key: str(value) for key, value in environment.items()}
+        rank_zero_only.rank = environment["RANK"]  # Lightning reads it when it is imported: in the server, long ago
     sys.argv[:] = [f"usllm-{name}", *arguments]
     status = 1
     try:

@@ -51,7 +51,7 @@ class _InputGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, layer: Expanded) -> Tensor:
-        return layer.product(x)
+        return layer.product(x).clone()  # who adds to it in place may: torch refuses that for a view made in here
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -17,8 +17,28 @@ if TYPE_CHECKING:
 LAYOUTS = ("compact", "expanded", "decoded")
 
 
-class PackedLinear(nn.Module):
+class PackedWeight:
+    """The place of a weight that exists only as bytes. ``peft`` asks it for its device.
+
+    Raises:
+        AttributeError: Anything else is asked of it; an adapter that is to be merged asks for its ``data``.
+    """
+
+    def __init__(self, layer: PackedLinear) -> None:
+        self.device, self.dtype = layer.packed.device, layer.packed.dtype
+        self._name = layer.name
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"{self._name}: has no weight.{name}, it is packed; adapters stay beside packed layers and cannot be "
+            "merged into them, nor begin from their weights"
+        )
+
+
+class PackedLinear(nn.Linear):
     """``y = x Ŵᵀ + b`` with ``Ŵ`` from bytes.
+
+    To ``peft`` it is a linear layer whose weight it cannot reach: adapters are trained beside it, and never merged.
 
     Its only state is a buffer of bytes, which no cast of the model touches. The decoded weight is that of the trained
     layer, bit for bit, in the dtype that is computed with. What else is held, and made again where it is lost, is its
@@ -34,6 +54,7 @@ class PackedLinear(nn.Module):
     """
 
     packed: Tensor
+    _is_hf_initialized = True  # transformers draws no weights for it
 
     def __init__(
         self,
@@ -43,15 +64,21 @@ class PackedLinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # there is no weight to allocate
         self.out_features, self.in_features = entry.shape
         self.compressor, self.name = compressor, name
         self.register_buffer("packed", torch.zeros(entry.bytes, dtype=torch.uint8))
-        self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype), requires_grad=False) if bias else None
+        held = nn.Parameter(torch.empty(self.out_features, dtype=dtype), requires_grad=False) if bias else None
+        self.register_parameter("bias", held)
         self.layout, self.automatic = "compact", True
         self._plan: LayerPlan | None = None
         self._decoded: Tensor | None = None
         self._expanded: Expanded | None = None
+
+    @property
+    def weight(self) -> PackedWeight:  # type: ignore[override]
+        """What stands where linear layers have a tensor: it has a device and cannot be computed with."""
+        return PackedWeight(self)
 
     @property
     def plan(self) -> LayerPlan:
@@ -114,7 +141,17 @@ class PackedLinear(nn.Module):
         # bits of the logits, are then the same. In other types products come straight from the states.
         if self.layout == "expanded" and not (self.automatic and (device != "cpu" or dtype == torch.float32)):
             return self.expanded.linear(x, self.bias)
-        if self.layout == "decoded" or (device in plan.decodes_on and dtype == torch.float32):
+        if self.layout == "decoded":
+            return functional.linear(x, self.decoded_weight(dtype), self.bias)
+        if torch.is_grad_enabled() and x.requires_grad and device in plan.decodes_on:
+            product: Tensor = _DecodedAgain.apply(x.to(dtype), self.bias, self)
+            return product
+        return self.compact(x, dtype)
+
+    def compact(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The product of the compact layout, computed in ``dtype``."""
+        plan = self.plan
+        if x.device.type in plan.decodes_on and dtype == torch.float32:
             return functional.linear(x, self.decoded_weight(dtype), self.bias)
         return plan.linear(x, plan.unpack(self.packed), {}, self.bias)
 
@@ -137,6 +174,23 @@ class PackedLinear(nn.Module):
         weights = self.out_features * self.in_features
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{text}, bits_per_weight={8 * self.packed.numel() / weights:.4f}"
+
+
+class _DecodedAgain(torch.autograd.Function):
+    """The product of a compact layer; the backward pass decodes again, so that a graph holds no weights."""
+
+    @staticmethod
+    def forward(x: Tensor, bias: Tensor | None, layer: PackedLinear) -> Tensor:
+        return layer.compact(x, x.dtype).clone()  # adapters may add to it in place, which torch refuses for a view
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.layer = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return gradient @ ctx.layer.decoded_weight(gradient.dtype), of_bias, None
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:

@@ -122,8 +122,8 @@ class SketchQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Packed layers have no latent weights."""
-        return False
+        """Adapters can be trained over a packed model; its own layers have no latent weights and never change."""
+        return True
 
 
 def swap_packed_(model: PreTrainedModel, config: PackedConfig) -> None:
@@ -204,7 +204,7 @@ def _find(
     if module is None:  # AutoModel loads the base model alone, whose names have no prefix
         path = name.removeprefix(f"{model.base_model_prefix}.")
         module = _submodule(model, path)
-    if not isinstance(module, kinds):
+    if not isinstance(module, kinds) or isinstance(module, PackedLinear):
         raise PackedFormatError(
             f"{name}: {type(model).__name__} has no {' or '.join(kind.__name__ for kind in kinds)} of that name"
         )

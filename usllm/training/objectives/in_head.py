@@ -51,18 +51,21 @@ def parts_in_head(
     """
     head = plain_head(model)
     assert head is not None
-    found: list[tuple[Tensor, Tensor]] = []
+    found: list[Tensor] = []
 
     def losses(hidden: Tensor) -> Tensor:
         flat = hidden.flatten(0, -2)
         dtype = compute_dtype(flat)
         total, parts = _HeadLoss.apply(function, weights, dtype, flat, head.weight, head.bias, *others)
-        found.append((total, parts.detach()))
-        return total.expand(*hidden.shape[:-1], 1)  # families take the last positions of it, or look at its type
+        found.append(parts.detach())
+        # Families take the last positions of it, or look at its type; FSDP2 wants no view.
+        return total.expand(*hidden.shape[:-1], 1).clone()
 
     with _forward(head, losses):
         output = model(**arguments)
-    return (*found[0], output)
+    # The total as the model returns it: FSDP2 gathers the weights of a part again when the gradient of what that part
+    # has returned arrives, and the part around all others returns nothing else that the loss depends on.
+    return output.logits.flatten()[0], found[0], output
 
 
 def hidden_in_head(model: nn.Module, **arguments: Any) -> tuple[Tensor, Any]:
