@@ -68,31 +68,29 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, **quiet, **small, **more}
 
 
-def answers(
-    folder: Path, prompts: Sequence[Sequence[int]], engine: dict[str, Any], sampling: dict[str, Any], work: Path
-) -> list[dict[str, Any]]:
-    """What ``LLM(folder).generate`` gives for prompts.
+def answered(request: dict[str, Any], work: Path) -> list[dict[str, list[int]]]:
+    """What ``LLM(…).generate`` gives for a request (``generating.py`` says what one holds).
+
+    vLLM's own processes are those of the server's tests; here all of it is in one, which starts sooner.
 
     Raises:
         AssertionError: The process failed; its output is told.
     """
-    done, answer = attempt(folder, prompts, engine, sampling, work)
+    done, answer = attempt(request, work, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     assert done.returncode == 0, done.stdout[-8000:]
-    found: list[dict[str, Any]] = json.loads(answer.read_text())
+    found: list[dict[str, list[int]]] = json.loads(answer.read_text())
     return found
 
 
-def attempt(
-    folder: Path, prompts: Sequence[Sequence[int]], engine: dict[str, Any], sampling: dict[str, Any], work: Path
-) -> tuple[subprocess.CompletedProcess[str], Path]:
+def attempt(request: dict[str, Any], work: Path, **variables: str) -> tuple[subprocess.CompletedProcess[str], Path]:
     """The process that generates, ended, and the file of its answers."""
-    request, answer = work / "request.json", work / "answer.json"
-    content = {"engine": {"model": str(folder), **SMALL, **engine}, "prompts": prompts, "sampling": sampling}
-    request.write_text(json.dumps(content))
+    work.mkdir(exist_ok=True)
+    asked, answer = work / "request.json", work / "answer.json"
+    asked.write_text(json.dumps({**request, "engine": {**SMALL, **request["engine"]}}))
     program = Path(__file__).with_name("generating.py")
     done = subprocess.run(
-        [sys.executable, str(program), str(request), str(answer)],
-        env=environment(),
+        [sys.executable, str(program), str(asked), str(answer)],
+        env=environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

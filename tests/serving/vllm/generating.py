@@ -1,7 +1,6 @@
-"""What vLLM answers, in a process of its own: ``python generating.py requests.json answers.json``.
+"""What vLLM answers, in a process of its own: ``python generating.py request.json answer.json``.
 
-A request holds the arguments of ``LLM``, token ids of the prompts and the arguments of ``SamplingParams``; several are
-answered by one engine after another.
+A request holds the arguments of ``LLM``, token ids of the prompts and the arguments of ``SamplingParams``.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from typing import Any
 
 
 def main() -> None:
-    """Write the answers to all requests."""
-    requests = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(json.dumps([_answer(**request) for request in requests]))
+    """Answer a request."""
+    request = json.loads(Path(sys.argv[1]).read_text())
+    Path(sys.argv[2]).write_text(json.dumps(_answer(**request)))
 
 
 def _answer(engine: dict[str, Any], prompts: list[list[int]], sampling: dict[str, Any]) -> list[dict[str, list[int]]]:

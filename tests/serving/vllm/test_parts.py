@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from tiny_packed import pack, sketched_model
@@ -92,7 +90,7 @@ def test_damaged_bytes_are_refused(folder: PackedFolder) -> None:
 def test_bytes_of_another_length_are_refused(folder: PackedFolder) -> None:
     parts = made(folder, QKV)
     (holder,) = parts.placeholders().values()
-    with pytest.raises(PackedFormatError, match="q_proj: is .*, expected"):
+    with pytest.raises(PackedFormatError, match=r"q_proj: is .*, expected"):
         holder.weight_loader(holder, stored(folder, QKV[0])[:-1], "q")  # type: ignore[attr-defined]
 
 
