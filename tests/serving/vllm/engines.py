@@ -30,6 +30,8 @@ METHODS: dict[str, tuple[Any, RestStorage]] = {
     "littlebit": (LittleBitConfig(bits_per_weight=1.0), RestStorage("bfloat16")),
 }
 """Enough bits to write English without training, but for factors, and every way to store the rest."""
+WRITES = "rounding"
+"""A method whose model writes English, so that its choices are clear ones."""
 PROMPTS = (
     "The capital of France is",
     "Water boils when",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from engines import METHODS, answered, needs_vllm, packed_smollm2, tokens_of
+from engines import METHODS, WRITES, answered, needs_vllm, tokens_of
 from torch import Tensor
 
 import usllm
@@ -17,8 +17,6 @@ import usllm
 pytestmark = [needs_vllm, pytest.mark.timeout(3600)]
 
 TOKENS = 32
-WRITES = "rounding"
-"""A method whose model writes English, so that its choices are clear ones."""
 
 
 class Model(NamedTuple):
@@ -30,14 +28,14 @@ class Model(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
-    """Models by method, each made once."""
+def model_of(folder_of: Callable[[str], Path]) -> Callable[[str], Model]:
+    """The model of a method."""
 
     @lru_cache
     def made(method: str) -> Model:
-        folder = packed_smollm2(method, tmp_path_factory.mktemp(method) / "packed")
+        folder = folder_of(method)
         prompts = tokens_of(folder)
-        model = usllm.load(folder, dtype=torch.float32)
+        model = usllm.load(folder, dtype=torch.float32, layout="decoded")  # the same bits as compact layers, sooner
         whole = [
             model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=TOKENS)[0].tolist()  # type: ignore[operator]
             for ids in prompts
@@ -48,8 +46,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_fp32_answers_are_those_of_load(models: Callable[[str], Model], method: str, tmp_path: Path) -> None:
-    model = models(method)
+def test_fp32_answers_are_those_of_load(model_of: Callable[[str], Model], method: str, tmp_path: Path) -> None:
+    model = model_of(method)
     engine = {"model": str(model.folder), "dtype": "float32", "enforce_eager": True}
     request = {"engine": engine, "prompts": model.prompts, "sampling": {"max_tokens": TOKENS}}
     assert len(model.prompts) == 8 and max(map(len, model.answers)) == TOKENS
@@ -57,9 +55,9 @@ def test_fp32_answers_are_those_of_load(models: Callable[[str], Model], method: 
 
 
 @torch.no_grad()
-def test_bf16_choices_are_those_of_load(models: Callable[[str], Model], tmp_path: Path) -> None:
+def test_bf16_choices_are_those_of_load(model_of: Callable[[str], Model], tmp_path: Path) -> None:
     """Compiled, and teacher-forced: at each place of a text both are asked for the next token."""
-    model = models(WRITES)
+    model = model_of(WRITES)
     texts = [ids + answer for ids, answer in zip(model.prompts, model.answers, strict=True)]
     engine = {"model": str(model.folder), "dtype": "bfloat16"}
     sampling = {"max_tokens": 1, "prompt_logprobs": 1}

@@ -58,11 +58,13 @@ class Parts(nn.Module):
             found.setdefault(name, holder)
         return found
 
-    def _load(self, holder: Tensor, loaded: Tensor, shard: str | int | None = None) -> None:
-        """Args: one of the placeholders, a tensor that was read, and the part that it is, if there are several."""
-        place = 0 if shard is None else _SHARDS.get(shard, -1) if isinstance(shard, str) else shard
-        if not 0 <= place < len(self.names) or (shard is None and len(self.names) > 1):
-            raise PackedFormatError(f"{self.names[0]}: vLLM gave its part {shard!r}, which there is not")
+    def _load(self, holder: Tensor, loaded: Tensor, shard: str | int | tuple[int, ...] | None = None) -> None:
+        """Take a tensor that was read: all of the layer, or one of its parts as vLLM names them."""
+        place = _SHARDS.get(shard, -1) if isinstance(shard, str) else 0 if shard is None else shard
+        known = isinstance(place, int) and 0 <= place < len(self.names)
+        if not known or (shard is None and len(self.names) > 1):
+            raise PackedFormatError(f"{self.names[0]}: vLLM read its part {shard!r}; there are {len(self.names)}")
+        assert isinstance(place, int)
         name, stored = _stored(self.linears[place])
         if stored.shape != loaded.shape:
             raise PackedFormatError(
