@@ -30,7 +30,7 @@ class BlockEmbeddingMethod(QuantizeMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -55,7 +55,7 @@ class BlockEmbeddingMethod(QuantizeMethodBase):
         layer.register_parameter("weight", weight)
         layer.float_dtype = params_dtype
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was loaded.
 
         Raises:
@@ -66,10 +66,10 @@ class BlockEmbeddingMethod(QuantizeMethodBase):
         except ValueError as error:
             raise PackedFormatError(str(error)) from error
 
-    def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
+    def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         """Rows [...] to [..., columns]."""
         return unpack_blocks(functional.embedding(ids, layer.weight), self.entry.bits, layer.float_dtype)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits: [..., columns] to [..., rows]."""
         return block_linear(x, layer.weight, self.entry.bits, bias)

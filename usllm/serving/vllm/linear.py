@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearMethodBase
@@ -31,7 +31,7 @@ class PackedLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -58,12 +58,12 @@ class PackedLinearMethod(LinearMethodBase):
         layer.parts_name = f"usllm.{self.names[0]}"
         known[layer.parts_name] = layer.parts
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was loaded."""
         layer.parts.check()
         self.loaded(layer.parts)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``y = x Ŵᵀ + b``, [..., in] to [..., out]."""
         if torch.compiler.is_compiling():
             y: Tensor = torch.ops.vllm.usllm_parts(x, layer.parts_name, layer.parts.outputs)

@@ -50,7 +50,7 @@ class Parts(nn.Module):
 
     def placeholders(self) -> dict[str, nn.Parameter]:
         """Parameters without numbers, by the last part of the stored tensors' names."""
-        found = {}
+        found: dict[str, nn.Parameter] = {}
         for part in self.linears:
             name, stored = _stored(part)
             holder = nn.Parameter(stored.new_empty(0), requires_grad=False)
