@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from usllm.packed.blocks import bytes_per_row, check_blocks, unpack_blocks
 from usllm.packed.config import BlockEntry
@@ -68,8 +69,24 @@ class BlockEmbeddingMethod(QuantizeMethodBase):
 
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         """Rows [...] to [..., columns]."""
-        return unpack_blocks(functional.embedding(ids, layer.weight), self.entry.bits, layer.float_dtype)
+        if torch.compiler.is_compiling():
+            columns, bits = self.entry.shape[1], self.entry.bits
+            rows: Tensor = torch.ops.vllm.usllm_rows(ids, layer.weight, columns, bits, layer.float_dtype)
+            return rows
+        return _rows(ids, layer.weight, self.entry.shape[1], self.entry.bits, layer.float_dtype)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits: [..., columns] to [..., rows]."""
         return block_linear(x, layer.weight, self.entry.bits, bias)
+
+
+def _rows(ids: Tensor, packed: Tensor, columns: int, bits: int, dtype: torch.dtype) -> Tensor:
+    """Rows [...] to [..., columns]; one op for the compiler, which mixes up the types of scales and numbers."""
+    return unpack_blocks(functional.embedding(ids, packed), bits, dtype)
+
+
+def _rows_fake(ids: Tensor, packed: Tensor, columns: int, bits: int, dtype: torch.dtype) -> Tensor:
+    return packed.new_empty((*ids.shape, columns), dtype=dtype)
+
+
+direct_register_custom_op("usllm_rows", _rows, fake_impl=_rows_fake)
