@@ -28,7 +28,8 @@ def client(folder_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     small = [part for key, value in SMALL.items() for part in (f"--{key.replace('_', '-')}", str(value))]
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(folder_of(WRITES)), "--enforce-eager", *small]
+    program = Path(__file__).with_name("vllm_command.py")
+    command = [sys.executable, str(program), "serve", str(folder_of(WRITES)), "--enforce-eager", *small]
     command += ["--served-model-name", "packed", "--host", "127.0.0.1", "--port", str(port)]
     log = root / "log"
     process = subprocess.Popen(
@@ -42,6 +43,7 @@ def client(folder_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
                 if STARTED in line:
                     break
             else:
+                output.flush()
                 raise AssertionError(log.read_text()[-8000:])
             reader.submit(output.writelines, process.stdout)  # a full pipe would stop the server
             yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=1200, max_retries=0)
