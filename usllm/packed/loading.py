@@ -57,7 +57,7 @@ def load(
         raise UserError(f"keep_decoded={kept}: is layout='decoded', layout_memory={kept} now")
     if layout not in CHOICES:
         raise UserError(f"layout={layout!r}: is unknown; choose one of {', '.join(CHOICES)}")
-    path = _local(model, revision)
+    path = local_folder(model, revision)
     folder = open_folder(path)
     check_against_model(folder)
     from transformers import AutoModelForCausalLM
@@ -87,11 +87,14 @@ def load(
     return model_loaded
 
 
-def check_against_model(folder: PackedFolder) -> None:
+def check_against_model(folder: PackedFolder) -> PreTrainedModel:
     """Refuse a folder whose tensors are not those of the model that its configuration describes, or whose
     configuration means something else to the installed transformers than to its writer's.
 
     The model is built without memory; the number of its layers is bounded by the number of stored tensors first.
+
+    Returns:
+        That model, on the meta device.
 
     Raises:
         PackedFormatError: A tensor is missing, unexpected or misshaped, the configuration is impossible, or is
@@ -131,6 +134,8 @@ def check_against_model(folder: PackedFolder) -> None:
     if unexpected := sorted(set(folder.tensors) - set(expected)):
         raise PackedFormatError(f"{unexpected[0]}: is in the weight files, but not in the model")
     check_meaning(folder, skeleton)
+    empty: PreTrainedModel = skeleton
+    return empty
 
 
 def check_meaning(folder: PackedFolder, model: PreTrainedModel) -> None:
@@ -168,7 +173,12 @@ def _check_counts(section: dict[str, Any], tensors: int, where: str) -> None:
             raise PackedFormatError(f"{where}: {key}={value!r} is impossible with {tensors} tensors")
 
 
-def _local(model: str | Path, revision: str | None) -> Path:
+def local_folder(model: str | Path, revision: str | None) -> Path:
+    """The folder of a model, fetched where it is one of the Hugging Face hub.
+
+    Raises:
+        UserError: There is no such folder or hub model.
+    """
     path = expanded(model)
     if path.is_dir():
         return path

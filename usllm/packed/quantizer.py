@@ -169,7 +169,7 @@ def check_packed(model: nn.Module) -> None:
         if layer.packed.device.type != "meta":  # offloaded ones are checked at their first use
             _ = layer.plan
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.device.type != "meta" and not _is_finite(parameter):
+        if parameter.is_floating_point() and parameter.device.type != "meta" and not is_finite(parameter):
             raise PackedFormatError(f"{name}: holds numbers that are not finite")
     for name, module in model.named_modules():
         if isinstance(module, (BlockLinear, BlockEmbedding)) and module.weight.device.type != "meta":
@@ -180,7 +180,7 @@ def check_packed(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     """Whether all numbers are finite; some rows at a time, to make no large mask."""
     rows = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
     step = max(1, (1 << 22) // max(rows.shape[1], 1))

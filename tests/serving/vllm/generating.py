@@ -1,0 +1,41 @@
+"""What vLLM answers, in a process of its own: ``python generating.py request.json answer.json``.
+
+A request holds the arguments of ``LLM``, token ids of the prompts and the arguments of ``SamplingParams``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Answer a request."""
+    request = json.loads(Path(sys.argv[1]).read_text())
+    Path(sys.argv[2]).write_text(json.dumps(_answer(**request)))
+
+
+def _answer(engine: dict[str, Any], prompts: list[list[int]], sampling: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """The tokens of each prompt and, where asked for, the likeliest one at each of its places but the first."""
+    from vllm import LLM, SamplingParams
+
+    model = LLM(**engine)
+    given: Any = [{"prompt_token_ids": ids} for ids in prompts]
+    outputs = model.generate(given, SamplingParams(temperature=0.0, **sampling))
+    return [
+        {
+            "tokens": list(output.outputs[0].token_ids),
+            "choices": [_likeliest(place) for place in (output.prompt_logprobs or [])[1:]],
+        }
+        for output in outputs
+    ]
+
+
+def _likeliest(place: Any) -> int:
+    return int(max(place, key=lambda token: place[token].logprob))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""vLLM finds the entry point by itself: a plug-in that fails is only logged, and the model would be unknown."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from engines import environment, needs_vllm
+
+pytestmark = [needs_vllm, pytest.mark.timeout(900)]
+
+CODE = """
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+from usllm.serving.vllm.plugin import register
+register()
+assert QUANTIZATION_METHODS.count("usllm") == 1
+print(get_quantization_config("usllm").__module__)
+"""
+
+
+def test_registered_by_vllm_and_once() -> None:
+    done = subprocess.run([sys.executable, "-c", CODE], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines()[-1] == "usllm.serving.vllm.quantization"
