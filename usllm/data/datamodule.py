@@ -217,6 +217,12 @@ class TextDataModule(LightningDataModule):
         others = [source.share for source in self.mixture.values()]
         return [1.0 - sum(others), *others]
 
+    def tables(self) -> dict[str, Dataset]:
+        """Packed sequences (column ``input_ids``) by the key of their text."""
+        text = self._training
+        packed = {key: part for key, part in zip(text.keys, text.parts, strict=True) if key not in text.streamed}
+        return {**packed, VALIDATION: self._validation}
+
     @property
     def streamed(self) -> list[str]:
         """Keys of the sources that are streamed."""

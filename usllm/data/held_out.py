@@ -24,9 +24,7 @@ def split_documents(documents: Dataset, fraction: float) -> tuple[Dataset, Datas
         UserError: the fraction is not between 0 and 1, or there is one document.
     """
     if not 0 < fraction < 1:
-        raise UserError(
-            f"data.validation_fraction={fraction} must lie between 0 and 1 where data.validation is null"
-        )
+        raise UserError(f"data.validation_fraction={fraction} must lie between 0 and 1 where data.validation is null")
     if len(documents) < 2:
         raise UserError(
             "data.train holds one document, which cannot be split; set data.validation, or a "

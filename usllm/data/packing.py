@@ -76,8 +76,8 @@ def pack(
         if found < context_length:
             raise UserError(
                 f"{key} holds {found} tokens, fewer than one sequence of data.context_length={context_length}; "
-                "give more text (or a larger data.validation_fraction, of a stream data.validation_documents, if it was split "
-                "off) or a shorter context"
+                "give more text (or, if it was split off, a larger data.validation_fraction, of a stream "
+                "data.validation_documents) or a shorter context"
             )
         del tokenised
         for file in folder.glob("tokenised*.arrow"):

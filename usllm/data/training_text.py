@@ -54,6 +54,7 @@ class TrainingText:
         self.sizes = [1 if isinstance(part, StreamedPart) else len(part) for part in self.parts]
         self._table: Any = None
         self._loader: tuple[StreamLoader, int] | None = None  # and the sequences of a step that this rank draws
+        self._restored: dict[str, Position] = {}
         self._last: dict[str, Position] = {}
 
     @property
@@ -75,7 +76,8 @@ class TrainingText:
             num_workers: processes that load or tokenise.
         """
         if self.streamed:
-            positions = {self.keys.index(key): position for key, position in self._last.items() if key in self.keys}
+            restored = self._restored if share.begin else {}
+            positions = {self.keys.index(key): position for key, position in restored.items() if key in self.keys}
             loader = StreamLoader(
                 self.parts, share, batch_size, self.seed, positions, num_workers, observe=self._observe
             )
@@ -85,7 +87,7 @@ class TrainingText:
             self.sizes, share.end, self.seed, share.rank, share.world_size, share.begin, shares=share.shares
         )
         return PositionedLoader(
-            self.table,  # type: ignore[arg-type]
+            self.table,
             batch_size=batch_size,
             sampler=sampler,
             num_workers=num_workers,
@@ -118,11 +120,12 @@ class TrainingText:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Begin where a checkpoint says; one without positions begins with the first document, and reads up to the step."""
-        self._last = {key: from_plain(plain) for key, plain in state.get(POSITIONS, {}).items()}
+        """Begin where a checkpoint says; without positions in it the stream is read up to the step again."""
+        self._restored = {key: from_plain(plain) for key, plain in state.get(POSITIONS, {}).items()}
+        self._last = dict(self._restored)
 
     def facts(self) -> dict[str, dict[str, Any]]:
-        """By streamed text, how much of it this rank has seen: ``passes`` before this one, ``documents``, ``skipped``."""
+        """By streamed text, how much this rank has seen: ``passes`` before this one, ``documents``, ``skipped``."""
         return {
             key: {
                 "passes": position.turn,

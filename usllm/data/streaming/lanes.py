@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from usllm.data.streaming.order import Corpus, Skipped, Window
+from usllm.data.streaming.order import NOTHING, Corpus, Skipped, Window
 from usllm.data.streaming.rows import Place
 from usllm.data.windows import cut_windows
 
@@ -53,7 +53,7 @@ class Position:
     lanes: dict[int, tuple[int, int, int]]
     turn: int = 0
     documents: int = 0
-    skipped: Skipped = Skipped()
+    skipped: Skipped = NOTHING
 
     def joined(self, others: Iterable[Position]) -> Position:
         """The position of all lanes, of which each process knows some."""
@@ -83,7 +83,7 @@ class Position:
 def from_plain(plain: dict[str, Any]) -> Position:
     """The position that :meth:`Position.to_plain` wrote."""
     turn, shard, row, offset, documents = plain["window"]
-    before, skipped = (Skipped(*counts[:3], tuple(counts[3])) for counts in plain["skipped"])
+    before, skipped = (Skipped(rows, files, held, tuple(told)) for rows, files, held, told in plain["skipped"])
     window = Window(turn, shard, Place(row, offset), documents, before, before)
     lanes = {lane: (made, document, used) for lane, (made, document, used) in enumerate(plain["lanes"])}
     return Position(Start(window, tuple(plain["given"])), lanes, plain["turn"], plain["documents"], skipped)
@@ -165,7 +165,7 @@ class Lanes:
         self._before = position
 
     def sequence(self, number: int) -> NDArray[np.int32]:
-        """Sequence ``number`` of the corpus, int32 ``[context_length]``; those of its lane that lie before it are dropped.
+        """Sequence ``number`` of the corpus, int32 ``[context_length]``; those before it in its lane are dropped.
 
         Raises:
             ValueError: its lane is beyond it.
@@ -188,10 +188,14 @@ class Lanes:
         while len(self._starts) > 1 and self._starts[1].window.documents <= needed:
             self._starts.popleft()
         begun = max(document + (used > 0) for _, document, used in lanes.values())
-        newest = next(s.window for s in reversed(self._starts) if s.window.documents < max(begun, 1) or s is self._starts[0])
+        newest = next(
+            s.window for s in reversed(self._starts) if s.window.documents < max(begun, 1) or s is self._starts[0]
+        )
         found = Position(self._starts[0], lanes, newest.turn, begun, newest.after)
-        return found if self._before is None or self._before.documents <= begun else replace(
-            found, turn=self._before.turn, documents=self._before.documents, skipped=self._before.skipped
+        return (
+            found
+            if self._before is None or self._before.documents <= begun
+            else replace(found, turn=self._before.turn, documents=self._before.documents, skipped=self._before.skipped)
         )
 
     def _tokenise_more(self) -> None:

@@ -1,7 +1,7 @@
 """Batches of a run whose text is streamed, alone or mixed with packed text.
 
-The order is that of :class:`usllm.data.sampler.UnrolledSampler`: place number p belongs to rank ``p % ranks``, and texts
-take their turns by their shares. Each worker process of a rank tokenises some of the lanes that the rank needs.
+The order is that of :class:`usllm.data.sampler.UnrolledSampler`: place number p belongs to rank ``p % ranks``, and
+texts take their turns by their shares. Each worker process of a rank tokenises some of the lanes that the rank needs.
 """
 
 from __future__ import annotations

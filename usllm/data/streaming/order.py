@@ -13,7 +13,7 @@ from itertools import islice
 
 from usllm.data.sampler import permutation
 from usllm.data.sources.spec import SourceSpec
-from usllm.data.streaming.rows import LONGEST, Bad, Place, read_rows
+from usllm.data.streaming.rows import BEGINNING, LONGEST, Bad, Place, read_rows
 from usllm.data.streaming.shards import Shard
 from usllm.system.errors import UserError
 
@@ -46,6 +46,9 @@ class Skipped:
         return replace(self, examples=examples, **counts)
 
 
+NOTHING = Skipped()
+
+
 @dataclass(frozen=True)
 class Window:
     """Where a window begins, and what it holds.
@@ -62,10 +65,10 @@ class Window:
 
     turn: int = 0
     shard: int = 0
-    place: Place = Place()
+    place: Place = BEGINNING
     documents: int = 0
-    before: Skipped = Skipped()
-    after: Skipped = Skipped()
+    before: Skipped = NOTHING
+    after: Skipped = NOTHING
     texts: Sequence[str] = ()
 
 
@@ -116,9 +119,10 @@ class Corpus:
         """
         at = start or Window()
         while True:
-            begun = at.documents if (at.shard, at.place) == (0, Place()) else -1
+            begun = at.documents if (at.shard, at.place) == (0, BEGINNING) else -1
             order = permutation(len(self.shards), f"usllm shards {self.seed} {at.turn} of {self.key}").tolist()
-            for at in self._pass(at, order):
+            for window in self._pass(at, order):
+                at = window
                 if at.texts:
                     yield at
             if at.documents == begun:
@@ -132,7 +136,7 @@ class Corpus:
         """Windows of one pass; the last one is empty, and says how far it came."""
         window, texts, characters, skipped = start, list[str](), 0, start.before
         for shard in range(start.shard, len(order)):
-            first = start.place if shard == start.shard else Place()
+            first = start.place if shard == start.shard else BEGINNING
             for place, found in read_rows(self.shards[order[shard]], self.spec, first):
                 if not texts:
                     window = replace(window, shard=shard, place=place, before=skipped)

@@ -28,6 +28,9 @@ class Place(NamedTuple):
     offset: int = 0
 
 
+BEGINNING = Place()
+
+
 class Bad(NamedTuple):
     """What could not be read: a line that names file and row, and whether one row is lost or the rest of a file."""
 
@@ -39,7 +42,7 @@ Found = tuple[Place, "str | Bad"]
 Reader = Callable[[Shard, SourceSpec, Place], Iterator[Found]]
 
 
-def read_rows(shard: Shard, spec: SourceSpec, start: Place = Place()) -> Iterator[Found]:  # noqa: B008 - immutable
+def read_rows(shard: Shard, spec: SourceSpec, start: Place = BEGINNING) -> Iterator[Found]:
     """Documents of a shard in its order, each with the place where it begins.
 
     Rows are joined into documents where ``spec.document_start`` says so. A place that was given for a document gives
@@ -68,7 +71,7 @@ def _contained(shard: Shard, spec: SourceSpec, start: Place) -> Iterator[Found]:
 
 def _grouped(rows: Iterator[Found], document_start: str) -> Iterator[Found]:
     starts = re.compile(document_start)
-    begin, parts = Place(), list[str]()
+    begin, parts = BEGINNING, list[str]()
     for place, row in rows:
         if isinstance(row, Bad):
             yield place, row

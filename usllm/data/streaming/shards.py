@@ -17,7 +17,9 @@ from usllm.system.errors import RunError, UserError, first_line
 from usllm.system.network import leave_unreachable_hub, network_or_user_error
 
 STREAMED_KINDS = ("text", "jsonl", "parquet")
-_LOOKED_AT = 3  # files whose first bytes must be of the kind that their names say; the others are seen when their turn comes
+_LOOKED_AT = (
+    3  # files whose first bytes must be of the kind that their names say; the others are seen when their turn comes
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ def find_shards(spec: SourceSpec, key: str) -> list[Shard]:
             return _of_data_set(spec)
         remote = [path for path in spec.paths if is_remote(path)]
         if remote and len(remote) < len(spec.paths):
-            raise UserError(f"{remote[0]} and {_first_local(spec)}: give local files or addresses, not both in one source")
+            raise UserError(
+                f"{remote[0]} and {_first_local(spec)}: give local files or addresses, not both in one source"
+            )
         if remote:
             return _of_addresses(spec)
         files = existing(spec.paths)
@@ -135,8 +139,8 @@ def _of_data_set(spec: SourceSpec) -> list[Shard]:
         files = dict(builder.config.data_files or {})
     except Exception as error:  # hub, HTTP and builder errors have no common base class
         raise network_or_user_error(
-            f"the data set {what} cannot be found on the Hugging Face hub ({first_line(error)}). Without a network, use "
-            "files: data=parquet, data=jsonl or data=text",
+            f"the data set {what} cannot be found on the Hugging Face hub ({first_line(error)}). Without a network, "
+            "use files: data=parquet, data=jsonl or data=text",
             error,
         ) from error
     if spec.split not in files:
@@ -153,8 +157,8 @@ def _kind(place: str, given: str) -> str:
     named = kind_by_name(Path(_last(place)))
     if given == "auto" and named is None:
         raise UserError(
-            f"{place}: its name does not say what it is; streamed are {', '.join(STREAMED_KINDS)}: give the kind, or set "
-            "streaming=false"
+            f"{place}: its name does not say what it is; streamed are {', '.join(STREAMED_KINDS)}: give the kind, or "
+            "set streaming=false"
         )
     return str(named if given == "auto" else given)
 
@@ -164,7 +168,9 @@ def _refuse_other_kinds(shards: Sequence[Shard], key: str) -> None:
     for shard in shards:
         named = kind_by_name(Path(_last(shard.place)))
         if shard.kind != first.kind or (named not in (None, shard.kind) and "parquet" in (named, shard.kind)):
-            raise UserError(f"{key or 'path'} names files of several kinds ({first.place}, {shard.place}); give one a source")
+            raise UserError(
+                f"{key or 'path'} names files of several kinds ({first.place}, {shard.place}); give one a source"
+            )
 
 
 def _first_local(spec: SourceSpec) -> str:
