@@ -100,6 +100,7 @@ def test_checkpoints_of_a_resumed_run_are_those_of_one_that_never_stopped(tmp_pa
     whole = saved_at(100, None, 0, 0)
     assert saved_at(100, saved_at(41, None, 0, 2), 41, 0) == whole
     assert saved_at(100, saved_at(40, None, 0, 0), 40, 2) == whole
+    assert saved_at(60, saved_at(18, None, 0, 0), 18, 0) == saved_at(60, None, 0, 2)  # lanes drawn once or twice
 
 
 SPLITS = [(1, 2, 2), (2, 2, 1), (1, 1, 4), (4, 1, 1)]

@@ -181,6 +181,11 @@ class Lanes:
             if lane.made > number // LANES:
                 return found
 
+    def drop(self, number: int) -> None:
+        """Let the lane of sequence ``number`` stand behind it."""
+        if self._lanes[number % LANES].made <= number // LANES:
+            self.sequence(number)
+
     def position(self) -> Position:
         """Where the own lanes stand."""
         lanes = {number: lane.state() for number, lane in self._lanes.items()}

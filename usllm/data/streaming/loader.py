@@ -108,9 +108,15 @@ class _Worker(IterableDataset[Chunk]):
             return
         streams = {part: text.lanes(own, self.positions.get(part)) for part, text in self.parts.items()}
         mine = set(own)
+        # Positions were kept before: what was drawn behind them is made once more, and they go on as they would have.
+        made_before = range(self.share.begin // CHUNK * CHUNK, self.share.begin)
         for draws in self.share.chunks():
             found: dict[int, list[NDArray[np.int32]]] = {part: [] for part in self.parts}
             try:
+                for part, taken in map(self.share.text, made_before):
+                    if part in streams and taken % LANES in mine:
+                        streams[part].drop(taken)
+                made_before = range(0)
                 for part, taken in map(self.share.text, draws):
                     if part in streams and taken % LANES in mine:
                         found[part].append(streams[part].sequence(taken))
