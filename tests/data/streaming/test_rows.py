@@ -16,7 +16,7 @@ import pytest
 from usllm.data import SourceSpec
 from usllm.data.sources import read_documents
 from usllm.data.streaming.order import SKIP, Corpus, Window
-from usllm.data.streaming.rows import LONGEST, Bad, Place, read_rows
+from usllm.data.streaming.rows import BEGINNING, LONGEST, Bad, Place, read_rows
 from usllm.data.streaming.shards import Shard, find_shards
 from usllm.data.streaming.source import open_corpus
 from usllm.system.errors import RunError, UserError
@@ -38,7 +38,7 @@ def written(path: Path, kind: str, texts: list[str]) -> Shard:
     return Shard(str(path), kind, path.stat().st_size)
 
 
-def texts_of(shard: Shard, spec: SourceSpec, start: Place = Place(0, 0)) -> list[str]:
+def texts_of(shard: Shard, spec: SourceSpec, start: Place = BEGINNING) -> list[str]:
     found = [text for _, text in read_rows(shard, spec, start)]
     assert all(isinstance(text, str) for text in found), found
     return found  # type: ignore[return-value]
