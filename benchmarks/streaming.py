@@ -110,15 +110,17 @@ def main() -> None:
         data.trainer = endless
         here = psutil.Process()
         tokens, began, before = 0, time.perf_counter(), used(here)[0]
+        busy = before
         memory: list[int] = []
         for number, batch in enumerate(data.train_dataloader()):
             tokens += batch["input_ids"].numel()
             if number % 50 == 0:
-                memory.append(used(here)[1])
+                busy, now = used(here)
+                memory.append(now)
             passes = data.stream_facts().get("data.train", {}).get("passes", 0)
             if tokens >= arguments.tokens and (arguments.tokens or passes):
                 break
-        wall, busy = time.perf_counter() - began, used(here)[0] - before
+        wall, busy = time.perf_counter() - began, busy - before
         steady = memory[len(memory) // 10 :]
         print(f"{tokens:,} tokens, pass {data.stream_facts()['data.train']['passes'] + 1}")
         print(f"{tokens / wall * 60 / 1e6:.2f} million tokens a minute, {wall:.0f} s")

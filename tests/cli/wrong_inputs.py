@@ -195,7 +195,10 @@ STREAMS = [
     train("data.validation_documents=7", "data.validation_documents=7: are set aside from a streamed data.train"),
     train("data.train.path=hf://datasets/a/b/*.txt", "data.train.path=hf://datasets/a/b/*.txt: is an address"),
     train("data.train.path=HERE/*.txt", "data.train.path=HERE/*.txt: no such file"),
-    train(["data=pydoc", "+data.train.streaming=true"], "data.train.streaming=true: streamed are hub, parquet, jsonl"),
+    train(
+        ["data.train.kind=pydoc", "data.train.streaming=true"],
+        "data.train.streaming=true: streamed are hub, parquet, jsonl",
+    ),
     train("+evaluation.test_sets.a={kind: text, path: TEXT, streaming: true}", "only what is trained on is streamed"),
     stream("data.on_bad=ignore", "data.on_bad=ignore: unknown; choose one of raise, skip"),
     stream("data.shuffle_buffer=0", "data.shuffle_buffer=0: must be at least 1"),
