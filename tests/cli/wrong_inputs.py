@@ -207,11 +207,11 @@ STREAMS = [
     stream(["trainer.max_steps=null", "trainer.epochs=1"], "trainer.epochs=1: nobody knows the length of a streamed"),
     stream("data.train.path=HERE/*.jsonl", "data.train.path=HERE/*.jsonl: no such file"),
     stream("data.train.text_field=body", "ROWS, line 1 has no text in 'body'; set text_field", "data.on_bad=skip"),
-    stream(["data.train.text_field=body", "data.on_bad=skip"], "data.train: 1 files hold no text to train on"),
-    stream(["data=parquet", "data.train.path=TEXT"], "TEXT", "parquet"),
-    stream(["model=FOREIGN"], "data.train holds token", "but the model has 264 tokens"),
+    stream(["data.train.text_field=body", "data.on_bad=skip"], "data.train holds no text"),
+    stream(["data=parquet", "data.train.path=TEXT"], "data.train: TEXT is plain text by its name", "not Parquet"),
+    stream(["model=FOREIGN"], "holds token", "but the model has 264 tokens"),
     stream("data.validation_documents=1000", "hold no text to train on"),
-    stream(["data=hub", "~data.train.path", "data.train.name=HERE"], "cannot be found on the Hugging Face hub"),
+    stream(["data.train.kind=hub", "+data.train.name=HERE/none"], "cannot be found on the Hugging Face hub"),
     stream([], "Next, try", "stream data.train", status=DONE),
 ]
 

@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader
 from usllm.data.batches import Batch, FilledSequences, collate
 from usllm.data.held_out import split_documents
 from usllm.data.identity import identity_differences, text_identity, texts
-from usllm.data.overlap import SharedDocuments, count_shared, kept_hashes, paragraph_hashes
+from usllm.data.overlap import SharedDocuments, count_shared, kept_hashes
 from usllm.data.packing import pack
 from usllm.data.sampler import DealtSampler
 from usllm.data.sources import MixedSource, SourceSpec, documents_table, read_documents
 from usllm.data.streaming.loader import Share, StreamedPart, StreamLoader
-from usllm.data.streaming.order import RAISE, Corpus, digest
-from usllm.data.streaming.source import corpus_identity, open_corpus, streamed_part
+from usllm.data.streaming.order import RAISE, digest
+from usllm.data.streaming.source import corpus_identity, first_hashes, open_corpus, streamed_part
 from usllm.data.training_text import PositionedLoader, TrainingText
 from usllm.data.windows import AUTO, EACH, NONE, resolved_rule
 from usllm.system.errors import UserError
@@ -50,12 +50,11 @@ class TextDataModule(LightningDataModule):
         context_length: tokens per sequence.
         max_sequences: train and calibrate on the first ones only; ``None`` takes all.
         batch_size: sequences per micro batch and device.
-        num_workers: processes that load batches, and tokenise streamed text; without a stream 0 is right unless the
-            disk is slow.
+        num_workers: processes that load batches, and tokenise streams; 0 is right for packed text.
         num_proc: processes that tokenise.
         shuffle_buffer: documents of a streamed source that are shuffled together.
-        validation_documents: the first ones of a streamed training source, set aside where there is no validation
-            source. No copy of a held-out document is taken from any stream.
+        validation_documents: the first ones of a streamed training source, set aside where there is no other. No stream
+            gives a copy of a held-out document.
         on_bad: ``raise``, or ``skip`` for files and rows of a stream that cannot be read.
         largest_token: that the model has an embedding for; streams with another are refused. ``None``: all.
         cache_dir: where packed sequences are kept.
@@ -128,7 +127,8 @@ class TextDataModule(LightningDataModule):
             return
         sources = {TRAIN: self.train_source, **{f"{MIXTURE}.{name}": each for name, each in self.mixture.items()}}
         documents = {key: read_documents(source, key) for key, source in sources.items() if not source.streaming}
-        corpora = {key: self._corpus(source, key) for key, source in sources.items() if source.streaming}
+        order: dict[str, Any] = {"seed": self.seed, "shuffle_buffer": self.shuffle_buffer, "on_bad": self.on_bad}
+        corpora = {key: open_corpus(source, key, **order) for key, source in sources.items() if source.streaming}
         if self.validation_source is not None:
             held_out = read_documents(self.validation_source, VALIDATION)
         elif TRAIN in corpora:
@@ -139,10 +139,12 @@ class TextDataModule(LightningDataModule):
         self.identity[VALIDATION] = text_identity(held_out, validation)
         digests = frozenset(map(digest, texts(held_out))) if corpora else frozenset()
         parts: dict[str, Dataset | StreamedPart] = {}
-        seen = []
+        seen, most = [], self.largest_token
         for key in sources:
             if key in corpora:
-                parts[key], hashes = self._stream(replace(corpora[key], held_out=digests), key)
+                corpus = replace(corpora[key], held_out=digests)
+                parts[key] = part = streamed_part(corpus, self.tokenizer, self.context_length, self.window_start, most)
+                self.identity[key], (hashes, self.compared[key]) = corpus_identity(part), first_hashes(part)
             else:
                 parts[key], hashes = self._packed(documents[key], key)
             seen.append(hashes)
@@ -158,25 +160,9 @@ class TextDataModule(LightningDataModule):
         self.identity[key] = text_identity(documents, sequences)
         return sequences, kept_hashes(documents, self.identity[key]["text"], self.cache_dir)
 
-    def _corpus(self, source: SourceSpec, key: str) -> Corpus:
-        return open_corpus(source, key, seed=self.seed, shuffle_buffer=self.shuffle_buffer, on_bad=self.on_bad)
-
-    def _stream(self, corpus: Corpus, key: str) -> tuple[StreamedPart, NDArray[np.uint64]]:
-        """A stream, and the hashes of paragraphs of the documents that training begins with."""
-        part = streamed_part(corpus, self.tokenizer, self.context_length, self.window_start, self.largest_token)
-        self.identity[key] = corpus_identity(part)
-        first = next(corpus.windows()).texts
-        self.compared[key] = len(first)
-        hashes = [number for row in paragraph_hashes(first) for number in row]
-        return part, np.unique(np.array(hashes, dtype=np.uint64))
-
     def state_dict(self) -> dict[str, Any]:
-        """What the texts are, for checkpoints: a resumed run is refused where they have changed; positions of streams.
-
-        All ranks ask for it together.
-        """
-        step = 0 if self.trainer is None else self.trainer.global_step
-        positions = self._training.state(step)
+        """What the texts are, and positions of streams, for checkpoints; all ranks ask for it together."""
+        positions = self._training.state(0 if self.trainer is None else self.trainer.global_step)
         return {**self.identity, **positions}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -219,14 +205,7 @@ class TextDataModule(LightningDataModule):
 
     def tables(self) -> dict[str, Dataset]:
         """Packed sequences (column ``input_ids``) by the key of their text."""
-        text = self._training
-        packed = {key: part for key, part in zip(text.keys, text.parts, strict=True) if key not in text.streamed}
-        return {**packed, VALIDATION: self._validation}
-
-    @property
-    def streamed(self) -> list[str]:
-        """Keys of the sources that are streamed."""
-        return self._training.streamed
+        return {**self._training.packed, VALIDATION: self._validation}
 
     def stream_facts(self) -> dict[str, dict[str, Any]]:
         """By key, how much of each streamed source has been seen (:meth:`TrainingText.facts`)."""
@@ -239,8 +218,8 @@ class TextDataModule(LightningDataModule):
         Raises:
             UserError: one is streamed.
         """
-        if self.streamed:
-            raise UserError(f"{self.streamed[0]}.streaming=true: there is no table of its sequences")
+        if streamed := self._training.streamed:
+            raise UserError(f"{streamed[0]}.streaming=true: there is no table of its sequences")
         return self._training.table
 
     @property
@@ -308,7 +287,7 @@ class TextDataModule(LightningDataModule):
             UserError: it is streamed, so that nobody knows its length.
         """
         per_step = self.batch_size * accumulate_grad_batches * world_size
-        if TRAIN in self.streamed:
+        if self.train_source.streaming:
             raise UserError(f"trainer.epochs={passes}: nobody knows the length of a streamed data.train; set max_steps")
         return max(1, -int(-(passes * self._training.sizes[0] / self.shares[0]) // per_step))
 

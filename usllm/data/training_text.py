@@ -51,6 +51,7 @@ class TrainingText:
     def __init__(self, parts: Mapping[str, Dataset | StreamedPart], shares: Sequence[float], seed: int) -> None:
         self.keys, self.parts, self.shares, self.seed = list(parts), list(parts.values()), tuple(shares), seed
         self.streamed = [key for key, part in parts.items() if isinstance(part, StreamedPart)]
+        self.packed = {key: part for key, part in parts.items() if key not in self.streamed}
         self.sizes = [1 if isinstance(part, StreamedPart) else len(part) for part in self.parts]
         self._table: Any = None
         self._loader: tuple[StreamLoader, int] | None = None  # and the sequences of a step that this rank draws

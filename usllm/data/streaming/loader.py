@@ -146,7 +146,7 @@ class StreamLoader:
         seed: of the order of packed texts.
         positions: by number of a text: where its lanes stand, at or before the share's beginning.
         num_workers: processes that tokenise; 0 does it here.
-        observe: is called with the position of each streamed text behind each chunk.
+        observe: is called with the position of each streamed text behind a chunk, before its first sequence is given.
     """
 
     def __init__(
@@ -224,12 +224,6 @@ class StreamLoader:
             for _, _, failure in chunks:
                 if failure is not None:
                     raise _failed(failure)
-            queues = [{part: iter(rows) for part, rows in found.items()} for found, _, _ in chunks]
-            for part, taken in map(self.share.text, draws):
-                if part in self.packed:
-                    yield np.asarray(self.packed[part][self._order.drawn(part, taken)]["input_ids"], dtype=np.int32)
-                else:
-                    yield next(queues[owner[taken % LANES]][part])
             known = {part: [found[part] for _, found, _ in chunks if part in found] for part in self.streams}
             positions = {part: first.joined(others) for part, (first, *others) in known.items()}
             self._kept.append((draws.stop, positions))
@@ -237,6 +231,12 @@ class StreamLoader:
                 self._kept.popleft()
             for part, position in positions.items():
                 self.observe(part, position)
+            queues = [{part: iter(rows) for part, rows in found.items()} for found, _, _ in chunks]
+            for part, taken in map(self.share.text, draws):
+                if part in self.packed:
+                    yield np.asarray(self.packed[part][self._order.drawn(part, taken)]["input_ids"], dtype=np.int32)
+                else:
+                    yield next(queues[owner[taken % LANES]][part])
 
 
 def _failed(failure: str) -> UserError:

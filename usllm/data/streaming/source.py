@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
+from usllm.data.overlap import paragraph_hashes
 from usllm.data.packing import Encoder, tokenizer_digest
 from usllm.data.sources.files import is_remote
 from usllm.data.sources.spec import SourceSpec
@@ -56,6 +60,17 @@ def corpus_identity(part: StreamedPart) -> dict[str, object]:
     held_out = sorted(each.hex() for each in corpus.held_out)
     spec = (corpus.spec.text_field, corpus.spec.separator, corpus.spec.document_start)
     return shards_identity(corpus.shards, repr([*settings, spec, corpus.seed, corpus.shuffle_buffer, held_out]))
+
+
+def first_hashes(part: StreamedPart) -> tuple[NDArray[np.uint64], int]:
+    """Hashes of the paragraphs, sorted ``[n]``, of the documents that training begins with, and how many those are.
+
+    Raises:
+        UserError: there is no document.
+    """
+    first = next(part.corpus.windows()).texts
+    hashes = [number for row in paragraph_hashes(first) for number in row]
+    return np.unique(np.array(hashes, dtype=np.uint64)), len(first)
 
 
 def _refuse_unreadable(shard: Shard, spec: SourceSpec, key: str) -> None:
