@@ -113,7 +113,7 @@ def test_broken_line_ends_the_run_with_its_name_and_is_left_out_where_asked(corp
     broken.mkdir()
     for path in corpus.iterdir():
         (broken / path.name).write_text(path.read_text())
-    for path in broken.iterdir():  # whichever comes first: it is met behind some steps
+    for path in broken.iterdir():  # whichever comes first: not in the first window
         rows = path.read_text().splitlines(keepends=True)
         path.write_text("".join(rows[:110]) + '{"text": "cut\n' + "".join(rows[110:]))
     few = ["data.num_workers=1", "data.shuffle_buffer=16"]  # a small window: not met when the first one is read
@@ -134,7 +134,6 @@ def test_broken_line_ends_the_run_with_its_name_and_is_left_out_where_asked(corp
     assert "jsonl, line 111" in skipped["examples"][0]
     assert f"skipped {skipped['rows']} rows and 0 files" in again.output
     assert "warning: data.train: what cannot be read is skipped" in again.output
-    assert "Continuing from" in again.output
 
 
 def test_corpus_that_has_changed_is_not_continued(corpus: Path, tmp_path: Path) -> None:
