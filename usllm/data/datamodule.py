@@ -38,29 +38,27 @@ TRAIN, VALIDATION, MIXTURE = "data.train", "data.validation", "data.mixture"  # 
 class TextDataModule(LightningDataModule):
     """Packed sequences from a training source and a validation source.
 
-    A batch is ``{"input_ids": int64 [batch, context_length], "labels": the same tensor}``; there is no padding. The
-    trainer needs ``max_steps``, and ``use_distributed_sampler=False`` where it has several devices.
+    A batch is ``{"input_ids": int64 [batch, context_length], "labels": the same tensor}``, without padding. The trainer
+    needs ``max_steps``, and ``use_distributed_sampler=False`` where it has several devices.
 
     Args:
         tokenizer: of the model.
         train: source of training and calibration.
         validation: source of validation; without one, ``validation_fraction`` of the training documents is set aside.
         validation_fraction: share of documents, at least one document.
-        mixture: other sources of training and calibration by name, each with its share of the sequences.
+        mixture: other sources of training by name, each with its share of the sequences.
         context_length: tokens per sequence.
         max_sequences: train and calibrate on the first ones only; ``None`` takes all.
         batch_size: sequences per micro batch and device.
         num_workers: processes that load batches, and tokenise streams; 0 is right for packed text.
         num_proc: processes that tokenise.
         shuffle_buffer: documents of a streamed source that are shuffled together.
-        validation_documents: the first ones of a streamed training source, set aside where there is no other. No stream
-            gives a copy of a held-out document.
+        validation_documents: the first ones of a streamed training source, set aside where there is no other.
         on_bad: ``raise``, or ``skip`` for files and rows of a stream that cannot be read.
         largest_token: that the model has an embedding for; streams with another are refused. ``None``: all.
         cache_dir: where packed sequences are kept.
         seed: of the order of training.
-        window_start: ``each`` puts the beginning-of-text token at the start of each sequence, ``none`` does not
-            (:mod:`usllm.data.windows`, which also knows what a family needs).
+        window_start: ``each`` (the beginning-of-text token at the start of each sequence) or ``none``.
 
     Raises:
         UserError: ``window_start`` is neither, or needs a token that the tokenizer does not have.
@@ -113,7 +111,7 @@ class TextDataModule(LightningDataModule):
         self._validation: Any = None
 
     def prepare_data(self) -> None:
-        """Fill the cache (Lightning calls this in one process)."""
+        """Fill the cache."""
         self.setup()
 
     def setup(self, stage: str | None = None) -> None:
@@ -122,7 +120,6 @@ class TextDataModule(LightningDataModule):
         Raises:
             UserError: a source is missing, empty or too short.
         """
-        del stage
         if self._text is not None:
             return
         sources = {TRAIN: self.train_source, **{f"{MIXTURE}.{name}": each for name, each in self.mixture.items()}}
@@ -186,7 +183,7 @@ class TextDataModule(LightningDataModule):
         return self._text
 
     def shared_with(self, test_set: str, documents: Dataset | None) -> SharedDocuments:
-        """How many documents of a test set are in the text of training and calibration.
+        """How many documents of a test set are in the text of training and calibration, of streams in its beginning.
 
         Args:
             test_set: its name.
@@ -248,10 +245,10 @@ class TextDataModule(LightningDataModule):
         trainer = self.trainer
         if trainer is None or trainer.max_steps < 0:
             raise UserError("trainer.max_steps must be 0 or more: the order of training is laid out for it")
-        per_step = trainer.accumulate_grad_batches * self.batch_size
-        begin, end = trainer.global_step * per_step, trainer.max_steps * per_step
-        share = Share(tuple(self.shares), trainer.global_rank, trainer.world_size, begin, end)
-        return self._training.loader(share, per_step, self.batch_size, self.num_workers)
+        step = trainer.accumulate_grad_batches * self.batch_size
+        place = trainer.global_step * step, trainer.max_steps * step
+        share = Share(tuple(self.shares), trainer.global_rank, trainer.world_size, *place)
+        return self._training.loader(share, step, self.batch_size, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Each validation sequence once, in order, dealt out to the ranks.
