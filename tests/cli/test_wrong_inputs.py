@@ -35,6 +35,8 @@ def places(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     packed = command("export", f"ckpt={root}/run", f"out={root}/packed", folder=root)
     assert packed.status == 0, packed.output
     (root / "lines.jsonl").write_text('{"text": "abc \\ud800 def"}\n')
+    documents = tiny_text.read_text().split("\n\n")
+    (root / "rows.jsonl").write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     (root / "file").write_text("a file\n")
     (root / ODD_NAME).write_text(tiny_text.read_text())
     for name, extra in (("dense", []), ("foreign", ["cat", "dogs", "mat"] + [f"<{n}>" for n in range(20)])):
@@ -47,7 +49,14 @@ def places(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     questions = [{"question": f"the {a} sat on the", "choices": [" mat", " of"], "answer": 0} for a in "abcde"]
     (tasks / "questions.json").write_text("\n".join(json.dumps(question) for question in questions))
     (tasks / "choose_a_word.yaml").write_text(TASK.format(data=tasks / "questions.json"))
-    found = {"LINES": "lines.jsonl", "RUN": "run", "PACKED": "packed", "DENSE": "dense", "FOREIGN": "foreign"}
+    found = {
+        "LINES": "lines.jsonl",
+        "ROWS": "rows.jsonl",
+        "RUN": "run",
+        "PACKED": "packed",
+        "DENSE": "dense",
+        "FOREIGN": "foreign",
+    }
     found |= {"TASKS": "tasks", "FILE": "file", "ODD": ODD_NAME}
     return {"TEXT": str(tiny_text), **{name: f"{root}/{place}" for name, place in found.items()}}
 

@@ -11,7 +11,9 @@ from usllm.config.schema import DataConfig, EvaluationConfig, HarnessConfig
 from usllm.config.structure import built
 from usllm.config.trainer_arguments import argument_problems, length_problems
 from usllm.data import SourceSpec
+from usllm.data.sources.files import is_remote, matching
 from usllm.data.sources.kinds import with_kind
+from usllm.data.streaming.order import RAISE, SKIP
 from usllm.data.windows import WINDOW_STARTS
 from usllm.models import ModelSpec
 from usllm.system.errors import UserError
@@ -84,14 +86,16 @@ def check_model(model: ModelSpec, problems: Problems) -> None:
         problems.require(found, "model.file", model.file, "no such file; give the path of a .gguf file")
 
 
-def check_source(key: str, source: SourceSpec, problems: Problems) -> None:
+def check_source(key: str, source: SourceSpec, problems: Problems, may_stream: bool = False) -> None:
     """The rules of ``SourceSpec``, and that the files it names are there and of its kind."""
     broken = source.problems(key)
-    missing = [path for path in source.paths if not expanded(path).is_file()]
+    if source.streaming and not may_stream:
+        broken.append(f"{key}.streaming=true: only what is trained on is streamed; leave it out here")
+    missing = [path for path in source.paths if not is_remote(path) and not matching(path)]
     problems.extend(broken)
     for path in missing:
         problems.require(False, f"{key}.path", path, f"no such file (relative paths start at {Path.cwd()})")
-    if not broken and not missing:
+    if not broken and not missing and not source.streaming:  # of many files the first are looked at when it is opened
         try:
             with_kind(source, key)
         except UserError as error:
@@ -110,10 +114,10 @@ def check_objective(objective: dict[str, Any], problems: Problems) -> None:
 
 def check_data(data: DataConfig, problems: Problems) -> None:
     if data.train is not None:  # it has no default; that it is missing was said before
-        check_source("data.train", data.train, problems)
+        check_source("data.train", data.train, problems, may_stream=True)
     if data.validation is not None:
         check_source("data.validation", data.validation, problems)
-    else:
+    elif not data.train.streaming:
         problems.number(
             "data.validation_fraction",
             data.validation_fraction,
@@ -122,7 +126,7 @@ def check_data(data: DataConfig, problems: Problems) -> None:
             hint="0.02 holds out every fiftieth document",
         )
     for name, source in data.mixture.items():
-        check_source(f"data.mixture.{name}", source, problems)
+        check_source(f"data.mixture.{name}", source, problems, may_stream=True)
     shares = sum(source.share for source in data.mixture.values())
     problems.require(shares < 1, "data.mixture", f"shares of {shares:g}", "data.train takes what they leave: below 1")
     problems.number("data.context_length", data.context_length, least=2)
@@ -131,7 +135,37 @@ def check_data(data: DataConfig, problems: Problems) -> None:
     problems.number("data.batch_size", data.batch_size, least=1)
     problems.number("data.num_proc", data.num_proc, least=1, below=MOST_PROCESSES + 1)
     problems.number("data.num_workers", data.num_workers, least=0, below=MOST_PROCESSES + 1)
+    _check_streams(data, problems)
     _check_place("data.cache_dir", data.cache_dir, problems)
+
+
+def streams(data: DataConfig) -> bool:
+    """Whether ``data.train`` is streamed."""
+    return data.train is not None and data.train.streaming
+
+
+def _check_streams(data: DataConfig, problems: Problems) -> None:
+    """What belongs to streamed sources has its effect on one, and what they cannot do is not asked of them."""
+    problems.number("data.shuffle_buffer", data.shuffle_buffer, least=1)
+    problems.number("data.validation_documents", data.validation_documents, least=1)
+    problems.choice("data.on_bad", data.on_bad, (RAISE, SKIP))
+    train = data.train
+    streamed = [source for source in (train, *data.mixture.values()) if source is not None and source.streaming]
+    if not streamed:
+        for key in ("shuffle_buffer", "on_bad"):
+            if (value := getattr(data, key)) != getattr(DataConfig, key):
+                way_out = "belongs to streamed text; set data.train.streaming=true, or leave it out"
+                problems.append(f"data.{key}={value}: {way_out}")
+    if data.validation_documents != DataConfig.validation_documents and not (streams(data) and data.validation is None):
+        problems.append(
+            f"data.validation_documents={data.validation_documents}: are set aside from a streamed data.train where "
+            "data.validation is null; leave it out"
+        )
+    if train is not None and train.streaming and data.max_sequences is not None:
+        problems.append(
+            f"data.max_sequences={data.max_sequences}: counts the sequences of packed text; of a stream "
+            "trainer.max_steps takes as many as it needs"
+        )
 
 
 def _check_place(key: str, folder: str, problems: Problems) -> None:
@@ -193,7 +227,7 @@ def check_harness(harness: HarnessConfig, problems: Problems) -> None:
     problems.number("harness.num_fewshot", harness.num_fewshot, least=0, hint="null takes each task's own number")
 
 
-def check_trainer(trainer: dict[str, Any], warmup_steps: int, problems: Problems) -> None:
+def check_trainer(trainer: dict[str, Any], warmup_steps: int, problems: Problems, streamed: bool = False) -> None:
     """Length, precision and names of the arguments that go to ``lightning.Trainer``."""
     steps, epochs = trainer.get("max_steps"), trainer.get("epochs")
     if (steps is None) == (epochs is None):
@@ -207,6 +241,11 @@ def check_trainer(trainer: dict[str, Any], warmup_steps: int, problems: Problems
         else:
             bounds = (0, None) if kind is int else (None, 0)
             problems.number(f"trainer.{key}", value, least=bounds[0], above=bounds[1])
+    if streamed and epochs is not None and steps is None:
+        problems.append(
+            f"trainer.epochs={epochs}: nobody knows the length of a streamed data.train; set trainer.max_steps, and "
+            "trainer.epochs=null"
+        )
     accumulate = trainer.get("accumulate_grad_batches", 1)
     is_count = isinstance(accumulate, int) and not isinstance(accumulate, bool) and 1 <= accumulate < TOO_MANY
     what = f"must be a whole number of at least 1 and below {TOO_MANY}"

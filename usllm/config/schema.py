@@ -30,7 +30,10 @@ class DataConfig:
         cache_dir: where packed sequences are kept between runs.
         num_proc: processes that tokenise.
         batch_size: sequences per micro batch.
-        num_workers: processes that load batches.
+        num_workers: processes that load batches, and tokenise streamed text.
+        shuffle_buffer: documents of a streamed source that are shuffled together.
+        validation_documents: the first ones of a streamed ``train``, set aside where ``validation`` is ``None``.
+        on_bad: ``raise``, or ``skip`` for files and rows of a stream that cannot be read.
     """
 
     train: SourceSpec
@@ -44,6 +47,9 @@ class DataConfig:
     num_proc: int = 2
     batch_size: int = 4
     num_workers: int = 0
+    shuffle_buffer: int = 4096
+    validation_documents: int = 500
+    on_bad: str = "raise"
 
 
 @dataclass

@@ -68,7 +68,7 @@ def check_train(cfg: DictConfig | dict[str, Any]) -> TrainConfig:
         problems.append("evaluation.test_sets: none given and evaluation.validation_split=false: nothing is measured")
     if (problem := metric_problem(config.optimized_metric)) is not None:
         problems.append(problem)
-    rules.check_trainer(config.trainer, config.optimizer.warmup_steps, problems)
+    rules.check_trainer(config.trainer, config.optimizer.warmup_steps, problems, rules.streams(config.data))
     check_block_by_block(config, problems)
     if problems:
         raise user_error(problems)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ class FilledSequences(torch.utils.data.Dataset[Any]):
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
     """Rows of ``input_ids`` to one batch, int64 ``[rows, context_length]``."""
-    input_ids = torch.tensor([row["input_ids"] for row in rows], dtype=torch.long)
+    input_ids = torch.from_numpy(np.array([row["input_ids"] for row in rows], dtype=np.int64))
     counts = torch.tensor([row.get("counts", True) for row in rows])
     labels = input_ids if bool(counts.all()) else input_ids.where(counts[:, None], NO_TARGET)
     return {"input_ids": input_ids, "labels": labels}

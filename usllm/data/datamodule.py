@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from usllm.data.batches import Batch, FilledSequences, collate
+from usllm.data.held_out import split_documents
 from usllm.data.identity import identity_differences, text_identity, texts
 from usllm.data.overlap import SharedDocuments, count_shared, kept_hashes
 from usllm.data.packing import pack
-from usllm.data.sampler import DealtSampler, UnrolledSampler
-from usllm.data.sources import MixedSource, SourceSpec, read_documents
+from usllm.data.sampler import DealtSampler
+from usllm.data.sources import MixedSource, SourceSpec, documents_table, read_documents
+from usllm.data.streaming.loader import Share, StreamedPart, StreamLoader
+from usllm.data.streaming.order import RAISE, digest
+from usllm.data.streaming.source import corpus_identity, first_hashes, open_corpus, streamed_part
+from usllm.data.training_text import PositionedLoader, TrainingText
 from usllm.data.windows import AUTO, EACH, NONE, resolved_rule
 from usllm.system.errors import UserError
 
@@ -25,46 +32,33 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-# The split is the same for every seed, so that the validation loss of two seeds is of the same documents.
-_SPLIT_SEED = 0
 TRAIN, VALIDATION, MIXTURE = "data.train", "data.validation", "data.mixture"  # in the configuration
-
-
-class PositionedLoader(DataLoader[Any]):
-    """A loader whose sampler begins where the run stands, so that there is no state to save or to load.
-
-    The two methods tell Lightning that it can be resumed; states of checkpoints of older versions are ignored.
-    """
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the position is a function of the optimizer step."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to do."""
 
 
 class TextDataModule(LightningDataModule):
     """Packed sequences from a training source and a validation source.
 
-    A batch is ``{"input_ids": int64 [batch, context_length], "labels": the same tensor}``; there is no padding. The
-    trainer needs ``max_steps``, and ``use_distributed_sampler=False`` where it has several devices.
+    A batch is ``{"input_ids": int64 [batch, context_length], "labels": the same tensor}``, without padding. The trainer
+    needs ``max_steps``, and ``use_distributed_sampler=False`` where it has several devices.
 
     Args:
         tokenizer: of the model.
         train: source of training and calibration.
         validation: source of validation; without one, ``validation_fraction`` of the training documents is set aside.
         validation_fraction: share of documents, at least one document.
-        mixture: other sources of training and calibration by name, each with its share of the sequences.
+        mixture: other sources of training by name, each with its share of the sequences.
         context_length: tokens per sequence.
         max_sequences: train and calibrate on the first ones only; ``None`` takes all.
         batch_size: sequences per micro batch and device.
-        num_workers: processes that load batches; 0 is right unless the disk is slow.
+        num_workers: processes that load batches, and tokenise streams; 0 is right for packed text.
         num_proc: processes that tokenise.
+        shuffle_buffer: documents of a streamed source that are shuffled together.
+        validation_documents: the first ones of a streamed training source, set aside where there is no other.
+        on_bad: ``raise``, or ``skip`` for files and rows of a stream that cannot be read.
+        largest_token: that the model has an embedding for; streams with another are refused. ``None``: all.
         cache_dir: where packed sequences are kept.
         seed: of the order of training.
-        window_start: ``each`` puts the beginning-of-text token at the start of each sequence, ``none`` does not
-            (:mod:`usllm.data.windows`, which also knows what a family needs).
+        window_start: ``each`` (the beginning-of-text token at the start of each sequence) or ``none``.
 
     Raises:
         UserError: ``window_start`` is neither, or needs a token that the tokenizer does not have.
@@ -86,6 +80,10 @@ class TextDataModule(LightningDataModule):
         cache_dir: str | Path = "~/.cache/usllm",
         seed: int = 0,
         window_start: str = NONE,
+        shuffle_buffer: int = 4096,
+        validation_documents: int = 500,
+        on_bad: str = RAISE,
+        largest_token: int | None = None,
     ) -> None:
         super().__init__()
         if window_start == AUTO:
@@ -103,13 +101,17 @@ class TextDataModule(LightningDataModule):
         self.num_proc = num_proc
         self.cache_dir = Path(cache_dir)
         self.seed = seed
+        self.shuffle_buffer = shuffle_buffer
+        self.validation_documents = validation_documents
+        self.on_bad = on_bad
+        self.largest_token = largest_token
         self.identity: dict[str, dict[str, Any]] = {}
-        self._sizes: list[int] = []
-        self._train: Any = None
+        self.compared: dict[str, int] = {}
+        self._text: TrainingText | None = None
         self._validation: Any = None
 
     def prepare_data(self) -> None:
-        """Fill the cache (Lightning calls this in one process)."""
+        """Fill the cache."""
         self.setup()
 
     def setup(self, stage: str | None = None) -> None:
@@ -118,38 +120,47 @@ class TextDataModule(LightningDataModule):
         Raises:
             UserError: a source is missing, empty or too short.
         """
-        from datasets import concatenate_datasets
-
-        del stage
-        if self._train is not None:
+        if self._text is not None:
             return
-        documents = read_documents(self.train_source, TRAIN)
+        sources = {TRAIN: self.train_source, **{f"{MIXTURE}.{name}": each for name, each in self.mixture.items()}}
+        documents = {key: read_documents(source, key) for key, source in sources.items() if not source.streaming}
+        order: dict[str, Any] = {"seed": self.seed, "shuffle_buffer": self.shuffle_buffer, "on_bad": self.on_bad}
+        corpora = {key: open_corpus(source, key, **order) for key, source in sources.items() if source.streaming}
         if self.validation_source is not None:
             held_out = read_documents(self.validation_source, VALIDATION)
+        elif TRAIN in corpora:
+            held_out = documents_table(corpora[TRAIN].first_documents(self.validation_documents), TRAIN)
         else:
-            documents, held_out = self._split(documents)
+            documents[TRAIN], held_out = split_documents(documents[TRAIN], self.validation_fraction)
         validation = self._pack(held_out, VALIDATION)
-        train = self._pack(documents, TRAIN)
-        if self.max_sequences is not None:
-            train = train.select(range(min(self.max_sequences, len(train))))
-        self.identity = {TRAIN: text_identity(documents, train), VALIDATION: text_identity(held_out, validation)}
-        parts, seen = [train], [self._hashes(documents, TRAIN)]
-        for name, source in self.mixture.items():
-            key = f"{MIXTURE}.{name}"
-            documents = read_documents(source, key)
-            parts.append(self._pack(documents, key))
-            self.identity[key] = text_identity(documents, parts[-1])
-            seen.append(self._hashes(documents, key))
-        self._sizes = [len(part) for part in parts]
-        train = concatenate_datasets(parts) if len(parts) > 1 else train
+        self.identity[VALIDATION] = text_identity(held_out, validation)
+        digests = frozenset(map(digest, texts(held_out))) if corpora else frozenset()
+        parts: dict[str, Dataset | StreamedPart] = {}
+        seen, most = [], self.largest_token
+        for key in sources:
+            if key in corpora:
+                corpus = replace(corpora[key], held_out=digests)
+                parts[key] = part = streamed_part(corpus, self.tokenizer, self.context_length, self.window_start, most)
+                self.identity[key], (hashes, self.compared[key]) = corpus_identity(part), first_hashes(part)
+            else:
+                parts[key], hashes = self._packed(documents[key], key)
+            seen.append(hashes)
         self._seen = np.unique(np.concatenate(seen)) if len(seen) > 1 else seen[0]
         self._validation_shared = count_shared("validation", texts(held_out), self._seen)
-        self._train, self._validation = train, validation
+        self._text, self._validation = TrainingText(parts, self.shares, self.seed), validation
+
+    def _packed(self, documents: Dataset, key: str) -> tuple[Dataset, NDArray[np.uint64]]:
+        """Sequences, and the hashes of paragraphs."""
+        sequences = self._pack(documents, key)
+        if key == TRAIN and self.max_sequences is not None:
+            sequences = sequences.select(range(min(self.max_sequences, len(sequences))))
+        self.identity[key] = text_identity(documents, sequences)
+        return sequences, kept_hashes(documents, self.identity[key]["text"], self.cache_dir)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the texts are, for checkpoints: a resumed run is refused where they have changed."""
-        self.setup()
-        return self.identity
+        """What the texts are, and positions of streams, for checkpoints; all ranks ask for it together."""
+        positions = self._training.state(0 if self.trainer is None else self.trainer.global_step)
+        return {**self.identity, **positions}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare the texts with those of the checkpoint; one of an older version says nothing about them.
@@ -157,15 +168,22 @@ class TextDataModule(LightningDataModule):
         Raises:
             UserError: names each text that has changed.
         """
-        self.setup()
+        text = self._training
         if differences := identity_differences(state_dict, self.identity):
             raise UserError(
                 f"the text has changed since the checkpoint was made: {'; '.join(differences)}. Restore it, or start "
                 "a new run under another name="
             )
+        text.restore(state_dict)
+
+    @property
+    def _training(self) -> TrainingText:
+        self.setup()
+        assert self._text is not None
+        return self._text
 
     def shared_with(self, test_set: str, documents: Dataset | None) -> SharedDocuments:
-        """How many documents of a test set are in the text of training and calibration.
+        """How many documents of a test set are in the text of training and calibration, of streams in its beginning.
 
         Args:
             test_set: its name.
@@ -182,11 +200,24 @@ class TextDataModule(LightningDataModule):
         others = [source.share for source in self.mixture.values()]
         return [1.0 - sum(others), *others]
 
+    def tables(self) -> dict[str, Dataset]:
+        """Packed sequences (column ``input_ids``) by the key of their text."""
+        return {**self._training.packed, VALIDATION: self._validation}
+
+    def stream_facts(self) -> dict[str, dict[str, Any]]:
+        """By key, how much of each streamed source has been seen (:meth:`TrainingText.facts`)."""
+        return self._training.facts()
+
     @property
     def train_sequences(self) -> Dataset:
-        """Column ``input_ids``, one row per sequence; those of the training source come first."""
-        self.setup()
-        return self._train
+        """Column ``input_ids``, one row per sequence; those of the training source come first.
+
+        Raises:
+            UserError: one is streamed.
+        """
+        if streamed := self._training.streamed:
+            raise UserError(f"{streamed[0]}.streaming=true: there is no table of its sequences")
+        return self._training.table
 
     @property
     def validation_sequences(self) -> Dataset:
@@ -202,7 +233,7 @@ class TextDataModule(LightningDataModule):
         sequences = torch.tensor(self.validation_sequences["input_ids"][:], dtype=torch.long)
         return sequences[:, int(self.window_start == EACH) :].flatten()
 
-    def train_dataloader(self) -> PositionedLoader:
+    def train_dataloader(self) -> PositionedLoader | StreamLoader:
         """The run's batches from the present optimizer step on.
 
         A step takes the next ``ranks x accumulated batches x batch size`` sequences of one order, dealt out to the
@@ -214,25 +245,10 @@ class TextDataModule(LightningDataModule):
         trainer = self.trainer
         if trainer is None or trainer.max_steps < 0:
             raise UserError("trainer.max_steps must be 0 or more: the order of training is laid out for it")
-        self.setup()
-        sampler = UnrolledSampler(
-            self._sizes,
-            total=trainer.max_steps * trainer.accumulate_grad_batches * self.batch_size,
-            seed=self.seed,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            start=trainer.global_step * trainer.accumulate_grad_batches * self.batch_size,
-            shares=self.shares,
-        )
-        return PositionedLoader(
-            self._train,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        step = trainer.accumulate_grad_batches * self.batch_size
+        place = trainer.global_step * step, trainer.max_steps * step
+        share = Share(tuple(self.shares), trainer.global_rank, trainer.world_size, *place)
+        return self._training.loader(share, step, self.batch_size, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Each validation sequence once, in order, dealt out to the ranks.
@@ -258,16 +274,19 @@ class TextDataModule(LightningDataModule):
         Args:
             sequences: how many; a smaller training split gives all it has, each once.
         """
-        count = min(sequences, len(self.train_sequences))
-        order = list(UnrolledSampler(self._sizes, count, self.seed, shares=self.shares))
-        for row in order:
-            yield collate([self.train_sequences[row]])
+        for row in self._training.first_sequences(sequences):
+            yield collate([{"input_ids": row}])
 
     def steps_for(self, passes: float, accumulate_grad_batches: int = 1, world_size: int = 1) -> int:
-        """Optimizer steps that see the training source ``passes`` times, rounded up, at least one."""
+        """Optimizer steps that see the training source ``passes`` times, rounded up, at least one.
+
+        Raises:
+            UserError: it is streamed, so that nobody knows its length.
+        """
         per_step = self.batch_size * accumulate_grad_batches * world_size
-        self.setup()
-        return max(1, -int(-(passes * self._sizes[0] / self.shares[0]) // per_step))
+        if self.train_source.streaming:
+            raise UserError(f"trainer.epochs={passes}: nobody knows the length of a streamed data.train; set max_steps")
+        return max(1, -int(-(passes * self._training.sizes[0] / self.shares[0]) // per_step))
 
     def _pack(self, documents: Dataset, key: str) -> Dataset:
         return pack(
@@ -279,22 +298,3 @@ class TextDataModule(LightningDataModule):
             num_proc=self.num_proc,
             window_start=self.window_start,
         )
-
-    def _hashes(self, documents: Dataset, key: str) -> Any:
-        return kept_hashes(documents, self.identity[key]["text"], self.cache_dir)
-
-    def _split(self, documents: Dataset) -> tuple[Dataset, Dataset]:
-        """Set whole documents aside, so that no sequence of validation continues one of training."""
-        if not 0 < self.validation_fraction < 1:
-            raise UserError(
-                f"data.validation_fraction={self.validation_fraction} must lie between 0 and 1 where data.validation "
-                "is null"
-            )
-        if len(documents) < 2:
-            raise UserError(
-                "data.train holds one document, which cannot be split; set data.validation, or a "
-                "data.train.separator that occurs in the text"
-            )
-        count = min(max(1, round(self.validation_fraction * len(documents))), len(documents) - 1)
-        parts = documents.train_test_split(test_size=count, seed=_SPLIT_SEED)
-        return parts["train"], parts["test"]

@@ -52,9 +52,12 @@ def identity_differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> l
         if theirs["text"] != now["text"]:
             found.append(f"{key}: {_size(theirs)} in the checkpoint, {_size(now)} of another content in this run")
         elif theirs["tokens"] != now["tokens"]:
-            found.append(f"{key}: the same text, but the tokenizer makes other tokens of it in this run")
+            what = "order or tokens of it are others" if "shards" in now else "the tokenizer makes other tokens of it"
+            found.append(f"{key}: the same text, but {what} in this run")
     return found
 
 
 def _size(identity: Mapping[str, Any]) -> str:
+    if "shards" in identity:
+        return f"{identity['shards']:,} files of {identity['bytes']:,} bytes"
     return f"{identity['documents']:,} documents of {identity['characters']:,} characters"

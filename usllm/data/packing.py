@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _FORMAT = 1  # part of the cache key: raise it when the same input is to give other sequences
 _SEQUENCES_PER_BATCH = 256
+NO_END = "The tokenizer has no end-of-text token (eos_token) to put between documents; set one in it"
 
 
 def pack(
@@ -59,9 +61,9 @@ def pack(
     from datasets import Dataset
 
     if tokenizer.eos_token_id is None:
-        raise UserError("The tokenizer has no end-of-text token (eos_token) to put between documents; set one in it")
+        raise UserError(NO_END)
     digest = hashlib.sha256(f"{_FORMAT},{context_length}".encode())
-    digest.update(_tokenizer_digest(tokenizer))
+    digest.update(tokenizer_digest(tokenizer))
     first = start_token(window_start, tokenizer)
     if first is not None:
         digest.update(f"each sequence begins with {first}".encode())
@@ -74,7 +76,8 @@ def pack(
         if found < context_length:
             raise UserError(
                 f"{key} holds {found} tokens, fewer than one sequence of data.context_length={context_length}; "
-                "give more text (or a larger data.validation_fraction, if it was split off) or a shorter context"
+                "give more text (or, if it was split off, a larger data.validation_fraction, of a stream "
+                "data.validation_documents) or a shorter context"
             )
         del tokenised
         for file in folder.glob("tokenised*.arrow"):
@@ -84,7 +87,36 @@ def pack(
     return Dataset.from_file(str(folder / "sequences.arrow"))
 
 
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:
+class Encoder:
+    """From documents to tokens, with the end-of-text token behind each.
+
+    Args:
+        tokenizer: any tokenizer with an end-of-text token.
+        largest: token ids above it are refused; ``None`` takes all.
+        key: what the source is called in the configuration, for messages.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, largest: int | None = None, key: str = "") -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(NO_END)
+        self.tokenizer, self.largest, self.key = tokenizer, largest, key
+
+    def __call__(self, documents: Sequence[str]) -> list[list[int]]:
+        """Token ids of each document.
+
+        Raises:
+            UserError: one is too large.
+        """
+        found = self.tokenizer(list(documents), return_attention_mask=False, verbose=False).input_ids
+        if self.largest is not None and (most := max((max(ids, default=0) for ids in found), default=0)) > self.largest:
+            raise UserError(
+                f"{self.key} holds token {most}, but the model has {self.largest + 1} tokens: its tokenizer belongs to "
+                "another model, or has tokens that were added later; use the tokenizer that came with it"
+            )
+        return [[*ids, self.tokenizer.eos_token_id] for ids in found]
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:
     """Fingerprint of vocabulary, merges, normalisation and special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
@@ -97,11 +129,10 @@ def _tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: 
     import pyarrow as pa
     from datasets import Features
 
-    end = tokenizer.eos_token_id
+    encoder = Encoder(tokenizer)
 
     def encode(batch: dict[str, Any]) -> dict[str, Any]:
-        ids = tokenizer(batch["text"], return_attention_mask=False, verbose=False).input_ids
-        return {"ids": [[*document, end] for document in ids]}
+        return {"ids": encoder(batch["text"])}
 
     return documents.map(
         encode,

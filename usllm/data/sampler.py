@@ -49,26 +49,32 @@ class UnrolledSampler(Sampler[int]):
         self.rank = rank
         self.world_size = world_size
         self.start = start
+        self._orders: dict[int, tuple[int, torch.Tensor]] = {}  # of each text: the pass, and its order
 
     def __len__(self) -> int:
         return self.total
 
     def __iter__(self) -> Iterator[int]:
-        orders: dict[int, tuple[int, torch.Tensor]] = {}  # of each text: the pass, and its order
         for drawn in range(self.start, self.total):
             part, taken = whose_turn(drawn * self.world_size + self.rank, self.shares)
-            turn, position = divmod(taken, self.sizes[part])
-            if part not in orders or orders[part][0] != turn:
-                orders[part] = turn, self._permutation(part, turn)
-            yield sum(self.sizes[:part]) + int(orders[part][1][position])
+            yield sum(self.sizes[:part]) + self.drawn(part, taken)
+
+    def drawn(self, part: int, taken: int) -> int:
+        """The sequence of a text that comes after ``taken`` others of it."""
+        turn, position = divmod(taken, self.sizes[part])
+        if part not in self._orders or self._orders[part][0] != turn:
+            self._orders[part] = turn, self._permutation(part, turn)
+        return int(self._orders[part][1][position])
 
     def _permutation(self, part: int, turn: int) -> torch.Tensor:
         # Not seed + turn: then seed 1 would begin with the second pass of seed 0.
-        words = f"usllm order {self.seed} {turn}" + (f" of text {part}" if part else "")
-        generator = torch.Generator().manual_seed(
-            int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "little", signed=True)
-        )
-        return torch.randperm(self.sizes[part], generator=generator)
+        return permutation(self.sizes[part], f"usllm order {self.seed} {turn}" + (f" of text {part}" if part else ""))
+
+
+def permutation(size: int, words: str) -> torch.Tensor:
+    """A permutation ``[size]`` that depends on ``words`` alone."""
+    seed = int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "little", signed=True)
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 
 def whose_turn(place: int, shares: Sequence[float]) -> tuple[int, int]:

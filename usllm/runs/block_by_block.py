@@ -112,7 +112,7 @@ def block_by_block(
         "finished": True,
         "name": config.name,
         "command": command,
-        **sharing(begun.shared),
+        **sharing(begun.shared, begun.data.compared),
         "perplexity": merge_stages(**rows),
         "intervals": intervals(losses),
         **sizes_of(finished.report(), finished.plans(), config),

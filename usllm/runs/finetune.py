@@ -35,7 +35,7 @@ from usllm.runs.beginning import begin
 from usllm.runs.block_by_block import block_by_block
 from usllm.runs.directory import finished_report, noting_failure, refuse_used
 from usllm.runs.ending import early_end, timer_of
-from usllm.runs.inputs import program, sharing
+from usllm.runs.inputs import budget_line, program, sharing
 from usllm.runs.launched import ending_together
 from usllm.runs.measure import BaselinePerplexity, intervals, measure, merge_stages, window_losses
 from usllm.runs.report import print_outcome, print_report
@@ -120,6 +120,8 @@ def _finetune(
     if problems := length_problems(config.trainer, config.optimizer.warmup_steps, max_steps):
         raise user_error(problems)
 
+    if max_steps:
+        console.print(budget_line(max_steps, config, accumulate), markup=False, soft_wrap=True, highlight=False)
     seed_everything(config.seed, workers=True, verbose=False)
     if checkpoint is not None:
         console.print(f"Continuing from {checkpoint}", markup=False)
@@ -168,7 +170,7 @@ def _finetune(
         "finished": True,
         "name": config.name,
         "command": command,
-        **sharing(begun.shared),
+        **sharing(begun.shared, data.compared),
         "perplexity": merge_stages(**baseline.rows, finetuned=after),
         "intervals": intervals(losses),
         **sizes(model, config),
@@ -176,6 +178,7 @@ def _finetune(
         "max_steps": max_steps,
         "ended_early": early_end(trainer, max_steps, callbacks),
         "tokens": trainer.global_step * per_step,
+        "streams": data.stream_facts(),
         "seconds": _seconds(timer, time.perf_counter() - started),
         "precision": str(trainer.precision),
         "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer, config.evaluation.window_start)},

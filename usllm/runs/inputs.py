@@ -21,6 +21,7 @@ from usllm.data.windows import resolved_rule
 from usllm.eval.perplexity import tokenise_test_sets
 from usllm.eval.windows import check_long_enough
 from usllm.models.loading import check_vocabulary
+from usllm.runs.trainer import devices_in
 
 VALIDATION_SET = "validation"
 """Name of the held-out split among the test sets."""
@@ -40,6 +41,8 @@ def build_data(
     Raises:
         UserError: a source is missing, empty or too short.
     """
+    size = getattr(model.get_text_config(), "vocab_size", None)
+    too_large = max(tokenizer.get_vocab().values()) >= (size or math.inf)
     data = TextDataModule(
         tokenizer,
         section.train,
@@ -54,10 +57,14 @@ def build_data(
         cache_dir=section.cache_dir,
         seed=seed,
         window_start=resolved_rule(section.window_start, model.model_type, tokenizer, "data.window_start"),
+        shuffle_buffer=section.shuffle_buffer,
+        validation_documents=section.validation_documents,
+        on_bad=section.on_bad,
+        largest_token=size - 1 if size and too_large else None,
     )
     data.setup()
-    if max(tokenizer.get_vocab().values()) >= (getattr(model.get_text_config(), "vocab_size", None) or math.inf):
-        for key, sequences in (("data.train", data.train_sequences), ("data.validation", data.validation_sequences)):
+    if too_large:
+        for key, sequences in data.tables().items():
             check_vocabulary(model, max(max(row) for row in sequences["input_ids"]), key)
     return data
 
@@ -107,12 +114,32 @@ def shared_documents(evaluation: EvaluationConfig, data: TextDataModule) -> list
     return found
 
 
-def sharing(found: Sequence[SharedDocuments]) -> dict[str, Any]:
-    """What a report says about shared documents: the numbers in ``shared_documents`` and lines in ``warnings``."""
+def sharing(found: Sequence[SharedDocuments], compared: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """What a report says about shared documents: the numbers in ``shared_documents`` and lines in ``warnings``.
+
+    Args:
+        found: by test set.
+        compared: of streamed texts, by key, how many of their documents test sets were compared with.
+    """
+    partly = [
+        f"{key} is streamed: test sets were compared with its first {count:,} documents, not with what followed"
+        for key, count in (compared or {}).items()
+        if found
+    ]
     return {
         "shared_documents": [dataclasses.asdict(one) for one in found],
-        "warnings": [one.warning for one in found if one.warning is not None],
+        "warnings": [*(one.warning for one in found if one.warning is not None), *partly],
     }
+
+
+def budget_line(max_steps: int, config: TrainConfig, accumulate: int) -> str:
+    """What the length of a run comes to in tokens."""
+    data, ranks = config.data, devices_in(config.trainer)
+    sequences = data.batch_size * accumulate * ranks
+    total = max_steps * sequences * data.context_length
+    words = f"{max_steps:,} steps x {sequences:,} sequences x {data.context_length:,} tokens = {total:,} tokens"
+    streamed = any(source.streaming for source in (data.train, *data.mixture.values()))
+    return f"Training on {words}, {'read as they come' if streamed else 'from packed text'}"
 
 
 def program(name: str) -> str:

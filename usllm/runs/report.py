@@ -153,12 +153,23 @@ def _run_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("training", trained if report["steps"] or early else "none: the model is as its stages leave it"),
         *([("ended early", str(early))] if early else []),
+        *[(f"stream {key}", _stream(seen)) for key, seen in (report.get("streams") or {}).items()],
         ("time", f"{human_seconds(seconds['training'])} training, {human_seconds(seconds['total'])} in all"),
         ("tokenizer", f"{report['tokenizer']['name']}, beginning-of-text token: {report['tokenizer']['bos']}"),
         ("machine", machine_line(report["machine"])),
         ("checkpoint", str(report["checkpoint"])),
         ("report", str(report["report"])),
     ]
+
+
+def _stream(seen: Mapping[str, Any]) -> str:
+    """How much of a streamed text was read, and what of it was left out."""
+    left_out = seen["skipped"]
+    words = f"{seen['documents']:,} documents, pass {seen['passes'] + 1}"
+    if left_out["rows"] or left_out["files"]:
+        words += f"; skipped {left_out['rows']:,} rows and {left_out['files']:,} files or parts, first: "
+        words += str(left_out["examples"][0])
+    return words
 
 
 def human_bytes(count: int) -> str:

@@ -58,9 +58,12 @@ def stored_config(saved: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"ckpt={checkpoint}: was not written by usllm-train")
     config: dict[str, Any] = copy.deepcopy(dict(saved[CHECKPOINT_KEY]["config"]))
     for key, value in ADDED_LATER.items():
-        group, _, name = key.partition(".")
-        if isinstance(config.get(group), dict):
-            config[group].setdefault(name, value)
+        *groups, name = key.split(".")
+        section: Any = config
+        for group in groups:
+            section = section.get(group) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section.setdefault(name, value)
     data = config.get("data")
     if isinstance(data, dict) and "cache_dir" in data:
         data["cache_dir"] = _cache_here(data["cache_dir"])

@@ -77,6 +77,15 @@ def shared_from_rank_zero(value: T) -> T:
     return box[0]
 
 
+def gathered(value: T) -> list[T]:
+    """What each rank passes in, on all of them, in the order of the ranks."""
+    if ranks().world_size == 1:
+        return [value]
+    found: list[T] = [value] * ranks().world_size
+    dist.all_gather_object(found, value)
+    return found
+
+
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
     """For a block in which one rank may fail while the others would wait for it: all of them raise, or none.

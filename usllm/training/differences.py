@@ -31,6 +31,8 @@ _DECISIVE_KEYS = (
     "data.context_length",
     "data.max_sequences",
     "data.window_start",
+    "data.shuffle_buffer",
+    "data.validation_documents",
     "objective",
     "optimizer",
     "trainer.max_steps",
@@ -46,6 +48,10 @@ sequences of an optimizer step, must be kept."""
 _PLACES_OF_TEXTS = ("data.train.path", "data.validation.path")
 ADDED_LATER: Mapping[str, Any] = {
     "data.window_start": "none",
+    "data.shuffle_buffer": 4096,
+    "data.validation_documents": 500,
+    "data.train.streaming": False,
+    "data.validation.streaming": False,
     "evaluation.window_start": "none",
     "evaluation.allow_shared": [],
     "optimizer.until": 1.0,

@@ -6,7 +6,7 @@ unchanged). To add one, write the module, name its kind in :data:`usllm.data.sou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from usllm.data.sources.kinds import with_kind
@@ -16,7 +16,7 @@ from usllm.system.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["MixedSource", "SourceSpec", "read_documents", "read_text"]
+__all__ = ["MixedSource", "SourceSpec", "documents_table", "read_documents", "read_text"]
 
 T = TypeVar("T")
 
@@ -44,13 +44,22 @@ def read_documents(spec: SourceSpec, key: str) -> Dataset:
     Raises:
         UserError: the specification is wrong, a file is missing or unreadable, or there is no text.
     """
+    found = _read(lambda source, resolved: source.documents(resolved), spec, key)
+    return documents_table(found, f"{key} ({_describe(spec)})")
+
+
+def documents_table(documents: Iterable[str], what: str) -> Dataset:
+    """Documents that hold more than white space, as a data set with one column, ``text``.
+
+    Raises:
+        UserError: there is none in ``what``.
+    """
     from datasets import Dataset, Features, Value
 
-    found = _read(lambda source, resolved: source.documents(resolved), spec, key)
-    documents = [document for document in found if document.strip()]
-    if not documents:
-        raise UserError(f"{key} ({_describe(spec)}) holds no text; choose another file or data set")
-    return Dataset.from_dict({"text": documents}, features=Features({"text": Value("large_string")}))
+    kept = [document for document in documents if document.strip()]
+    if not kept:
+        raise UserError(f"{what} holds no text; choose another file or data set")
+    return Dataset.from_dict({"text": kept}, features=Features({"text": Value("large_string")}))
 
 
 def read_text(spec: SourceSpec, key: str) -> str:

@@ -7,6 +7,7 @@ UTF-8 with or without a byte order mark, and the line ends of every system, give
 from __future__ import annotations
 
 import codecs
+import glob
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -38,17 +39,31 @@ _OTHER_MARKS = {
 }
 
 
+def is_remote(path: str) -> bool:
+    """Whether it is an address, such as ``hf://datasets/…``, not a path."""
+    return "://" in path
+
+
+def matching(path: str) -> list[Path]:
+    """The file of that name, with ``~`` expanded; else those that the pattern (``*``, ``?``, ``[…]``, ``**``) fits,
+    by name; none where there is none."""
+    place = expanded(path)
+    if place.is_file():
+        return [place]
+    return sorted(found for found in map(Path, glob.glob(str(place), recursive=True)) if found.is_file())
+
+
 def existing(paths: tuple[str, ...]) -> list[Path]:
-    """The paths with ``~`` expanded.
+    """The files of all paths and patterns, in the order given.
 
     Raises:
-        UserError: one of them is not a file.
+        UserError: one of them is not a file, and fits none.
     """
-    found = [expanded(path) for path in paths]
-    missing = [str(path) for path in found if not path.is_file()]
+    found = {path: matching(path) for path in paths}
+    missing = [str(expanded(path)) for path in paths if not found[path]]
     if missing:
         raise UserError(f"there is no file {', '.join(missing)} (relative paths start at {Path.cwd()})")
-    return found
+    return [file for path in paths for file in found[path]]
 
 
 def compression_of(path: Path) -> str | None:
@@ -79,7 +94,7 @@ def head(path: Path) -> bytes:
     Raises:
         UserError: it is damaged, or as :func:`compression_of`.
     """
-    with _unpacked(path) as file:
+    with unpacked(path) as file:
         return file.read(HEAD_BYTES)
 
 
@@ -92,7 +107,7 @@ def opened(path: Path) -> Iterator[IO[str]]:
     """
     refuse_other_encodings(path, head(path))
     try:
-        with _unpacked(path) as file, TextIOWrapper(file, encoding="utf-8-sig") as text:
+        with unpacked(path) as file, TextIOWrapper(file, encoding="utf-8-sig") as text:
             yield text
     except UnicodeDecodeError as error:
         raise UserError(
@@ -101,7 +116,12 @@ def opened(path: Path) -> Iterator[IO[str]]:
 
 
 @contextmanager
-def _unpacked(path: Path) -> Iterator[IO[bytes]]:
+def unpacked(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file as bytes, unpacked on the fly.
+
+    Raises:
+        UserError: it is damaged, or as :func:`compression_of`.
+    """
     import lzma
     import zlib
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from usllm.system.files import expanded
+from usllm.data.sources.files import is_remote, matching
 
 KINDS = ("pydoc", "text", "jsonl", "parquet", "hub", "auto")
 
@@ -19,7 +20,8 @@ class SourceSpec:
         kind: ``pydoc`` (Python's own documentation, always at hand), ``text``, ``jsonl``, ``parquet`` (files),
             ``auto`` (files whose name and first bytes agree on which of the three they are) or ``hub`` (a Hugging Face
             data set).
-        path: file or files; ``.xz``, ``.lzma``, ``.gz`` and ``.bz2`` are unpacked on the fly (not Parquet).
+        path: file or files, also patterns such as ``shards/*.parquet``; ``.xz``, ``.lzma``, ``.gz`` and ``.bz2`` are
+            unpacked on the fly (not Parquet). Streamed ones may lie behind an address (``hf://datasets/…``).
         name: data set on the hub, for example ``Salesforce/wikitext``.
         config: configuration of the hub data set, for example ``wikitext-2-raw-v1``.
         split: split of the hub data set.
@@ -28,6 +30,7 @@ class SourceSpec:
             ``\\t``, as a shell hands them over, are the line end and the tabulator.
         document_start: regular expression; a line (text files) or row (the others) that matches it begins a new
             document, and rows up to the next one belong together. Null: every row is a document.
+        streaming: read, tokenise and pack while training, for text that nobody wants to hold whole. Only for training.
     """
 
     kind: str = "pydoc"
@@ -38,6 +41,7 @@ class SourceSpec:
     text_field: str = "text"
     separator: str = "\n\n"
     document_start: str | None = None
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         if self.path is not None and not isinstance(self.path, str):
@@ -59,8 +63,8 @@ class SourceSpec:
             return f"{other.name}, split {other.split}" if place == theirs else None
         if self.kind == "pydoc" and other.kind == "pydoc":
             return "Python's documentation"
-        ours = {expanded(path).resolve() for path in self.paths}
-        return next((path for path in other.paths if expanded(path).resolve() in ours), None)
+        ours = {file.resolve() for path in self.paths for file in _files(path)}
+        return next((path for path in other.paths if any(file.resolve() in ours for file in _files(path))), None)
 
     def problems(self, key: str) -> list[str]:
         """Everything wrong with the values themselves (nothing is opened).
@@ -75,6 +79,10 @@ class SourceSpec:
             found.append(f"{key}.kind={self.kind} needs {key}.path=/path/to/file")
         if self.kind == "hub" and not self.name:
             found.append(f"{key}.kind=hub needs {key}.name=…, for example Salesforce/wikitext")
+        if self.streaming and self.kind == "pydoc":
+            found.append(f"{key}.streaming=true: streamed are hub, parquet, jsonl and text; leave it out for pydoc")
+        if not self.streaming and (address := next((path for path in self.paths if is_remote(path)), None)):
+            found.append(f"{key}.path={address}: is an address, which is only read with {key}.streaming=true")
         if self.kind == "text" and not self.separator:
             found.append(f"{key}.separator is empty; give what lies between documents, for example a blank line")
         if self.document_start is not None:
@@ -83,6 +91,10 @@ class SourceSpec:
             except re.error as error:
                 found.append(f"{key}.document_start={self.document_start!r} is not a regular expression: {error}")
         return found
+
+
+def _files(path: str) -> list[Path]:
+    return [] if is_remote(path) else matching(path)
 
 
 @dataclass(frozen=True)
