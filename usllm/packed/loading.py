@@ -57,7 +57,7 @@ def load(
         raise UserError(f"keep_decoded={kept}: is layout='decoded', layout_memory={kept} now")
     if layout not in CHOICES:
         raise UserError(f"layout={layout!r}: is unknown; choose one of {', '.join(CHOICES)}")
-    path = _local(model, revision)
+    path = local_folder(model, revision)
     folder = open_folder(path)
     check_against_model(folder)
     from transformers import AutoModelForCausalLM
@@ -168,7 +168,12 @@ def _check_counts(section: dict[str, Any], tensors: int, where: str) -> None:
             raise PackedFormatError(f"{where}: {key}={value!r} is impossible with {tensors} tensors")
 
 
-def _local(model: str | Path, revision: str | None) -> Path:
+def local_folder(model: str | Path, revision: str | None = None) -> Path:
+    """The folder that ``model`` names; one on the hub is downloaded.
+
+    Raises:
+        UserError: There is none.
+    """
     path = expanded(model)
     if path.is_dir():
         return path
