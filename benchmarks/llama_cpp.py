@@ -39,6 +39,10 @@ class _Batch(ctypes.Structure):
     )
 
 
+_silent = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)(lambda level, text, data: None)
+"""What llama.cpp tells goes here. It holds the address alone, so this stays for as long as the process."""
+
+
 @cache
 def library() -> Any:
     """The loaded library; it prints nothing.
@@ -73,9 +77,7 @@ def library() -> Any:
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
-    silent = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)(lambda level, text, data: None)
-    lib.keep = silent  # the library holds its address alone
-    lib.llama_log_set(silent, None)
+    lib.llama_log_set(_silent, None)
     lib.llama_backend_init()
     return lib
 

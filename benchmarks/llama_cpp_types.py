@@ -12,8 +12,9 @@ from torch import Tensor
 
 from benchmarks.llama_cpp import library
 from usllm.models.gguf_families import GGUF_FAMILIES
+from usllm.models.gguf_plan import GgufPlan, PlannedTensor
 from usllm.models.gguf_tensors import as_stored
-from usllm.models.gguf_writer import GgufPlan, PlannedTensor, add_entry, write_gguf
+from usllm.models.gguf_writer import add_entry, write_gguf
 
 _MOST_TYPES = 43  # whose numbers are llama.cpp's; what stands behind them is not a name
 

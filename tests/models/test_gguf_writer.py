@@ -13,7 +13,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from usllm.models import ModelSpec
 from usllm.models.gguf_contents import read_contents
-from usllm.models.gguf_writer import GgufPlan, check_gguf_out, plan_gguf, write_gguf
+from usllm.models.gguf_plan import GgufPlan, plan_gguf
+from usllm.models.gguf_writer import check_gguf_out, write_gguf
 from usllm.models.loading import load_config, load_dense, load_generation_config, load_tokenizer
 from usllm.models.random_model import byte_tokenizer, random_config
 from usllm.system.errors import UserError
@@ -209,20 +210,21 @@ def test_one_tensor_is_read_at_a_time(tmp_path: Path) -> None:
     assert sorted(asked) == sorted(weights)
 
 
-def test_only_a_gguf_file_is_ever_replaced(tmp_path: Path) -> None:
+def test_only_a_file_written_here_is_ever_replaced(tmp_path: Path) -> None:
+    _, path = write(tmp_path)
     (tmp_path / "text.gguf").write_text("mine")
-    (tmp_path / "old.gguf").write_bytes(b"GGUF")
     (tmp_path / "folder.gguf").mkdir()
-    (tmp_path / "link.gguf").symlink_to(tmp_path / "old.gguf")
+    (tmp_path / "link.gguf").symlink_to(path)
     for name, message in (
-        ("text.gguf", "is no GGUF file: it is never replaced"),
-        ("link.gguf", "is no GGUF file: it is never replaced"),
+        ("original.gguf", "was not written by usllm-export: it is never replaced"),
+        ("text.gguf", "was not written by usllm-export: it is never replaced"),
+        ("link.gguf", "was not written by usllm-export: it is never replaced"),
         ("folder.gguf", "is a folder"),
         ("model.bin", "ends in .gguf"),
     ):
         with pytest.raises(UserError, match=message):
             check_gguf_out(tmp_path / name, overwrite=True)
     with pytest.raises(UserError, match="overwrite=true"):
-        check_gguf_out(tmp_path / "old.gguf", overwrite=False)
-    check_gguf_out(tmp_path / "old.gguf", overwrite=True)
+        check_gguf_out(path, overwrite=False)
+    check_gguf_out(path, overwrite=True)
     check_gguf_out(tmp_path / "new.gguf", overwrite=False)

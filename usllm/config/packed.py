@@ -18,7 +18,8 @@ from usllm.config.schema import AllocationConfig, DataConfig, EvaluationConfig
 from usllm.config.structure import built, merge_typed
 from usllm.config.validation import plain_config, user_error
 from usllm.models import ModelSpec
-from usllm.models.gguf_writer import GGUF_TYPES, check_gguf_out
+from usllm.models.gguf_plan import GGUF_TYPES
+from usllm.models.gguf_writer import check_gguf_out
 from usllm.packed.dense import DENSE_FOLDER
 from usllm.packed.folder import is_packed
 from usllm.packed.layouts import CHOICES
@@ -53,7 +54,7 @@ class DenseConfig:
 
 @dataclass
 class GgufConfig:
-    """How decoded weights are stored in a GGUF file; see :func:`usllm.models.gguf_writer.plan_gguf`."""
+    """How decoded weights are stored in a GGUF file; see :func:`usllm.models.gguf_plan.plan_gguf`."""
 
     type: str = "BF16"
     embeddings: str | None = None

@@ -69,8 +69,9 @@ def read_contents(path: Path) -> GgufContents:
     """
     if not path.is_file():
         raise UserError(f"model.file={path}: there is no such file")
-    if not is_gguf(path):
-        raise UserError(f"model.file={path} is not a GGUF file (it does not begin with the letters GGUF)")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"model.file={path} is not a GGUF file (it does not begin with the letters GGUF)")
     from gguf import GGUFReader
 
     try:
@@ -90,9 +91,3 @@ def read_contents(path: Path) -> GgufContents:
     if not isinstance(architecture, str):
         raise UserError(f"model.file={path} does not say its general.architecture; download it again")
     return GgufContents(path, architecture, metadata, shapes, stored)
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether a file begins as a GGUF file does; nothing else is read."""
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"

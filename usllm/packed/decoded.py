@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,15 @@ class DecodedModel:
         options: How they came about, as recorded.
         layers: Module name of each compressed layer to the bytes that it is stored in.
         weight_bytes: Of the weight files of the packed folder; ``None`` where none was written.
-        tensors: One tensor by the name that transformers gives it: fp32 where it is decoded, else as it is stored.
+        read: One tensor by the name that transformers gives it: fp32 where it is decoded, else as it is stored. Raises
+            a UserError or PackedFormatError where it is not there.
     """
 
     compressor: Compressor
     options: Mapping[str, Any]
     layers: Mapping[str, int]
     weight_bytes: int | None
-    tensors: _Tensors = field(repr=False)
+    read: Callable[[str], Tensor] = field(repr=False)
 
     def packed_bytes(self, skeleton: PreTrainedModel) -> int:
         """Bytes of the weights in packed form; where none was written, with everything else in bf16.
@@ -56,7 +58,7 @@ def decode_source(source: PackingSource) -> DecodedModel:
     """The model of a checkpoint, or one in memory."""
     layers = {name: plan.total_bits // 8 for name, plan in source.plans.items()}
     options = asdict(source.compressor.options)
-    return DecodedModel(source.compressor, options, layers, None, _OfSource(source))
+    return DecodedModel(source.compressor, options, layers, None, partial(_of_source, source))
 
 
 @contextmanager
@@ -72,47 +74,30 @@ def decode_folder(path: Path) -> Iterator[DecodedModel]:
     size = sum((path / file).stat().st_size for file in folder.header_bytes)
     with folder.reading() as reader:
         options = folder.packed.options or {}
-        yield DecodedModel(folder.packed.compressor, options, layers, size, _OfFolder(folder, reader))
+        yield DecodedModel(folder.packed.compressor, options, layers, size, partial(_of_folder, folder, reader))
 
 
-class _Tensors:
-    """Tensors by name."""
-
-    def __getitem__(self, name: str) -> Tensor:
-        raise NotImplementedError
-
-
-class _OfSource(_Tensors):
-    def __init__(self, source: PackingSource) -> None:
-        self._source = source
-
-    @torch.no_grad()
-    def __getitem__(self, name: str) -> Tensor:
-        """Raises: UserError, where the checkpoint does not hold the tensor."""
-        module, _, kind = name.rpartition(".")
-        if kind == "weight" and module in self._source.plans:
-            return self._source.plans[module].decode(self._source.states(module), torch.float32)
-        tensor = self._source.tensors.get(name)
-        if tensor is None:
-            raise UserError(f"{name}: is in the model's configuration, but not in the checkpoint")
-        return tensor.detach().cpu()
+@torch.no_grad()
+def _of_source(source: PackingSource, name: str) -> Tensor:
+    module, _, kind = name.rpartition(".")
+    if kind == "weight" and module in source.plans:
+        return source.plans[module].decode(source.states(module), torch.float32)
+    tensor = source.tensors.get(name)
+    if tensor is None:
+        raise UserError(f"{name}: is in the model's configuration, but not in the checkpoint")
+    return tensor.detach().cpu()
 
 
-class _OfFolder(_Tensors):
-    def __init__(self, folder: PackedFolder, reader: TensorReader) -> None:
-        self._folder, self._reader = folder, reader
-
-    @torch.no_grad()
-    def __getitem__(self, name: str) -> Tensor:
-        """Raises: PackedFormatError, where the folder does not hold the tensor."""
-        packed = self._folder.packed
-        module, _, kind = name.rpartition(".")
-        if kind == "weight" and module in packed.layers:
-            stored = self._reader[f"{module}.packed"]
-            plan = packed.compressor.read(stored, packed.layers[module].shape, module)
-            return plan.decode(plan.unpack(stored), torch.float32)
-        if name not in self._folder.tensors:
-            raise PackedFormatError(f"{name}: is missing from the weight files")
-        if kind == "weight" and module in packed.blocks:
-            return unpack_blocks(self._reader[name], packed.blocks[module].bits)
-        return self._reader[name]
+@torch.no_grad()
+def _of_folder(folder: PackedFolder, reader: TensorReader, name: str) -> Tensor:
+    packed = folder.packed
+    module, _, kind = name.rpartition(".")
+    if kind == "weight" and module in packed.layers:
+        stored = reader[f"{module}.packed"]
+        plan = packed.compressor.read(stored, packed.layers[module].shape, module)
+        return plan.decode(plan.unpack(stored), torch.float32)
+    if name not in folder.tensors:
+        raise PackedFormatError(f"{name}: is missing from the weight files")
+    if kind == "weight" and module in packed.blocks:
+        return unpack_blocks(reader[name], packed.blocks[module].bits)
+    return reader[name]

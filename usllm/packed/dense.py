@@ -112,7 +112,7 @@ def export_dense(
             write_shards(
                 folder,
                 stored_tensors(skeleton),
-                lambda name: rounded(model.tensors[name], dtype, name, "dense.dtype"),
+                lambda name: rounded(model.read(name), dtype, name, "dense.dtype"),
                 lambda tensors: _MARK,
                 max_shard_size,
             )

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from usllm.config.packed import ExportConfig, size_in_bytes
 from usllm.models import ModelSpec
-from usllm.models.gguf_writer import check_gguf_out, plan_gguf, write_gguf
+from usllm.models.gguf_plan import plan_gguf
+from usllm.models.gguf_writer import check_gguf_out, write_gguf
 from usllm.models.loading import load_config, load_dense, load_generation_config, load_tokenizer, packed_folder
 from usllm.packed.card import decoded_card
 from usllm.packed.decoded import DecodedModel, decode_folder, decode_source
@@ -60,8 +61,6 @@ def export_decoded(config: ExportConfig, command: str, given: Sequence[str] = ()
     if hasattr(card.model_config, "quantization_config"):
         del card.model_config.quantization_config
     files = ModelFiles(card.model_config, card.tokenizer, load_generation_config(origin.spec))
-    if origin.tracker is not None:
-        progress.print("logger.wandb.log_export: not logged to W&B, which gets packed models only")
     out = expanded(config.out)
     try:
         with _decoding(origin) as model:
@@ -130,7 +129,7 @@ def _gguf(config: ExportConfig, out: Path, origin: Origin, files: ModelFiles, mo
     plan = planned(general={"name": out.stem, "description": told})
     check_gguf_out(out, config.overwrite)
     try:
-        write_gguf(plan, model.tensors.__getitem__, out)
+        write_gguf(plan, model.read, out)
     except OSError as error:
         raise RunError(f"out={out} cannot be written ({error}): free space, or choose another name") from error
     return size

@@ -86,15 +86,18 @@ def from_run(config: ExportConfig, given: Sequence[str], progress: Console) -> O
         else section_of(EvaluationConfig, run["evaluation"], "evaluation"),
         # The figures are those of the newest checkpoint, not of an earlier one beside it.
         report=report if Path(str(report.get("checkpoint"))).name == checkpoint.name else {},
-        tracker=_tracker(run, report, folder, progress),
+        tracker=_tracker(run, report, folder, config.form, progress),
     )
 
 
 def _tracker(
-    run: Mapping[str, Any], report: Mapping[str, Any], folder: Path, progress: Console
+    run: Mapping[str, Any], report: Mapping[str, Any], folder: Path, form: str, progress: Console
 ) -> WandbRunLogger | None:
     config = report.get("config") or run
     if not logs_exports(config):
+        return None
+    if form != "packed":
+        progress.print("logger.wandb.log_export: not logged to W&B, which gets packed models only")
         return None
     if report.get("finished"):
         return reopened(config, folder)
