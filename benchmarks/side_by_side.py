@@ -80,7 +80,7 @@ def _compare(given: argparse.Namespace) -> None:
             flush=True,
         )
         content = {
-            "command": shlex.join(["python", "benchmarks/side_by_side.py", *sys.argv[1:]]),
+            "command": _command(),
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
             "machine": machine(),
             "threads": given.threads,
@@ -93,6 +93,13 @@ def _compare(given: argparse.Namespace) -> None:
             "rows": [rows[each.name] for each in listed if each.name in rows],
         }
         write_json(RESULT, content)
+
+
+def _command() -> str:
+    """What was typed, without the choice of rows that were measured again."""
+    words = sys.argv[1:]
+    kept = words[: words.index("--only")] if "--only" in words else words
+    return shlex.join(["python", "benchmarks/side_by_side.py", *kept])
 
 
 def _write_windows(given: argparse.Namespace) -> bool | None:

@@ -49,7 +49,8 @@ def test_llama_cpp_computes_what_transformers_does(name: str, tmp_path: Path, mo
     spec = ModelSpec(kind="gguf", name=None, file=str(tmp_path / "original.gguf"))
     plan = plan_gguf(load_config(spec), load_tokenizer(spec), kind="F32")
     write_gguf(plan, original.state_dict().__getitem__, tmp_path / "written.gguf")
-    ids = torch.randint(4, 256, (48,), generator=torch.Generator().manual_seed(0))
+    # Longer than the first context of Phi-3's: llama.cpp takes the factors of long texts where its own context is long.
+    ids = torch.randint(4, 256, (100,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = tiny_model(name)(ids[None], use_cache=False).logits[0].numpy()
     with LlamaCpp(tmp_path / "written.gguf", 1, context=256) as model:
@@ -60,9 +61,9 @@ def test_llama_cpp_computes_what_transformers_does(name: str, tmp_path: Path, mo
 
 @pytest.fixture(scope="module")
 def decoded() -> DecodedModel:
-    """SmolLM2 at 4 bits: broken little enough for texts and perplexities to mean something."""
+    """SmolLM2 at 8 bits, which breaks nothing: of a broken model the noise of Q8_0 moves perplexity by percents."""
     model = load_dense(ModelSpec())
-    compress_(model, RoundingConfig(bits=4, group_size=64))
+    compress_(model, RoundingConfig(bits=8, group_size=64))
     return decode_source(from_model(model))
 
 
