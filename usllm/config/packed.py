@@ -12,19 +12,25 @@ from omegaconf import DictConfig
 
 from usllm.config import rules
 from usllm.config.compression import check_compressor
-from usllm.config.overrides import group_of, idle_beside_checkpoint
+from usllm.config.overrides import group_of, idle_beside_checkpoint, idle_beside_packed
 from usllm.config.rules import Problems
 from usllm.config.schema import AllocationConfig, DataConfig, EvaluationConfig
 from usllm.config.structure import built, merge_typed
 from usllm.config.validation import plain_config, user_error
 from usllm.models import ModelSpec
+from usllm.models.gguf_plan import GGUF_TYPES
+from usllm.models.gguf_writer import check_gguf_out
+from usllm.packed.dense import DENSE_FOLDER
+from usllm.packed.folder import is_packed
 from usllm.packed.layouts import CHOICES
-from usllm.packed.new_folder import check_out
+from usllm.packed.new_folder import PACKED_FOLDER, check_out
 from usllm.system.files import expanded, unusable
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LEAST_TEMPERATURE = 0.001
 """Scores divided by less are too large to be drawn from."""
+FORMS = {"packed": ("rest", "max_shard_size"), "dense": ("dense", "max_shard_size"), "gguf": ("gguf",)}
+"""Forms of an export, and the keys that have an effect on each but not on all."""
 WITHOUT_CKPT = ("model", "data", "sketch", "allocation", "calibration_sequences", "seed")
 """Keys of ``usllm-export`` that say what to pack where there is no checkpoint."""
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?$", re.IGNORECASE)
@@ -40,6 +46,21 @@ class RestConfig:
 
 
 @dataclass
+class DenseConfig:
+    """How decoded weights are stored in a folder of transformers."""
+
+    dtype: str = "bfloat16"
+
+
+@dataclass
+class GgufConfig:
+    """How decoded weights are stored in a GGUF file; see :func:`usllm.models.gguf_plan.plan_gguf`."""
+
+    type: str = "BF16"
+    embeddings: str | None = None
+
+
+@dataclass
 class ExportConfig:
     """Everything ``usllm-export`` reads; ``conf/export.yaml`` says what each key means."""
 
@@ -49,7 +70,10 @@ class ExportConfig:
     sketch: dict[str, Any]
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    form: str = "packed"
     rest: RestConfig = field(default_factory=RestConfig)
+    dense: DenseConfig = field(default_factory=DenseConfig)
+    gguf: GgufConfig = field(default_factory=GgufConfig)
     ckpt: str | None = None
     overwrite: bool = False
     max_shard_size: str = "4GB"
@@ -101,6 +125,7 @@ def check_export(cfg: DictConfig | dict[str, Any], given: Sequence[str] = ()) ->
     config = merge_typed(ExportConfig, plain_config(cfg), problems)
     if config is None or config.model is None or config.data is None:
         raise user_error(problems)
+    _check_form(config, given, problems)
     problems.choice("rest.dtype", config.rest.dtype, DTYPES[1:])
     for key in ("embeddings", "linears"):
         bits = getattr(config.rest, key)
@@ -113,22 +138,53 @@ def check_export(cfg: DictConfig | dict[str, Any], given: Sequence[str] = ()) ->
     if not config.measure:
         idle = [override for override in given if group_of(override) == "evaluation"]
         problems.extend(f"{override}: nothing is measured; pass measure=true, or leave it out" for override in idle)
-    if config.ckpt is None:
+    packed = config.ckpt is None and config.model.kind == "folder" and is_packed(expanded(str(config.model.name)))
+    if packed:
+        problems.extend(idle_beside_packed(str(config.model.name), given, WITHOUT_CKPT))
+        if config.form == "packed":
+            problems.append(f"model={config.model.name}: is packed already; pass form=dense or form=gguf to decode it")
+    elif config.ckpt is None:
         check_compressor(config.sketch, config.allocation, problems)
         rules.check_model(config.model, problems)
         rules.check_data(config.data, problems)
     if config.measure:
         rules.check_evaluation(config.evaluation, problems)
-        if config.ckpt is None:
+        if config.ckpt is None and not packed:
             rules.check_unseen(rules.sources_of_training(config.data), config.evaluation, problems)
         if not config.evaluation.test_sets and not config.evaluation.validation_split:
             problems.append("evaluation.test_sets: none given, so measure=true has nothing to measure")
-    problems.require(bool(config.out), "out", config.out, "is empty; give the folder to make")
+    problems.require(bool(config.out), "out", config.out, "is empty; give the folder, or the file, to make")
     if config.out:
-        built(lambda: check_out(expanded(config.out), config.overwrite), problems)
+        built(lambda: _check_out(config), problems)
     if problems:
         raise user_error(problems)
     return config
+
+
+def _check_form(config: ExportConfig, given: Sequence[str], problems: Problems) -> None:
+    problems.choice("form", config.form, tuple(FORMS))
+    for override in given if config.form in FORMS else ():
+        key = group_of(override)
+        forms = [form for form, keys in FORMS.items() if key in keys]
+        if forms and config.form not in forms:
+            others = " or form=".join(forms)
+            problems.append(f"{override}: has no effect with form={config.form}; leave it out, or pass form={others}")
+    problems.choice("dense.dtype", config.dense.dtype, DTYPES[1:])
+    problems.choice("gguf.type", config.gguf.type, GGUF_TYPES)
+    if config.gguf.embeddings is not None:
+        problems.choice("gguf.embeddings", config.gguf.embeddings, GGUF_TYPES)
+    if config.form == "gguf" and config.measure:
+        problems.append(
+            f"measure=true: form=gguf has no card for the figures; usllm-eval model={config.out} measures it"
+        )
+
+
+def _check_out(config: ExportConfig) -> None:
+    out = expanded(config.out)
+    if config.form == "gguf":
+        check_gguf_out(out, config.overwrite)
+    else:
+        check_out(out, config.overwrite, DENSE_FOLDER if config.form == "dense" else PACKED_FOLDER)
 
 
 def check_generate(cfg: DictConfig | dict[str, Any]) -> GenerateConfig:

@@ -17,7 +17,7 @@ from usllm.models.gguf_rope import ROPE_KEYS, rope_settings
 from usllm.models.gguf_tokenizer import TOKENIZER_KEYS
 from usllm.system.errors import UserError, first_line
 
-_SETTINGS = {
+SETTINGS = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
@@ -32,6 +32,8 @@ _DERIVED = ("attention.head_count_kv", "attention.key_length", "attention.value_
 
 Extra = Callable[[GgufContents, Mapping[str, Any]], dict[str, Any]]
 """Settings of one architecture, from the file and the settings that all have."""
+Stated = Callable[[PretrainedConfig], dict[str, Any]]
+"""The inverse: metadata of one architecture, without its name, from a configuration."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class GgufFamily:
     Attributes:
         model_type: what transformers calls it.
         extra: settings beyond those of all decoders.
+        stated: metadata beyond that of all decoders.
         keys: metadata keys that ``extra`` reads, without the architecture's name.
         norm_offset: what llama.cpp adds to the weights of all norms.
         permuted_heads: whether llama.cpp stores the rows of ``attn_q`` and ``attn_k`` in pairs of a rotation.
@@ -49,6 +52,7 @@ class GgufFamily:
 
     model_type: str
     extra: Extra = field(default=lambda contents, settings: {})
+    stated: Stated = field(default=lambda config: {})
     keys: tuple[str, ...] = ()
     norm_offset: int = 0
     permuted_heads: bool = False
@@ -92,8 +96,37 @@ def _gemma3(contents: GgufContents, settings: Mapping[str, Any]) -> dict[str, An
     }
 
 
+def _gemma2_keys(config: PretrainedConfig) -> dict[str, Any]:
+    return {
+        "attn_logit_softcapping": _number(config.attn_logit_softcapping),
+        "final_logit_softcapping": _number(config.final_logit_softcapping),
+        "attention.sliding_window": config.sliding_window,
+    }
+
+
+def _gemma3_keys(config: PretrainedConfig) -> dict[str, Any]:
+    slides = [kind == "sliding_attention" for kind in config.layer_types]
+    usual = [(layer + 1) % 6 != 0 for layer in range(len(slides))]
+    return {
+        "attention.sliding_window": config.sliding_window,
+        "attention.sliding_window_pattern": None if slides == usual else slides,
+        "final_logit_softcapping": _number(config.final_logit_softcapping),
+    }
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None else float(value)
+
+
 def _query_scalar(settings: Mapping[str, Any], largest: bool) -> int:
     return int(settings["hidden_size"] // settings["num_attention_heads"] if largest else settings["head_dim"])
+
+
+def _phi3_keys(config: PretrainedConfig) -> dict[str, Any]:
+    return {
+        "attention.sliding_window": config.sliding_window or None,
+        "rope.scaling.original_context_length": config.original_max_position_embeddings,
+    }
 
 
 def _phi3(contents: GgufContents, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,18 +145,20 @@ GGUF_FAMILIES = {
     "gemma2": GgufFamily(
         "gemma2",
         _gemma2,
+        _gemma2_keys,
         ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window"),
         norm_offset=1,
     ),
     "gemma3": GgufFamily(
         "gemma3_text",
         _gemma3,
+        _gemma3_keys,
         ("attention.sliding_window", "attention.sliding_window_pattern", "final_logit_softcapping"),
         norm_offset=1,
     ),
-    "phi3": GgufFamily("phi3", _phi3, ("attention.sliding_window",), free_head_dim=False),
+    "phi3": GgufFamily("phi3", _phi3, _phi3_keys, ("attention.sliding_window",), free_head_dim=False),
 }
-"""The architectures that are read. Each is compared with transformers' own model of it in the tests."""
+"""The architectures that are read and written. Each is compared with transformers' own model of it in the tests."""
 
 _DESCRIPTIONS = ("GGUF.", "general.", "quantize.", "split.")
 """Where keys begin that tell a file's origin and layout, which the ``gguf`` package reads, and nothing of the model."""
@@ -154,7 +189,7 @@ def configuration_of(contents: GgufContents) -> PretrainedConfig:
     """
     family = family_of(contents)
     name = contents.architecture
-    known = {f"{name}.{key}" for key in (*_SETTINGS, *_DERIVED, *ROPE_KEYS, *family.keys)} | TOKENIZER_KEYS
+    known = {f"{name}.{key}" for key in (*SETTINGS, *_DERIVED, *ROPE_KEYS, *family.keys)} | TOKENIZER_KEYS
     odd = [key for key in contents.metadata if key not in known and not key.startswith(_DESCRIPTIONS)]
     odd = [key for key in odd if not key.startswith("tokenizer.chat_template")]
     if odd:
@@ -163,7 +198,7 @@ def configuration_of(contents: GgufContents) -> PretrainedConfig:
             f"{odd[0]}={value if len(value) < 60 else value[:60] + '…'} is not understood ({len(odd)} such keys in all)"
         )
     settings: dict[str, Any] = {}
-    for key, setting in _SETTINGS.items():
+    for key, setting in SETTINGS.items():
         value = contents.of_model(key)
         if not isinstance(value, int | float) or value <= 0:
             raise contents.refusal(f"{name}.{key}={value!r}: a number is needed, the same for all layers")

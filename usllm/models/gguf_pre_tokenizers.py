@@ -46,6 +46,8 @@ PRE_TOKENIZERS = {
     "deepseek-r1-qwen": _QWEN2,
 }
 """The splits that are read."""
+WRITTEN = ("gpt-2", "smollm", "llama-bpe", "qwen2")
+"""Names that are written, one for each split; llama.cpp splits in another way where a file says ``default``."""
 
 
 def pre_tokenizer(name: str) -> Any:

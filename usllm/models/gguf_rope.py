@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from usllm.models.gguf_contents import GgufContents
+from usllm.packed.rotary import older_rope
+from usllm.system.errors import UserError
 
 ROPE_KEYS = (
     "rope.freq_base",
@@ -32,6 +35,7 @@ ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_s
 """Tensors read here, each ``[head_dim / 2]``: divisors of the frequencies. No parameters of a model."""
 
 _LOCAL_BASE = 10_000.0  # of Gemma 3's layers with a sliding window, and llama.cpp's default of all others
+_WORDS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq")
 _TOLERANCE = 2e-6  # both sides are computed in fp32
 _PUBLISHED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Of all published Llama models with scaled frequencies; only their factor varies."""
@@ -131,10 +135,53 @@ def _scaling(contents: GgufContents, settings: Mapping[str, Any], base: float, r
     return None
 
 
+def rope_metadata(config: PretrainedConfig, architecture: str, width: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The inverse of :func:`rope_settings`.
+
+    Args:
+        config: of the model, in the words of either major of transformers.
+        architecture: GGUF's name of its family.
+        width: of a head.
+
+    Returns:
+        Metadata without the architecture's name, and tensors, fp32 ``[rotated / 2]``.
+
+    Raises:
+        UserError: GGUF has no words for this rotation.
+    """
+    words = {key: getattr(config, key, None) for key in _WORDS} | older_rope(config.to_dict())
+    base, scaling = float(words["rope_theta"] or 10_000.0), words["rope_scaling"] or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    found: dict[str, Any] = {"rope.freq_base": base}
+    rotated = int(width * (words["partial_rotary_factor"] or 1.0))
+    if architecture in ("llama", "phi3"):
+        found["rope.dimension_count"] = rotated
+    if architecture == "gemma3" and (local := float(words["rope_local_base_freq"] or _LOCAL_BASE)) != _LOCAL_BASE:
+        found["rope.freq_base_swa"] = local
+    if kind == "default":
+        return found, {}
+    if kind == "linear":
+        return found | {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling["factor"])}, {}
+    if kind == "llama3" and architecture == "llama":
+        frequencies = base ** -(torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
+        parameters = {key: scaling[key] for key in ("factor", *_PUBLISHED)}
+        return found, {ROPE_TENSORS[0]: _llama3_divisors(frequencies, **parameters).float()}
+    if kind == "longrope" and architecture == "phi3":
+        context, original = config.max_position_embeddings, config.original_max_position_embeddings
+        found["rope.scaling.attn_factor"] = _attention_factor(context, original)
+        factors = {f"rope_factors_{length}.weight": scaling[f"{length}_factor"] for length in ("long", "short")}
+        return found, {name: torch.tensor(values, dtype=torch.float32) for name, values in factors.items()}
+    raise UserError(f"form=gguf: rope_type={kind} of a {config.model_type} has no form in GGUF; pass form=dense")
+
+
+def _attention_factor(context: int, original: int) -> float:
+    return math.sqrt(1 + math.log(context / original) / math.log(original)) if context > original else 1.0
+
+
 def _longrope(contents: GgufContents, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Phi-3 with a long context: divisors for short and for long texts, and a factor of the attention."""
     context, original = settings["max_position_embeddings"], settings["original_max_position_embeddings"]
-    implied = math.sqrt(1 + math.log(context / original) / math.log(original)) if context > original else 1.0
+    implied = _attention_factor(context, original)
     stated = float(contents.of_model("rope.scaling.attn_factor", 1.0))
     if abs(stated / implied - 1) > 1e-5:
         raise contents.refusal(f"rope.scaling.attn_factor={stated} is not the {implied:.6f} that its contexts imply")

@@ -67,17 +67,43 @@ def check_values(contents: GgufContents, model: PreTrainedModel) -> None:
             raise contents.refusal(f"the values of the tensor {name} are not those that transformers has read")
 
 
-def _renamed(contents: GgufContents, tensors: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """State dict of a model under the names of GGUF; a name that GGUF does not know stays as it is."""
+def stored_names(architecture: str, names: Iterable[str], layers: int) -> dict[str, str]:
+    """The name in a GGUF file of each parameter of a model; one that GGUF does not know keeps its own.
+
+    Args:
+        architecture: GGUF's name of the family.
+        names: of the parameters.
+        layers: of the model.
+    """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    kind = next(key for key, name in MODEL_ARCH_NAMES.items() if name == contents.architecture)
-    names = get_tensor_name_map(kind, layers)
+    kind = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    known = get_tensor_name_map(kind, layers)
     head = {"lm_head.weight": "output.weight"}  # which the map of an architecture that always ties it leaves out
-    return {
-        names.get_name(name, try_suffixes=(".weight", ".bias")) or head.get(name, name): value
-        for name, value in tensors.items()
-    }
+    return {name: known.get_name(name, try_suffixes=(".weight", ".bias")) or head.get(name, name) for name in names}
+
+
+def as_stored(tensor: Tensor, name: str, family: GgufFamily, config: PretrainedConfig) -> Tensor:
+    """A parameter as llama.cpp stores it; inverse of what the reader does.
+
+    Args:
+        tensor: fp32, of the model.
+        name: in the file.
+        family: of the model.
+        config: of the model.
+    """
+    if family.norm_offset and name.endswith("norm.weight"):
+        return tensor + family.norm_offset
+    if family.permuted_heads and _ends(name, ("attn_q", "attn_k")):
+        halves = tensor.view(_heads(name, config), 2, -1, *tensor.shape[1:])
+        return halves.transpose(1, 2).reshape(tensor.shape)
+    return tensor
+
+
+def _renamed(contents: GgufContents, tensors: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """State dict of a model under the names of GGUF; a name that GGUF does not know stays as it is."""
+    names = stored_names(contents.architecture, tensors, layers)
+    return {names[name]: value for name, value in tensors.items()}
 
 
 def _as_parameter(contents: GgufContents, name: str, family: GgufFamily, config: PretrainedConfig) -> Tensor:
@@ -86,11 +112,14 @@ def _as_parameter(contents: GgufContents, name: str, family: GgufFamily, config:
     if family.norm_offset and name.endswith("norm.weight"):
         return tensor - family.norm_offset
     if family.permuted_heads and _ends(name, ("attn_q", "attn_k")):
-        heads = config.num_attention_heads if "attn_q" in name else config.num_key_value_heads
         # Rows of a head: (0, half), (1, half + 1), … in the file; 0, 1, …, half, half + 1, … in transformers.
-        paired = tensor.view(heads, -1, 2, *tensor.shape[1:])
+        paired = tensor.view(_heads(name, config), -1, 2, *tensor.shape[1:])
         return paired.transpose(1, 2).reshape(tensor.shape)
     return tensor
+
+
+def _heads(name: str, config: PretrainedConfig) -> int:
+    return int(config.num_attention_heads if "attn_q" in name else config.num_key_value_heads)
 
 
 def _ends(name: str, stems: Iterable[str]) -> bool:

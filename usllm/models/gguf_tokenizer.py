@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from usllm.models.gguf_contents import GgufContents
 from usllm.models.gguf_pre_tokenizers import PRE_TOKENIZERS, pre_tokenizer
+from usllm.models.gguf_vocabulary import CONTROL, NORMAL
 
 _USED = (
     "model",
@@ -49,7 +50,6 @@ TOKENIZER_KEYS = frozenset(
 )
 """Metadata keys that are accounted for here."""
 
-_NORMAL, _CONTROL = 1, 3  # values of tokenizer.ggml.token_type
 _SAMPLE = 2000
 _LEAST_WHOLE = 0.9
 """Share of sampled tokens whose text must be encoded as that token; a vocabulary has a few that merges never reach."""
@@ -139,9 +139,9 @@ def _framing(contents: GgufContents, special: dict[str, str]) -> Any:
 
 def _check_encoding(contents: GgufContents, tokenizer: PreTrainedTokenizerFast) -> None:
     tokens = _get(contents, "tokens")
-    kinds = _get(contents, "token_type", [_NORMAL] * len(tokens))
+    kinds = _get(contents, "token_type", [NORMAL] * len(tokens))
     way_out = "install another version of transformers (5 reads more of them than 4), or take the original model"
-    texts = _texts(contents, tokenizer, [index for index, kind in enumerate(kinds) if kind == _NORMAL])
+    texts = _texts(contents, tokenizer, [index for index, kind in enumerate(kinds) if kind == NORMAL])
     whole = sum(_encoded(tokenizer, text) == [index] for index, text in texts.items())
     if whole < _LEAST_WHOLE * len(texts):
         raise contents.refusal(
@@ -150,7 +150,7 @@ def _check_encoding(contents: GgufContents, tokenizer: PreTrainedTokenizerFast) 
         )
     vocabulary = tokenizer.get_vocab()
     for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
-        if kind == _CONTROL and vocabulary.get(token) == index and _encoded(tokenizer, token) != [index]:
+        if kind == CONTROL and vocabulary.get(token) == index and _encoded(tokenizer, token) != [index]:
             raise contents.refusal(f"transformers cuts its special token {token!r} into pieces; {way_out}")
     if _get(contents, "model") == "llama":
         prefixed = tokenizer.convert_ids_to_tokens(_encoded(tokenizer, "a"))[0].startswith("\u2581")

@@ -27,7 +27,7 @@ from usllm.models.random_model import byte_tokenizer, random_config, random_mode
 from usllm.models.spec import ModelSpec
 from usllm.packed.config import QUANT_METHOD
 from usllm.packed.folder import INDEX_FILE, WEIGHTS_FILE
-from usllm.packed.loading import load
+from usllm.packed.loading import load, local_folder
 from usllm.system.errors import PackedFormatError, UserError, first_line
 from usllm.system.files import expanded, read_json
 from usllm.system.finite import refuse_nonfinite
@@ -93,6 +93,18 @@ def load_packed(spec: ModelSpec) -> PreTrainedModel | None:
         raise UserError(f"model={spec.name}: {error}") from error
     refuse_nonfinite(model, f"model={spec.name}")
     return model
+
+
+def packed_folder(spec: ModelSpec) -> Path | None:
+    """The folder of the packed model that ``spec`` names, downloaded from the hub if it is there; ``None`` where it
+    names another kind of model.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    if spec.kind not in ("folder", "hub") or not _is_packed(load_config(spec)):
+        return None
+    return local_folder(str(spec.name), spec.revision)
 
 
 def load_dense(spec: ModelSpec) -> PreTrainedModel:

@@ -53,7 +53,10 @@ line: `usllm-generate model={{ title }} prompt="…"`, `usllm-inspect model={{ t
 
 Sketch: `{{ sketch }}`.
 
-## Perplexity
+{{ figures_and_origin }}
+"""
+
+_FIGURES_AND_ORIGIN = """## Perplexity
 
 {% if rows %}
 {{ measured_as }}
@@ -77,6 +80,28 @@ Not measured. `usllm-eval model={{ title }}` measures it.
 
 {{ machine }}. Versions:{% for name, number in versions.items() %} {{ name }} {{ number }}{{ "," if not loop.last }}
 {%- endfor %}.
+"""
+_DECODED = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{{ base }}, compressed by the method {{ method }} and decoded to ordinary weights by usllm {{ versions.usllm }}: it
+computes what the compressed model does, and any tool that reads transformers' folders reads it.
+
+**The bits are gone.** {{ size }}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{{ title }}")
+tokenizer = AutoTokenizer.from_pretrained("{{ title }}")
+```
+
+What was decoded was stored as: `{{ sketch }}`.
+
+{{ figures_and_origin }}
 """
 
 
@@ -107,6 +132,23 @@ class CardFacts:
 
 def model_card(facts: CardFacts, inspection: Inspection) -> str:
     """The card, Markdown with the hub's metadata block."""
+    tags = ["usllm", "ultrasketch", *(["sub-1-bit"] if inspection.bits_per_weight < 1 else [])]
+    return _rendered(_TEMPLATE, facts, tags, totals=inspection.totals(), rest=_by_storage(inspection))
+
+
+def decoded_card(facts: CardFacts, method: str, sentence: str) -> str:
+    """The card of a folder of decoded weights.
+
+    Args:
+        facts: About it.
+        method: That its layers were compressed by.
+        sentence: What was lost: both sizes, without a full stop.
+    """
+    size = sentence[:1].upper() + sentence[1:]
+    return _rendered(_DECODED, facts, ["usllm"], method=method, size=size)
+
+
+def _rendered(template: str, facts: CardFacts, tags: list[str], **values: Any) -> str:
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, StrictUndefined
 
@@ -114,21 +156,17 @@ def model_card(facts: CardFacts, inspection: Inspection) -> str:
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["usllm", "ultrasketch", *(["sub-1-bit"] if inspection.bits_per_weight < 1 else [])],
+        tags=tags,
         base_model=facts.base if facts.base.count("/") == 1 and not facts.base.startswith(("/", ".")) else None,
     )
     # Markdown: nothing is escaped. A tag alone on its line leaves no line behind.
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["thousands"] = lambda number: f"{number:,}"
     environment.filters["measured"] = _measured_tokens
-    return environment.from_string(_TEMPLATE).render(
-        card_data=data.to_yaml(),
-        totals=inspection.totals(),
-        rest=_by_storage(inspection),
-        stages=stages,
-        names=_STAGES,
-        **{name: getattr(facts, name) for name in facts.__dataclass_fields__},
-    )
+    values |= {name: getattr(facts, name) for name in facts.__dataclass_fields__}
+    values |= {"card_data": data.to_yaml(), "stages": stages, "names": _STAGES}
+    end = environment.from_string(_FIGURES_AND_ORIGIN).render(**values)
+    return environment.from_string(template).render(**values, figures_and_origin=end)
 
 
 def _measured_tokens(row: Mapping[str, Any]) -> int:

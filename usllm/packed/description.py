@@ -27,19 +27,22 @@ class ModelFiles:
 
 
 def write_description(
-    files: ModelFiles, architecture: str, stored: PackedConfig, dtype: torch.dtype, folder: Path
+    files: ModelFiles, architecture: str, stored: PackedConfig | None, dtype: torch.dtype, folder: Path
 ) -> None:
     """Write configuration, generation settings and tokenizer.
 
     Args:
         files: Of the dense model.
         architecture: Name of the model's class.
-        stored: How its tensors are stored.
+        stored: How its tensors are stored; ``None`` where they are an ordinary dense model's.
         dtype: Of the tensors that are neither sketched nor in blocks.
         folder: Where to.
     """
     config = copy.deepcopy(files.config)
-    config.quantization_config = stored.to_dict()
+    if stored is not None:
+        config.quantization_config = stored.to_dict()
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
     config.architectures = [architecture]
     config.dtype = dtype
     config.save_pretrained(folder)

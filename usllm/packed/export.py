@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from usllm.packed.blocks import BLOCK, fits, pack_blocks
 from usllm.packed.checksums import Checksums, of_keys, of_tensors
 from usllm.packed.config import BlockEntry, PackedConfig, PackedLayerEntry
 from usllm.packed.description import ModelFiles, write_description
-from usllm.packed.folder import CONFIG_FILE, INDEX_FILE, open_folder
+from usllm.packed.folder import CONFIG_FILE, open_folder
 from usllm.packed.inspection import Inspection, inspect_folder
 from usllm.packed.loading import check_against_model
 from usllm.packed.meaning import meaning_of
 from usllm.packed.new_folder import new_folder
 from usllm.packed.quantizer import can_be_blocks, swap_packed_
+from usllm.packed.sharded_files import DTYPES, empty_model, rounded, stored_tensors, write_shards
 from usllm.packed.source import PackingSource
 from usllm.system.errors import RunError, UserError, no_space
-from usllm.system.files import write_tensors, write_text
-
-REST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+from usllm.system.files import write_text
 
 
 @dataclass(frozen=True)
@@ -49,8 +45,8 @@ class RestStorage:
     linears: int = 16
 
     def __post_init__(self) -> None:
-        if self.dtype not in REST_DTYPES:
-            raise ValueError(f"rest.dtype={self.dtype!r} is unknown: choose one of {', '.join(REST_DTYPES)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"rest.dtype={self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
         for key in ("embeddings", "linears"):
             if getattr(self, key) not in (16, 8, 4):
                 raise ValueError(f"rest.{key}={getattr(self, key)!r} must be 16 (as rest.dtype), 8 or 4")
@@ -92,7 +88,7 @@ def export(
     skeleton, stored = packed_skeleton(source, files.config, rest)
     with new_folder(out, overwrite) as folder:
         try:
-            write_description(files, type(skeleton).__name__, stored, REST_DTYPES[rest.dtype], folder)
+            write_description(files, type(skeleton).__name__, stored, DTYPES[rest.dtype], folder)
             _write_tensors(source, skeleton, stored, rest, folder, max_shard_size)
             check_against_model(open_folder(folder))  # also: the written configuration means what it meant in memory
             inspection = inspect_folder(folder)
@@ -120,7 +116,7 @@ def packed_skeleton(
     Raises:
         UserError: A sketched layer is not in the model that ``config`` describes.
     """
-    model = _empty(config, rest)
+    model = empty_model(config, rest.dtype)
     layers = {name: PackedLayerEntry(plan.shape, plan.total_bits // 8) for name, plan in source.plans.items()}
     stored = PackedConfig(source.compressor, layers, _blocks(model, layers, rest))
     try:
@@ -130,19 +126,9 @@ def packed_skeleton(
     return model, stored
 
 
-def _empty(config: PretrainedConfig, rest: RestStorage) -> PreTrainedModel:
-    """The dense model without memory."""
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(plain, dtype=REST_DTYPES[rest.dtype])
-    return model
-
-
 def left_whole(source: PackingSource, config: PretrainedConfig, rest: RestStorage) -> list[str]:
     """One line for each key of ``rest`` that does not have its whole effect on a model, with the reason."""
-    model = _empty(config, rest)
+    model = empty_model(config, rest.dtype)
     lines = []
     for key in ("embeddings", "linears"):
         outside = [matrix for matrix in _outside(model, source.plans) if matrix.key == key]
@@ -207,41 +193,15 @@ def _write_tensors(
     folder: Path,
     max_shard_size: int,
 ) -> None:
-    expected = _stored_tensors(skeleton)
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in expected.items()}
-    split = split_state_dict_into_shards_factory(
-        sizes,  # the factory looks at the values only through the functions below
-        get_storage_size=lambda size: size,
-        get_storage_id=lambda size: None,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
     keys = of_keys(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
     meaning = meaning_of(skeleton)
-    for file, names in split.filename_to_tensors.items():
-        tensors = {name: _stored(name, source, stored, rest) for name in names}
-        for name, tensor in tensors.items():
-            if tensor.shape != expected[name].shape:
-                wanted = list(expected[name].shape)
-                raise UserError(
-                    f"{name}: is {list(tensor.shape)} in the checkpoint, {wanted} in the model's configuration"
-                )
-        checksums = Checksums(of_tensors(tensors.items(), stored), keys, meaning)
-        write_tensors(folder / file, tensors, {"format": "pt"} | checksums.to_metadata())
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_text(folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _stored_tensors(skeleton: nn.Module) -> dict[str, Tensor]:
-    """State dict of the skeleton with tied tensors once, under their first name."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in skeleton.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            found[name] = tensor
-    return found
+    write_shards(
+        folder,
+        stored_tensors(skeleton),
+        lambda name: _stored(name, source, stored, rest),
+        lambda tensors: Checksums(of_tensors(tensors.items(), stored), keys, meaning).to_metadata(),
+        max_shard_size,
+    )
 
 
 def _stored(name: str, source: PackingSource, stored: PackedConfig, rest: RestStorage) -> Tensor:
@@ -252,15 +212,9 @@ def _stored(name: str, source: PackingSource, stored: PackedConfig, rest: RestSt
     tensor = source.tensors.get(name)
     if tensor is None:
         raise UserError(f"{name}: is in the model's configuration, but not in the checkpoint")
-    tensor = tensor.detach().cpu()
     if kind == "weight" and module in stored.blocks:
         try:
-            return pack_blocks(tensor, stored.blocks[module].bits, name)
+            return pack_blocks(tensor.detach().cpu(), stored.blocks[module].bits, name)
         except ValueError as error:
             raise UserError(f"{error}; store it with rest.embeddings=16 and rest.linears=16") from error
-    if not tensor.is_floating_point():
-        return tensor.contiguous().clone()
-    rounded = tensor.to(REST_DTYPES[rest.dtype]).contiguous()
-    if not bool(rounded.isfinite().all()):
-        raise UserError(f"{name}: holds values that are not finite as {rest.dtype}; store it with rest.dtype=float32")
-    return rounded.clone() if rounded.data_ptr() == tensor.data_ptr() else rounded
+    return rounded(tensor, rest.dtype, name)

@@ -173,7 +173,7 @@ def _check_counts(section: dict[str, Any], tensors: int, where: str) -> None:
             raise PackedFormatError(f"{where}: {key}={value!r} is impossible with {tensors} tensors")
 
 
-def local_folder(model: str | Path, revision: str | None) -> Path:
+def local_folder(model: str | Path, revision: str | None = None) -> Path:
     """The folder of a model, fetched where it is one of the Hugging Face hub.
 
     Raises:

@@ -9,7 +9,7 @@ versions need not name all facts alike: those are compared that both have.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,6 +79,21 @@ def _meaning(model: Any) -> dict[str, Any]:
     }
 
 
+def first_difference(
+    wanted: Mapping[str, Any], found: Mapping[str, Any] | PreTrainedModel, passed_over: Collection[str] = ()
+) -> str | None:
+    """The first fact in which two models differ, by name and with both values; ``None`` where they do not.
+
+    Args:
+        wanted: :func:`meaning_of` one.
+        found: The other, or :func:`meaning_of` it.
+        passed_over: Values of the configuration that may differ.
+    """
+    other = found if isinstance(found, Mapping) else meaning_of(found)
+    kept = {key: value for key, value in wanted["config"].items() if key not in passed_over}
+    return next(_differences({**wanted, "config": kept}, other), None)
+
+
 def difference(stored: Mapping[str, Any], model: PreTrainedModel) -> str | None:
     """What the installed transformers understands otherwise than the writer of a folder did; ``None`` if nothing.
 
@@ -95,7 +110,7 @@ def difference(stored: Mapping[str, Any], model: PreTrainedModel) -> str | None:
     if not isinstance(writer, str) or not all(isinstance(part, dict) for part in parts):
         raise PackedFormatError("config.json: what it meant to its writer is not stored; download the files again")
     try:
-        what = next(_differences(stored, found), None)
+        what = first_difference(stored, found)
     except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:  # facts of impossible types
         raise PackedFormatError(f"config.json: what it meant to its writer cannot be read ({error})") from error
     if what is None:

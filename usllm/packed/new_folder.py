@@ -6,9 +6,10 @@ import itertools
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from usllm.packed.folder import is_packed
 from usllm.system.errors import UserError
@@ -18,10 +19,21 @@ _PARTIAL, _OLD = ".partial", ".old"
 _numbers = itertools.count()
 
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """Refuse a place that may not become a packed folder, before any work.
+class Kind(NamedTuple):
+    """What stands in a folder that may be replaced: in words, and how it is known."""
 
-    Only an empty folder or a packed model is ever replaced: ``overwrite`` is no way to lose a run or a home directory.
+    name: str
+    holds: Callable[[Path], bool]
+
+
+PACKED_FOLDER = Kind("a packed model", is_packed)
+
+
+def check_out(out: Path, overwrite: bool, kind: Kind = PACKED_FOLDER) -> None:
+    """Refuse a place that may not become a folder of this kind, before any work.
+
+    Only an empty folder or one of the same kind is ever replaced: ``overwrite`` is no way to lose a run, a home
+    directory, or the dense model that somebody trained.
 
     Raises:
         UserError: It exists and may not be replaced, or its parent cannot be written to.
@@ -29,8 +41,8 @@ def check_out(out: Path, overwrite: bool) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UserError(f"out={out} is a file or a link, not a folder: choose another name")
     if out.is_dir() and any(out.iterdir()):
-        if not is_packed(out):
-            raise UserError(f"out={out} exists and is not a packed model: it is never replaced, choose another folder")
+        if not kind.holds(out):
+            raise UserError(f"out={out} exists and is not {kind.name}: it is never replaced, choose another folder")
         if not overwrite:
             raise UserError(f"out={out} exists already: pass overwrite=true to replace it, or another folder")
     parent = next(folder for folder in out.absolute().parents if folder.exists())
@@ -39,7 +51,7 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+def new_folder(out: Path, overwrite: bool, kind: Kind = PACKED_FOLDER) -> Iterator[Path]:
     """A folder to fill that gets the name ``out`` when all went well; a killed process leaves nothing of that name.
 
     Raises:
@@ -47,14 +59,14 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     """
     out = expanded(out).absolute()
     _clean_up(out)
-    check_out(out, overwrite)
+    check_out(out, overwrite, kind)
     partial = out.parent / f"{_prefix(out)}{os.getpid()}-{next(_numbers)}{_PARTIAL}"
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         partial.mkdir()
         yield partial
         settle_folder(partial, partial.stat().st_mode)
-        check_out(out, overwrite)
+        check_out(out, overwrite, kind)
         _replace(out, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

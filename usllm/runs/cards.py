@@ -24,6 +24,7 @@ def card_facts(
     rows: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     rule: str,
+    options: Mapping[str, Any] | None = None,
 ) -> CardFacts:
     """Facts of a card; ``measured_as`` ends with the protocol, and what the last column is may be added.
 
@@ -35,9 +36,10 @@ def card_facts(
         rows: Perplexities, one row per test set and window.
         tokenizer: Of the model.
         rule: What stands at the start of each window, ``none`` or ``each``.
+        options: How the compressed layers came about; ``None``: those of ``compressor``.
     """
     info = machine()
-    options = dataclasses.asdict(compressor.options)
+    options = dataclasses.asdict(compressor.options) if options is None else options
     return CardFacts(
         title=expanded(out).absolute().name,
         base=base,

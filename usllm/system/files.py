@@ -78,7 +78,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with _partial(path) as partial:
+    with partial_file(path) as partial:
         try:
             save_file(dict(tensors), partial, None if metadata is None else dict(metadata))
         except SafetensorError as error:  # the only kind that it has, with the system's message in it
@@ -96,7 +96,7 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
     """
     with ExitStack() as stack:
         for path, content in contents.items():
-            partial = stack.enter_context(_partial(path))
+            partial = stack.enter_context(partial_file(path))
             with naming(path):
                 partial.write_bytes(content)
                 _flush(partial)
@@ -123,7 +123,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         OSError: it cannot be written; the error names it.
     """
-    with _partial(path) as partial, naming(path), open(partial, "wb") as file:
+    with partial_file(path) as partial, naming(path), open(partial, "wb") as file:
         yield file
 
 
@@ -139,7 +139,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _partial(path: Path) -> Iterator[Path]:
+def partial_file(path: Path) -> Iterator[Path]:
     """Where to write what is to take the place of ``path``, once it is flushed to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_leftovers(path)

@@ -1,0 +1,123 @@
+"""The comparison with what a user would take instead, in docs/results.md, from benchmarks/results/side_by_side.json.
+
+python benchmarks/side_by_side_table.py           write table and picture
+python benchmarks/side_by_side_table.py --check   say whether the page is what the result gives
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds only its own folder there
+
+from benchmarks.page_sections import between_markers
+from usllm.reports.style import ALLOCATION_COLOURS, DENSE_COLOUR, new_figure, png, styled
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "side_by_side.json"
+PICTURE = ROOT / "benchmarks" / "results" / "side_by_side.png"
+BEGIN, END = "<!-- side by side: benchmarks/side_by_side_table.py -->", "<!-- end of side by side -->"
+DENSE = "dense, bf16"
+_CLOCKS = {
+    "wall": "seconds of the clock",
+    "cpu": "seconds that the process computed, since other work shared the machine",
+}
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The table, with what it stands on before it."""
+    rows = result["rows"]
+    dense = next(row for row in rows if row["name"] == DENSE)
+    threads = result["threads"]
+    lines = [
+        f"{result['machine']['cpu']}, {threads} thread{'s' * (threads != 1)}, {result['date']}, batch 1, "
+        f"{_CLOCKS[result['clock']]}; {result['llama_cpp'] or 'without llama.cpp'}. Perplexity on the first "
+        f"{result['windows']} windows of {result['window']} tokens of `{result['text']}`.",
+        "",
+        "| model | in | MB | perplexity | tokens/s | over dense | prompt tokens/s | peak MB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        cells = [
+            f"**{row['name']}**" if row["ours"] else row["name"],
+            row["engine"],
+            f"{row['bytes'] / 1e6:.1f}",
+            _perplexity(row["perplexity"]),
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['tokens_per_second'] / dense['tokens_per_second']:.2f}",
+            f"{row['prompt_tokens_per_second']:.0f}",
+            f"{row['peak'] / 1e6:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", f"`{result['command']}`"]
+    return "\n".join(lines)
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+@styled
+def picture(result: Mapping[str, Any]) -> bytes:
+    """Perplexity against bytes and against tokens per second, a point for each model: a PNG."""
+    figure, axes = new_figure(10, 4.6, columns=2)
+    kinds = {
+        "packed, in transformers": (ALLOCATION_COLOURS["waterfill"], "o"),
+        "dense, in transformers": (DENSE_COLOUR, "s"),
+        "GGUF, in llama.cpp": (ALLOCATION_COLOURS["proportional"], "^"),
+    }
+    for axis, key, label, scale in zip(
+        axes, ("bytes", "tokens_per_second"), ("MB of weight files", "tokens/s, batch 1"), (1e6, 1), strict=True
+    ):
+        for name, (colour, marker) in kinds.items():
+            rows = [row for row in result["rows"] if _kind(row) == name]
+            points = [(row[key] / scale, row["perplexity"]) for row in rows]
+            axis.scatter(
+                [x for x, _ in points], [y for _, y in points], color=colour, marker=marker, label=name, zorder=3
+            )
+            for row, point in zip(rows, points, strict=True):
+                axis.annotate(_short(row["name"]), point, (4, 4), textcoords="offset points", fontsize=7)
+        axis.set_xlabel(label)
+        axis.set_ylabel("perplexity")
+        axis.set_yscale("log")
+        axis.grid(visible=True)
+    axes[0].set_title("Smaller and lower is better")
+    axes[1].set_title("Further right and lower is better")
+    axes[0].legend()
+    return png(figure, dpi=110)
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    if row["engine"] == "llama.cpp":
+        return "GGUF, in llama.cpp"
+    return "packed, in transformers" if row["ours"] else "dense, in transformers"
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(" of the dense model").replace("sign sketch at ", "").replace(", the file on PyPI", "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; what it returns is the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if the page is another")
+    check = parser.parse_args(arguments).check
+    result, page = json.loads(RESULT.read_text(encoding="utf-8")), ROOT / "docs" / "results.md"
+    before = page.read_text(encoding="utf-8")
+    after = between_markers(before, BEGIN, END, table(result))
+    if check:
+        if after != before:
+            print("the page is not what the result gives: run python benchmarks/side_by_side_table.py", file=sys.stderr)
+        return int(after != before)
+    page.write_text(after, encoding="utf-8")
+    PICTURE.write_bytes(picture(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
