@@ -103,7 +103,6 @@ def test_two_ranks_take_the_sequences_of_one_and_go_on_as_one(
     assert sum(made for made, _, _ in kept["lanes"]) >= 64
     resumed = command("train", *typed, "resume=true", folder=tmp_path)
     assert resumed.status == 0, resumed.output
-    assert position_of(tmp_path / "killed")["data.train"]["lanes"] == position_of(whole)["data.train"]["lanes"]
     found = report_of(tmp_path / "killed")["perplexity"][0]["finetuned"]
     assert found == pytest.approx(one["perplexity"][0]["finetuned"], rel=1e-4)
 

@@ -117,7 +117,7 @@ def check_data(data: DataConfig, problems: Problems) -> None:
         check_source("data.train", data.train, problems, may_stream=True)
     if data.validation is not None:
         check_source("data.validation", data.validation, problems)
-    elif not data.train.streaming:
+    elif not streams(data):
         problems.number(
             "data.validation_fraction",
             data.validation_fraction,
