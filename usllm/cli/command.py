@@ -43,6 +43,7 @@ _QUIET_LOGGERS = (
     "datasets",
     "httpx",
     "fsspec",
+    "gguf",
     "lm_eval",
     "huggingface_hub",
 )

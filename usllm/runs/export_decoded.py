@@ -24,7 +24,7 @@ from usllm.packed.sharded_files import empty_model
 from usllm.runs.export_card import ExportCard
 from usllm.runs.export_origin import Origin, from_dense, from_packed, from_run
 from usllm.runs.inputs import program
-from usllm.runs.report import human_bytes, print_facts
+from usllm.runs.report import print_facts
 from usllm.system.errors import PackedFormatError, RunError, UserError
 from usllm.system.files import expanded
 from usllm.system.version import VERSION
@@ -141,8 +141,7 @@ def _print_decoded(form: str, size: DecodedSize) -> None:
     facts = [
         ("dense model" if form == "dense" else "GGUF file", str(size.path)),
         ("on disk", f"{on_disk:,} bytes"),
-        ("weights", f"{human_bytes(size.weight_bytes)} as {size.stored_as}"),
-        ("", size.sentence()),
+        ("weights", size.sentence()),
     ]
     print_facts(facts, console)
     console.print("\nNext, try")
