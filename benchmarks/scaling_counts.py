@@ -41,7 +41,6 @@ def counted(model: LlamaForCausalLM, setup: Setup, sketch: SketchConfig = SKETCH
         head=size(model.lm_head),
         unit=max(parts),
         own=size(model) - sum(parts),
-        tied=bool(model.config.tie_word_embeddings),
         blocks=model.config.num_hidden_layers,
         hidden=model.config.hidden_size,
         vocabulary=model.config.vocab_size,

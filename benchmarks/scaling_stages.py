@@ -56,7 +56,6 @@ class Counted:
         head: In the head.
         unit: In the largest part that FSDP2 gathers by itself.
         own: In what stays gathered for a whole pass.
-        tied: Head and embeddings are one.
         blocks: Decoder layers.
         hidden: Width of the stream.
         vocabulary: Width of the logits.
@@ -74,7 +73,6 @@ class Counted:
     head: int
     unit: int
     own: int
-    tied: bool
     blocks: int
     hidden: int
     vocabulary: int

@@ -68,7 +68,7 @@ def command_on_ranks(
     waiting = {process.sentinel: process for process in processes}
     failed = False
     while waiting:
-        ended = multiprocessing.connection.wait(list(waiting), 30 if failed else 280)
+        ended = multiprocessing.connection.wait(list(waiting), 60 if failed else 400)
         for sentinel in ended:
             process = waiting.pop(sentinel)  # type: ignore[call-overload]
             process.join()

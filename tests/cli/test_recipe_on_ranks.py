@@ -89,7 +89,7 @@ def perplexities(folder: Path) -> list[float]:
     return [row[stage] for stage in ("dense", "sketched", "reconstructed", "finetuned")]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("strategy, column", table("equal"))
 def test_two_ranks_give_what_one_process_gives(strategy: str, column: str, whole: Any) -> None:
     expected, found = final(whole("one")), final(whole(strategy))
@@ -100,7 +100,7 @@ def test_two_ranks_give_what_one_process_gives(strategy: str, column: str, whole
     assert perplexities(whole(strategy)) == pytest.approx(perplexities(whole("one")), rel=1e-4)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("strategy, place", table(*KILLS))
 def test_ranks_killed_in_a_stage_continue_bit_for_bit(
     strategy: str, place: str, whole: Any, tiny_text: Path, tmp_path: Path
