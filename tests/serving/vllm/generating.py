@@ -34,7 +34,7 @@ def _answer(engine: dict[str, Any], prompts: list[list[int]], sampling: dict[str
 
 
 def _likeliest(place: Any) -> int:
-    return int(max(place, key=lambda token: place[token].logprob))
+    return int(max(place, key=lambda token: (place[token].logprob, -token)))  # of equal ones the first, as argmax
 
 
 if __name__ == "__main__":

