@@ -132,7 +132,10 @@ def run(strategy: str, objective: str) -> dict[str, int]:
             max_steps=STEPS,
             plugins=[TorchElasticEnvironment() if ranks > 1 else LightningEnvironment()],
             callbacks=[SketchReprojection()],
-            **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
         )
         trainer.fit(module, datamodule=Tokens())
     assert seen.profiler is not None
