@@ -20,7 +20,7 @@ SKETCH = SketchConfig(bits_per_weight=0.5, rows=1)
 
 def build(options: dict[str, Any]) -> LlamaForCausalLM:
     """The Llama of these options with its compressed layers, on the meta device."""
-    config = LlamaConfig(**options, attn_implementation="counted")  # type: ignore[call-arg]
+    config = LlamaConfig(**{**options, "attn_implementation": "counted"})
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
         swap_linears_(model)
