@@ -44,7 +44,7 @@ def test_memory_of_a_process_is_read_until_it_ends(tmp_path: Path) -> None:
 
 
 def test_a_block_is_counted_as_it_is_held() -> None:
-    found = scaling.one_block(scaling.build("Llama-3.2-1B"))
+    found = scaling.one_block(scaling.build(scaling.MODELS["Llama-3.2-1B"]))
     assert found.weights * found.blocks < found.parameters
     memory = found.memory()
     assert memory["**sum**"] == sum(value for name, value in memory.items() if name != "**sum**")

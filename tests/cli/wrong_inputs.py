@@ -154,7 +154,7 @@ VALUES = [
 
 PLACES = [
     # Two faults: what Lightning refuses is said before the text, which is too short, is read.
-    train(["trainer.accelerator=foo", "data.train.path=FILE"], "trainer: ", "`accelerator='foo'`", "auto, cpu"),
+    train(["trainer.accelerator=foo", "data.train.path=FILE"], "trainer: ", "`accelerator='foo'`", "names are: auto"),
     train(["trainer.devices=foo", "data.train.path=FILE"], "trainer: `devices`"),
     train("data.train.path=HERE/nope", "data.train.path=HERE/nope: no such file"),
     train("data.train.path=~/no such,file=[.txt", "data.train.path=~/no such,file=[.txt: no such file"),

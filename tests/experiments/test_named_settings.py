@@ -134,6 +134,9 @@ NOT_DECISIVE = {
     "evaluation.window_start": "follows data.window_start",
     "evaluation.allow_shared": "lets a run begin, changes no figure",
     "data.mixture": "given by the option",
+    "data.on_bad": "of streamed texts alone",
+    "data.shuffle_buffer": "of streamed texts alone",
+    "data.validation_documents": "of streamed texts alone",
 }
 SECTIONS = {
     "sketch": SketchConfig,

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import configs, layers
 from torch import Tensor
@@ -199,7 +199,11 @@ def test_output_scale_lowers_the_weighted_error() -> None:
 @settings(max_examples=40, deadline=None)
 def test_degenerate_weights_decode_to_something_finite(config: SketchConfig, kind: int) -> None:
     weight = [torch.zeros(40, 20), torch.full((40, 20), -3.0), torch.full((40, 20), 1e-38), torch.eye(40, 20)][kind]
-    plan = build_plan((40, 20), None, config, "layer")
+    try:
+        plan = build_plan((40, 20), None, config, "layer")
+    except ValueError as error:  # tables of wide states in several rows alone take more than some of the rates
+        assume("is too little" not in str(error))
+        raise
     decoded = query(project(weight, plan), plan)
     assert bool(torch.isfinite(decoded).all())
     if kind == 0 and config.state_bits > 1 and config.allocation != "waterfill":
