@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from gguf_of_model import write_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -68,6 +69,7 @@ def test_ends_of_turns_and_the_chat_template_are_said() -> None:
     assert found["tokenizer.chat_template"] == "{{ messages }}"
 
 
+@pytest.mark.skipif(int(transformers.__version__.partition(".")[0]) < 5, reason="transformers 4 misreads such files")
 def test_scores_repeat_the_order_of_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USLLM_CACHE", str(tmp_path / "cache"))
     write_model(tmp_path / "model.gguf", "gemma3")
@@ -100,6 +102,8 @@ def test_what_llama_cpp_would_do_otherwise_is_refused(change: dict[str, Any], me
     options = {key: change[key] for key in ("pre", "merges") if key in change}
     made = byte_level(**options)
     backend = made.backend_tokenizer
+    if "pre" in change:  # transformers 4 changes it while it wraps it
+        backend.pre_tokenizer = change["pre"]
     if "normalizer" in change:
         backend.normalizer = change["normalizer"]
     if "post" in change:

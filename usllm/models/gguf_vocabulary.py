@@ -41,12 +41,15 @@ def vocabulary_metadata(
     model = content["model"]
     if model["type"] != "BPE" or model.get("dropout"):
         raise _refusal(f"a model of type {model['type']}, and not byte pairs")
+    # transformers 4 reads byte-level files of a Llama with a fallback to bytes, which never happens: all are tokens.
+    byte_level = any(step["type"] == "ByteLevel" for step in _steps(content["pre_tokenizer"]))
+    model["byte_fallback"] = bool(model.get("byte_fallback")) and not byte_level
     tokens, types = _tokens(content, tokenizer, rows)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     if not merges:
         raise _refusal("no merges, without which llama.cpp loads no vocabulary")
     found: dict[str, Any] = {"ggml.tokens": tokens, "ggml.token_type": types}
-    if model.get("byte_fallback"):
+    if model["byte_fallback"]:
         found |= _sentencepiece(content, tokenizer, tokens, merges)
     else:
         found |= {"ggml.model": "gpt2", "ggml.pre": _split(content), "ggml.merges": merges}
@@ -66,7 +69,7 @@ def _tokens(content: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, rows
     if (largest := max(vocabulary.values())) >= rows:
         raise _refusal(f"a token of number {largest}, for which the model, which has {rows}, has no embedding")
     names = {number: name for name, number in vocabulary.items()}
-    bytes_too = content["model"].get("byte_fallback")
+    bytes_too = content["model"]["byte_fallback"]
     types = []
     for number in range(rows):
         name = names.setdefault(number, f"[PAD{number}]")
@@ -86,8 +89,9 @@ def _tokens(content: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, rows
 def _split(content: Mapping[str, Any]) -> str:
     """llama.cpp's name of how a byte-level vocabulary cuts texts."""
     # llama.cpp does not normalise; texts are in NFC nearly always, and its own converter passes over that too.
-    if (content["normalizer"] or {"type": "NFC"})["type"] != "NFC":
-        raise _refusal(f"the normalizer {content['normalizer']['type']}")
+    normalizer = content["normalizer"] or {"normalizers": []}
+    if other := {step["type"] for step in normalizer.get("normalizers", [normalizer])} - {"NFC"}:
+        raise _refusal(f"the normalizer {', '.join(sorted(other))}")
     given = _steps(content["pre_tokenizer"])
     for name in WRITTEN:
         known = PRE_TOKENIZERS[name]
