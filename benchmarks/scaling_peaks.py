@@ -9,6 +9,7 @@ Every tensor is counted, whoever holds it: the profiler is told of each allocati
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -104,6 +105,7 @@ class Spans:
 
 def run(strategy: str, objective: str) -> dict[str, int]:
     """Peaks in bytes by stage, of this rank."""
+    gc.collect()  # of the run before
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     spans = Spans()
     for stage in (Calibrate, Start, Reconstruct):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ def load_on_rank_zero(load: Callable[[], M]) -> M:
     Raises:
         UserError: on the other ranks, where ``load`` has failed.
     """
+    gc.collect()  # a model that was sharded before is held by its own hooks, in circles, until Python comes to it
     box: list[M | None] = [None]
     model: M | None = None
     with failing_together():
@@ -61,6 +63,8 @@ def shard_(model: nn.Module, mesh: DeviceMesh, cpu_offload: bool = False) -> Non
     for part in [*units(model), model]:
         _receive_(part, device, known)
         fully_shard(part, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+    known.clear()
+    gc.collect()  # what was whole, likewise
 
 
 def _skeleton(model: M) -> M:
