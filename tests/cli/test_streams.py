@@ -13,9 +13,9 @@ import torch
 from commands import command, killed_after
 from test_train import KILLER, run_apart, saved_state
 
-STEPS = 36  # of 4 sequences: more than four chunks of positions
-
 from usllm.system.metric_rows import read_rows
+
+STEPS = 36  # of 4 sequences: more than four chunks of positions
 
 TEXT = "the cat sat on a mat while seven dogs ran over green hills and sang of rivers that bend toward home"
 
