@@ -56,3 +56,15 @@ class FailAt(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.step and trainer.is_global_zero:
             raise UserError("rank 0 alone cannot go on")
+
+
+STAGES = {
+    "calibrate": ("usllm.stages.calibrate", "measure_statistics", 1),
+    "allocate": ("usllm.stages.allocate", "plan_layers", 1),
+    "start": ("usllm.stages.start", "start_", 1),
+    "reconstruct, in a block": ("usllm.stages.block_state", "BlockStates.save_unfinished", 2),
+    "reconstruct, between blocks": ("usllm.stages.block_state", "BlockStates.save_finished", 1),
+    "finetune": ("usllm.training.module", "SketchFinetuner.on_train_batch_end", 3),
+    "measure": ("usllm.runs.measure", "evaluate", 3),
+}
+"""A place in each stage of a run, and in what follows them: module, function, and which of its calls."""

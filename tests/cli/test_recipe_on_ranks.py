@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from commands import Outcome, command, command_on_ranks, killed_after
+from killing import STAGES
 from torch import Tensor
 
 from usllm.training import load_checkpoint
@@ -31,15 +32,6 @@ RECIPE = [
     *("reuse_statistics=false", "~callbacks.progress", "logger=csv", "run_dir=run"),
 ]
 STRATEGIES = ("ddp", "fsdp2", "fsdp2_cpu_offload")
-KILLS = {
-    "calibrate": ("usllm.stages.calibrate", "measure_statistics", 1),
-    "allocate": ("usllm.stages.allocate", "plan_layers", 1),
-    "start": ("usllm.stages.start", "start_", 1),
-    "reconstruct, in a block": ("usllm.stages.block_state", "BlockStates.save_unfinished", 2),
-    "reconstruct, between blocks": ("usllm.stages.block_state", "BlockStates.save_finished", 1),
-    "finetune": ("usllm.training.module", "SketchFinetuner.on_train_batch_end", 3),
-    "measure": ("usllm.runs.measure", "evaluate", 3),
-}
 IN_THE_FAST_SUITE = {("fsdp2", "equal"), ("ddp", "reconstruct, in a block")}
 OFFLOADED = {"finetune"}  # the stages before it are those of fsdp2
 
@@ -101,11 +93,11 @@ def test_two_ranks_give_what_one_process_gives(strategy: str, column: str, whole
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("strategy, place", table(*KILLS))
+@pytest.mark.parametrize("strategy, place", table(*STAGES))
 def test_ranks_killed_in_a_stage_continue_bit_for_bit(
     strategy: str, place: str, whole: Any, tiny_text: Path, tmp_path: Path
 ) -> None:
-    killed = on_two(tiny_text, tmp_path, strategy, before=killed_after(*KILLS[place]))
+    killed = on_two(tiny_text, tmp_path, strategy, before=killed_after(*STAGES[place]))
     assert killed[0].status == -signal.SIGKILL, killed
     assert killed[1].status != 0
     resumed = on_two(tiny_text, tmp_path, strategy, "resume=true")

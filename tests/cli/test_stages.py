@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 from commands import killed_after
+from killing import STAGES
 from test_methods import SETTINGS, final, train
 
 from usllm.compress import METHODS
@@ -21,22 +23,13 @@ RECONSTRUCT = [
     "stages.reconstruct.warmup_steps=1",
     "stages.reconstruct.save_every_n_steps=1",
 ]
-KILLS = {
-    "calibrate": ("usllm.stages.calibrate", "measure_statistics", 1),
-    "allocate": ("usllm.stages.allocate", "plan_layers", 1),
-    "start": ("usllm.stages.start", "start_", 1),
-    "reconstruct, in a block": ("usllm.stages.block_state", "BlockStates.save_unfinished", 2),
-    "reconstruct, between blocks": ("usllm.stages.block_state", "BlockStates.save_finished", 1),
-    "finetune": ("usllm.training.module", "SketchFinetuner.on_train_batch_end", 3),
-    "measure": ("usllm.runs.measure", "evaluate", 3),
-}
 FAST = ("sketch", "reconstruct, in a block")
 
 
 def cases() -> list[object]:
     found = []
     for method in sorted(SETTINGS):
-        for place in KILLS:
+        for place in STAGES:
             if place == "calibrate" and not registered("sketch" if method == "sign" else method).needs:
                 continue  # it needs no statistics: there is nothing to be killed in
             marks = [] if (method, place) == FAST else [pytest.mark.slow]
@@ -60,7 +53,7 @@ def test_run_killed_in_a_stage_continues_bit_for_bit(
         assert done.status == 0, done.output
         whole[method] = alone
     folder = tmp_path / "killed"
-    killed = train(tiny_text, folder, method, *RECONSTRUCT, before=killed_after(*KILLS[place]))
+    killed = train(tiny_text, folder, method, *RECONSTRUCT, before=killed_after(*STAGES[place]))
     assert killed.status == -signal.SIGKILL, killed.output
     resumed = train(tiny_text, folder, method, *RECONSTRUCT, "resume=true")
     assert resumed.status == 0, resumed.output
@@ -70,4 +63,13 @@ def test_run_killed_in_a_stage_continues_bit_for_bit(
 
 
 def test_every_method_has_settings() -> None:
-    assert SETTINGS.keys() >= METHODS.keys()
+    assert SETTINGS.keys() - {"sign"} == METHODS.keys()  # that is a sketch whose scales are trained
+
+
+def test_without_stages_the_dense_model_is_finetuned(tiny_text: Path, tmp_path: Path) -> None:
+    done = train(tiny_text, tmp_path, "sketch", "stages=none")
+    assert done.status == 0, done.output
+    assert "the model was finetuned dense" in done.output
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    (row,) = report["perplexity"]
+    assert report["bits_per_weight"] is None and row["finetuned"] < row["dense"]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from commands import command
-from wrong_inputs import ODD_NAME, ROWS, Row
+from input_row import ODD_NAME, Row
+from wrong_inputs import ROWS
 
 TASK = """\
 task: choose_a_word

@@ -11,6 +11,8 @@ import torch
 from gguf import MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from usllm.models.gguf_writer import add_entry
+
 SIZES: dict[str, Any] = {
     "vocab_size": 272,
     "hidden_size": 64,
@@ -126,16 +128,8 @@ def write_gguf(path: Path, architecture: str, entries: Mapping[str, Any], tensor
     """A GGUF file of these metadata entries and tensors."""
     writer = GGUFWriter(str(path), architecture)
     for key, value in entries.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        elif value is not None:
-            writer.add_array(key, value)
+        if value is not None:
+            add_entry(writer, key, value)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()

@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from usllm.callbacks import LoggedSteps, Preemption, SketchHealth
+from usllm.callbacks import LoggedSteps, Preemption, SketchHealth, SketchReprojection
 from usllm.config import TrainConfig, compressor_of
 from usllm.config.compression import DEFAULT_METHOD
 from usllm.config.trainer_arguments import length_problems
@@ -134,6 +134,8 @@ def _finetune(
         resumed=checkpoint is not None,
     )
     samples = SideBySide(run_dir, tokenizer, callbacks, config.evaluation.precision)
+    if not begun.stages:  # the model stays dense: there is no sketch to follow or to watch
+        callbacks = [each for each in callbacks if not isinstance(each, (SketchReprojection, SketchHealth))]
     if not loggers:  # Lightning refuses this one where it has nowhere to write
         callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer = build_trainer(config, max_steps, [baseline, LoggedSteps(), *callbacks], loggers)

@@ -16,8 +16,8 @@ import usllm
 pytestmark = [needs_vllm, pytest.mark.timeout(3600)]
 
 TOKENS = 32
-LEAST_SHARE = 0.98
-"""Of choices: transformers in bf16 and in fp32 agree in 98.0 % of the same ones."""
+LEAST_SHARE = 0.99
+"""Of choices. Measured: 98.98 % (2026-11-27, 292 of 295; transformers in bf16 and in fp32 agree in 97.97 %)."""
 
 
 class Model(NamedTuple):

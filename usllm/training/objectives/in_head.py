@@ -17,12 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from usllm.compress.values import compute_dtype
+from usllm.system.errors import UserError
 from usllm.training.objectives import base
 
 ChunkLoss = Callable[..., Tensor]
 """From logits [rows, vocabulary] and the same rows of other tensors to sums over the rows, one for each part, fp32."""
 
-_AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+_AFTER_THE_HEAD = (
+    "final_logit_softcapping",
+    "lm_head_multiplier",
+    "logit_scale",
+    "logits_scaling",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+)
 """Keys of configurations of families that change logits behind the head."""
 
 
@@ -48,6 +56,9 @@ def parts_in_head(
 
     Returns:
         ``weights · parts`` with a graph, the parts, detached, and the model's output, whose ``logits`` mean nothing.
+
+    Raises:
+        UserError: The model changes what its head gives.
     """
     head = plain_head(model)
     assert head is not None
@@ -59,22 +70,50 @@ def parts_in_head(
         total, parts = _HeadLoss.apply(function, weights, dtype, flat, head.weight, head.bias, *others)
         found.append(parts.detach())
         # Families take the last positions of it, or look at its type; FSDP2 wants no view.
-        return total.expand(*hidden.shape[:-1], 1).clone()
+        given = total.expand(*hidden.shape[:-1], 1).clone()
+        found.append(given.detach())
+        return given
 
     with _forward(head, losses):
         output = model(**arguments)
+    _refuse_changed(model, found[1], output.logits)
     # The total as the model returns it: FSDP2 gathers the weights of a part again when the gradient of what that part
     # has returned arrives, and the part around all others returns nothing else that the loss depends on.
     return output.logits.flatten()[0], found[0], output
 
 
 def hidden_in_head(model: nn.Module, **arguments: Any) -> tuple[Tensor, Any]:
-    """What the head of a model is given, [..., hidden], and the model's output, whose ``logits`` are that too."""
+    """What the head of a model is given, [..., hidden], and the model's output, whose ``logits`` are that too.
+
+    Raises:
+        UserError: The model changes what its head gives.
+    """
     head = plain_head(model)
     assert head is not None
-    with _forward(head, lambda hidden: hidden):
+    found: list[Tensor] = []
+
+    def seen(hidden: Tensor) -> Tensor:
+        found.append(hidden.detach())
+        return hidden
+
+    with _forward(head, seen):
         output = model(**arguments)
+    _refuse_changed(model, found[0], output.logits)
     return output.logits, output
+
+
+def _refuse_changed(model: nn.Module, given: Tensor, returned: Tensor) -> None:
+    """Refuse a family that does something to logits and is not known for it: its loss would be changed in their place.
+
+    Raises:
+        UserError: It did.
+    """
+    returned = returned.detach()
+    if returned.data_ptr() != given.data_ptr() and not torch.equal(returned, given.to(returned.dtype)):
+        raise UserError(
+            f"objective: {type(model).__name__} changes what its head gives, in a way that usllm does not know; it can be "
+            "trained by loss of whole logits alone, which needs its key in usllm/training/objectives/in_head.py"
+        )
 
 
 @contextmanager
