@@ -54,7 +54,7 @@ class TrainingText:
         self.packed = {key: part for key, part in parts.items() if key not in self.streamed}
         self.sizes = [1 if isinstance(part, StreamedPart) else len(part) for part in self.parts]
         self._table: Any = None
-        self._loader: tuple[StreamLoader, int] | None = None  # and the sequences of a step that this rank draws
+        self._loader: StreamLoader | None = None
         self._restored: dict[str, Position] = {}
         self._last: dict[str, Position] = {}
 
@@ -80,9 +80,9 @@ class TrainingText:
             restored = self._restored if share.begin else {}
             positions = {self.keys.index(key): position for key, position in restored.items() if key in self.keys}
             loader = StreamLoader(
-                self.parts, share, batch_size, self.seed, positions, num_workers, observe=self._observe
+                self.parts, share, batch_size, per_step, self.seed, positions, num_workers, observe=self._observe
             )
-            self._loader = loader, per_step
+            self._loader = loader
             return loader
         sampler = UnrolledSampler(
             self.sizes, share.end, self.seed, share.rank, share.world_size, share.begin, shares=share.shares
@@ -101,7 +101,7 @@ class TrainingText:
         """The first sequences that training will see, int32 ``[context_length]``; packed texts give each but once."""
         if self.streamed:
             share = Share(self.shares, 0, 1, 0, count)
-            yield from StreamLoader(self.parts, share, 1, self.seed, {}).sequences()
+            yield from StreamLoader(self.parts, share, 1, 1, self.seed, {}).sequences()
             return
         order = UnrolledSampler(self.sizes, min(count, len(self.table)), self.seed, shares=self.shares)
         for row in list(order):
@@ -111,8 +111,7 @@ class TrainingText:
         """Positions of the streamed texts at an optimizer step, for checkpoints; all ranks ask for it together."""
         if self._loader is None:
             return {}
-        loader, per_step = self._loader
-        mine, *others = gathered(loader.positions(step * per_step))
+        mine, *others = gathered(self._loader.positions(step * self._loader.per_step))
         return {
             POSITIONS: {
                 self.keys[part]: position.joined(other[part] for other in others if part in other).to_plain()

@@ -103,6 +103,20 @@ def test_checkpoints_of_a_resumed_run_are_those_of_one_that_never_stopped(tmp_pa
     assert saved_at(60, saved_at(18, None, 0, 0), 18, 0) == saved_at(60, None, 0, 2)  # lanes drawn once or twice
 
 
+def test_training_that_ends_within_a_long_accumulation_is_saved_at_its_last_whole_step(tmp_path: Path) -> None:
+    """As the end of training does, after a limit of time or an early stop: 31 micro batches of the second step made."""
+    first = module(tmp_path, batch_size=8)
+    batches = iter(attach(first, 3, accumulate=32))
+    for _ in range(63):
+        next(batches)
+    assert 31 * 8 > 4 * CHUNK
+    saved = kept(first, 1)
+    whole = steps_of(attach(module(tmp_path, batch_size=8), 3, accumulate=32), 32)
+    again = module(tmp_path, batch_size=8)
+    again.load_state_dict(saved)
+    assert steps_of(attach(again, 3, step=1, accumulate=32), 32) == whole[1:]
+
+
 SPLITS = [(1, 2, 2), (2, 2, 1), (1, 1, 4), (4, 1, 1)]
 
 
@@ -128,8 +142,9 @@ def test_run_goes_on_over_another_number_of_ranks(
         batches = iter(attach(data, STEPS, accumulate=4 // before, rank=rank, world=before))
         for _ in range(killed * 4 // before):
             next(batches)
-        loader, per_step = data._training._loader  # type: ignore[misc]
-        positions.append(loader.positions(killed * per_step))
+        loader = data._training._loader
+        assert loader is not None
+        positions.append(loader.positions(killed * loader.per_step))
     monkeypatch.setattr("usllm.data.training_text.gathered", lambda mine: positions)
     saved = kept(data, killed)
     found = []
