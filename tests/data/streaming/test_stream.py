@@ -17,9 +17,10 @@ import torch
 from usllm.data import SourceSpec
 from usllm.data.datamodule import TextDataModule
 from usllm.data.sources import MixedSource
-from usllm.data.streaming.lanes import LANES
+from usllm.data.streaming.lanes import LANES, Lanes
 from usllm.data.streaming.loader import CHUNK
 from usllm.models.random_model import byte_tokenizer
+from usllm.system.errors import RunError
 
 TEXT = "the cat sat on a mat while seven dogs ran over green hills and sang of rivers that bend"
 
@@ -253,6 +254,29 @@ def test_order_depends_on_the_seed_alone(tmp_path: Path) -> None:
     torch.manual_seed(2)
     assert steps_of(attach(module(tmp_path), 5)) == one
     assert steps_of(attach(module(tmp_path, seed=1), 5)) != one
+
+
+class _LostError(RunError):
+    """One with more than a message."""
+
+    def __init__(self, server: str, tries: int) -> None:
+        super().__init__(server, tries)
+        self.server, self.tries = server, tries
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_error_of_a_worker_arrives_as_what_it_was(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(lanes: Lanes, number: int) -> None:
+        raise _LostError("far away", 3)
+
+    data = module(tmp_path, num_workers=workers)
+    data.setup()
+    monkeypatch.setattr(Lanes, "sequence", fails)
+    with pytest.raises(_LostError) as raised:
+        next(iter(attach(data, 3)))
+    assert (raised.value.server, raised.value.tries) == ("far away", 3)
 
 
 def test_the_end_of_a_corpus_is_said(tmp_path: Path) -> None:

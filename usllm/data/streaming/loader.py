@@ -89,7 +89,7 @@ class Share:
         return list(range(self.rank % step, LANES, step))
 
 
-Chunk = tuple[dict[int, list[NDArray[np.int32]]], dict[int, Position], str | None]
+Chunk = tuple[dict[int, list[NDArray[np.int32]]], dict[int, Position], UserError | None]
 """By text: a worker's sequences of a chunk in their order, and where its lanes stand behind it; or what went wrong."""
 
 
@@ -122,7 +122,7 @@ class _Worker(IterableDataset[Chunk]):
                         found[part].append(streams[part].sequence(taken))
                 yield found, {part: stream.position() for part, stream in streams.items()}, None
             except UserError as error:  # a loader would hand it on with a traceback in its message
-                yield {}, {}, f"{error.status} {error}"
+                yield {}, {}, error
                 return
 
 
@@ -226,7 +226,7 @@ class StreamLoader:
             chunks: list[Chunk] = list(islice(source, max(self.num_workers, 1)))
             for _, _, failure in chunks:
                 if failure is not None:
-                    raise _failed(failure)
+                    raise failure
             known = {part: [found[part] for _, found, _ in chunks if part in found] for part in self.streams}
             positions = {part: first.joined(others) for part, (first, *others) in known.items()}
             self._kept.append((draws.stop, positions))
@@ -242,10 +242,3 @@ class StreamLoader:
                     yield np.asarray(self.packed[part][self._order.drawn(part, taken)]["input_ids"], dtype=np.int32)
                 else:
                     yield next(queues[owner[taken % LANES]][part])
-
-
-def _failed(failure: str) -> UserError:
-    from usllm.system.errors import RunError
-
-    status, _, message = failure.partition(" ")
-    return RunError(message) if status == str(RunError.status) else UserError(message)
