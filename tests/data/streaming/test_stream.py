@@ -110,7 +110,7 @@ def test_training_that_ends_within_a_long_accumulation_is_saved_at_its_last_whol
     batches = iter(attach(first, 3, accumulate=32))
     for _ in range(63):
         next(batches)
-    assert 31 * 8 > 4 * CHUNK
+    assert 4 * CHUNK < 31 * 8
     saved = kept(first, 1)
     whole = steps_of(attach(module(tmp_path, batch_size=8), 3, accumulate=32), 32)
     again = module(tmp_path, batch_size=8)
