@@ -50,6 +50,7 @@ def run_with(key: str, value: Any) -> dict[str, Any]:
         ("optimizer.lr", 1e-4, 1e-3),
         ("optimizer.betas", [0.9, 0.99], [0.9, 0.95]),
         ("trainer.max_steps", 9, 8),
+        ("trainer.tokens", 1024, None),
         ("trainer.precision", "bf16-mixed", None),
         ("callbacks.sketch_reprojection.every_n_steps", 2, 1),
     ],

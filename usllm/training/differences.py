@@ -39,6 +39,7 @@ _DECISIVE_KEYS = (
     "optimizer",
     "trainer.max_steps",
     "trainer.epochs",
+    "trainer.tokens",
     "trainer.gradient_clip_val",
     "trainer.gradient_clip_algorithm",
     "trainer.precision",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -133,20 +132,26 @@ def test_every_step_sees_the_same_sequences_however_they_are_split(
     assert found == [sorted(step) for step in steps_of(attach(module(tmp_path), 60))]
 
 
+def stopped(ranks: list[TextDataModule], step: int) -> tuple[TextDataModule, list[list[list[int]]], list[Any]]:
+    """One of the ranks that stopped behind a step of 4 sequences, and by rank its sequences and positions."""
+    rows: list[list[list[int]]] = []
+    positions: list[Any] = []
+    for rank, data in enumerate(ranks):
+        batches = iter(attach(data, STEPS, accumulate=4 // len(ranks), rank=rank, world=len(ranks)))
+        rows.append([next(batches)["input_ids"][0].tolist() for _ in range(step * 4 // len(ranks))])
+        loader = data._training._loader
+        assert loader is not None
+        positions.append(loader.positions(step * loader.per_step))
+    return ranks[-1], rows, positions
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 1)])
 def test_run_goes_on_over_another_number_of_ranks(
     tmp_path: Path, before: int, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed, positions = 57, []
-    for rank in range(before):
-        data = module(tmp_path, batch_size=1)
-        batches = iter(attach(data, STEPS, accumulate=4 // before, rank=rank, world=before))
-        for _ in range(killed * 4 // before):
-            next(batches)
-        loader = data._training._loader
-        assert loader is not None
-        positions.append(loader.positions(killed * loader.per_step))
+    killed = 57
     monkeypatch.setattr("usllm.data.training_text.gathered", lambda mine: positions)
+    data, _, positions = stopped([module(tmp_path, batch_size=1) for _ in range(before)], killed)
     saved = kept(data, killed)
     found = []
     for rank in range(after):
@@ -156,33 +161,6 @@ def test_run_goes_on_over_another_number_of_ranks(
         found.append(steps_of(loader, 4 // after))
     merged = [sorted(joined(parts)) for parts in zip(*found, strict=True)]
     assert merged == [sorted(step) for step in steps_of(attach(module(tmp_path), STEPS))[killed:]]
-
-
-def test_a_pass_holds_each_document_once_in_another_order_than_the_next(tmp_path: Path) -> None:
-    data = module(tmp_path)
-    windows = data._training.parts[0].corpus.windows()  # type: ignore[union-attr]
-    turns: dict[int, list[str]] = {0: [], 1: [], 2: []}
-    while (window := next(windows)).turn < 3:
-        turns[window.turn] += [text.split()[0] for text in window.texts]
-    held_out = {f"<0.{number}>" for number in range(5)}
-    everything = {f"<{shard}.{number}>" for shard in range(5) for number in range(60)}
-    for turn in turns.values():
-        assert Counter(turn) == Counter(everything - held_out)
-    assert turns[0] != turns[1] != turns[2]
-
-
-def test_lanes_hold_the_documents_of_the_corpus_and_nothing_else(tmp_path: Path) -> None:
-    data = module(tmp_path)
-    rows = [row for step in steps_of(attach(data, STEPS)) for row in step]
-    streams = [joined(rows[lane::LANES]) for lane in range(LANES)]
-    tokenizer = data.tokenizer
-    texts = [tokenizer.decode(stream).split(tokenizer.eos_token) for stream in streams]
-    known = {json.loads(line)["text"] for path in (tmp_path / "shards").iterdir() for line in path.open()}
-    found = [text for parts in texts for text in parts[:-1]]
-    assert len(found) > 200
-    assert set(found) <= known
-    names = Counter(text.split()[0] for text in found)
-    assert max(names.values()) - min(names.values()) <= 1 + data.stream_facts()["data.train"]["passes"]
 
 
 def test_held_out_documents_and_their_copies_are_never_trained_on(tmp_path: Path) -> None:
