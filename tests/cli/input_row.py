@@ -1,9 +1,10 @@
 """A row of the table of wrong inputs, and what begins those of each command.
 
 In overrides and words ``TEXT``, ``LINES`` (JSON lines with half a surrogate pair), ``ROWS`` (good ones), ``RUN``,
-``PACKED``, ``DENSE``, ``FOREIGN`` (a dense model whose tokenizer has more tokens than it), ``TASKS``, ``FILE``, ``ODD``
-(a text whose name Hydra cannot read) and ``HERE`` (the test's own folder) stand for places. ``TINY`` are the settings
-of a run of seconds, ``MEASURE`` of a measurement.
+``PACKED``, ``DENSE``, ``FOREIGN`` (a dense model whose tokenizer has more tokens than it), ``TALKER`` (one with a chat
+template), ``TALKS`` (conversations), ``ALONE`` (without an answer), ``BOT`` (of an unknown role), ``TASKS``, ``FILE``,
+``ODD`` (a text whose name Hydra cannot read) and ``HERE`` (the test's own folder) stand for places. ``TINY`` are the
+settings of a run of seconds, ``MEASURE`` of a measurement.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The whole recipe on two ranks: one process's result, and after a kill in any stage the same bits.
 
 Everything at once: rates by sensitivity, trained scales, reconstruction, and the dense model as teacher of the logits;
-on text that was packed before, and on a corpus that is streamed.
+on text that was packed before, on a corpus that is streamed, and on conversations, whose targets ranks share unequally.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from chats import chat_run
 from commands import Outcome, command, command_on_ranks, killed_after
 from killing import STAGES
 from torch import Tensor
@@ -42,7 +43,7 @@ MOST_TURNED = 0.01
 
 
 def table(*columns: str) -> list[object]:
-    """All strategies with all that is done to them, on packed and on streamed text."""
+    """All strategies with all that is done to them, on packed text; the main ones on other text too."""
     found = []
     for strategy in STRATEGIES:
         for column in columns:
@@ -52,8 +53,9 @@ def table(*columns: str) -> list[object]:
             marks = [] if (strategy, column) in IN_THE_FAST_SUITE else [pytest.mark.slow]
             found.append(pytest.param(strategy, column, "packed", marks=marks, id=f"{strategy}, {column}"))
             if not offloads and column in {"equal", *STREAMED}:
-                name = f"{strategy}, {column}, streamed"
-                found.append(pytest.param(strategy, column, "streamed", marks=pytest.mark.slow, id=name))
+                for source in ("streamed", "chat"):
+                    name = f"{strategy}, {column}, {source}"
+                    found.append(pytest.param(strategy, column, source, marks=pytest.mark.slow, id=name))
     return found
 
 
@@ -67,7 +69,8 @@ def texts(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         (corpus / f"{shard}.jsonl").write_text("\n".join(rows) + "\n")
     streamed = ["data=jsonl", f"data.train.path={corpus}/*.jsonl", "data.train.streaming=true"]
     streamed += ["data.shuffle_buffer=32", "data.validation_documents=10"]
-    return {"packed": [f"data.train.path={tiny_text}"], "streamed": streamed}
+    talking = chat_run(tmp_path_factory.mktemp("chat"), words)
+    return {"packed": [f"data.train.path={tiny_text}"], "streamed": streamed, "chat": talking}
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from chat_templates import tokenizer as with_template
 from commands import command
 from input_row import ODD_NAME, Row
 from wrong_inputs import ROWS
@@ -45,6 +46,13 @@ def places(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         tokenizer.add_tokens(list(reversed(extra)))
         random_model("llama").save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
+    talk = [{"role": "user", "content": "what now"}, {"role": "assistant", "content": "the cat sat"}]
+    talks = {"talks": [talk] * 40, "alone": [talk[:1]], "bot": [[talk[0], {**talk[1], "role": "bot"}]]}
+    for name, conversations in talks.items():
+        rows = "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations)
+        (root / f"{name}.jsonl").write_text(rows)
+    random_model("llama").save_pretrained(root / "talker")
+    with_template().save_pretrained(root / "talker")
     tasks = root / "tasks"
     tasks.mkdir()
     questions = [{"question": f"the {a} sat on the", "choices": [" mat", " of"], "answer": 0} for a in "abcde"]
@@ -58,6 +66,7 @@ def places(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         "DENSE": "dense",
         "FOREIGN": "foreign",
     }
+    found |= {"TALKER": "talker", "TALKS": "talks.jsonl", "ALONE": "alone.jsonl", "BOT": "bot.jsonl"}
     found |= {"TASKS": "tasks", "FILE": "file", "ODD": ODD_NAME}
     return {"TEXT": str(tiny_text), **{name: f"{root}/{place}" for name, place in found.items()}}
 

@@ -6,6 +6,7 @@ A new way to go wrong is one more row. Every row is tried through the real comma
 from __future__ import annotations
 
 from input_row import DONE, FAILED, USER, Row, evaluate, export, generate, report, train
+from wrong_texts import CHATS, STREAMS
 
 EVERY_COMMAND = [
     Row(command, typed, USER, words)
@@ -185,44 +186,6 @@ PLACES = [
     report("reference.evaluation=HERE", "reference.evaluation=HERE", "cannot be read"),
 ]
 
-STREAMED = ["data=jsonl", "data.train.path=ROWS", "data.train.streaming=true", "data.validation_documents=5"]
-
-
-def stream(typed: str | list[str], *words: str, status: int = USER) -> Row:
-    return train([*STREAMED, *(typed if isinstance(typed, list) else [typed])], *words, status=status)
-
-
-STREAMS = [
-    train("data.on_bad=skip", "data.on_bad=skip: belongs to streamed text; set data.train.streaming=true"),
-    train("data.shuffle_buffer=7", "data.shuffle_buffer=7: belongs to streamed text"),
-    train("data.validation_documents=7", "data.validation_documents=7: are set aside from a streamed data.train"),
-    train("data.train.path=hf://datasets/a/b/*.txt", "data.train.path=hf://datasets/a/b/*.txt: is an address"),
-    train("data.train.path=HERE/*.txt", "data.train.path=HERE/*.txt: no such file"),
-    train(
-        ["data.train.kind=pydoc", "data.train.streaming=true"],
-        "data.train.streaming=true: streamed are hub, parquet, jsonl",
-    ),
-    train("+evaluation.test_sets.a={kind: text, path: TEXT, streaming: true}", "only what is trained on is streamed"),
-    stream("data.on_bad=ignore", "data.on_bad=ignore: unknown; choose one of raise, skip"),
-    stream("data.shuffle_buffer=0", "data.shuffle_buffer=0: must be at least 1"),
-    stream("data.validation_documents=0", "data.validation_documents=0: must be at least 1"),
-    stream("data.max_sequences=5", "data.max_sequences=5: counts the sequences of packed text"),
-    stream(["trainer.max_steps=null", "trainer.epochs=1"], "trainer.epochs=1: nobody knows the length of a streamed"),
-    stream("data.train.path=HERE/*.jsonl", "data.train.path=HERE/*.jsonl: no such file"),
-    stream("data.train.text_field=body", "ROWS, line 1 has no text in 'body'; set text_field", "data.on_bad=skip"),
-    stream(["data.train.text_field=body", "data.on_bad=skip"], "data.train holds no text"),
-    stream(["data=parquet", "data.train.path=TEXT"], "data.train: TEXT is plain text by its name", "not Parquet"),
-    stream(["model=FOREIGN"], "holds token", "but the model has 264 tokens"),
-    stream("data.validation_documents=1000", "hold no text to train on"),
-    stream(["data.train.kind=hub", "+data.train.name=HERE/none"], "cannot be found on the Hugging Face hub"),
-    stream(
-        ["trainer.max_steps=null", "trainer.tokens=65"],
-        "2 steps x 2 sequences x 32 tokens = 128 tokens for a budget of 65, read as they come",
-        status=DONE,
-    ),
-    stream([], "Next, try", "stream data.train", status=DONE),
-]
-
 ONE_BLOCK = ["block_by_block=true", "trainer.max_steps=0", "stages=[default,reconstruct]", "model=DENSE"]
 
 
@@ -284,4 +247,4 @@ HARNESS = [
     ),
 ]
 
-ROWS = [*EVERY_COMMAND, *COMPOSITION, *VALUES, *PLACES, *STREAMS, *BLOCK_BY_BLOCK, *ACCEPTED, *HARNESS]
+ROWS = [*EVERY_COMMAND, *COMPOSITION, *VALUES, *PLACES, *STREAMS, *CHATS, *BLOCK_BY_BLOCK, *ACCEPTED, *HARNESS]

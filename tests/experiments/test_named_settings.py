@@ -135,6 +135,7 @@ NOT_DECISIVE = {
     "evaluation.allow_shared": "lets a run begin, changes no figure",
     "data.mixture": "given by the option",
     "data.on_bad": "of streamed texts alone",
+    "data.loss_on": "of conversations alone",
     "data.shuffle_buffer": "of streamed texts alone",
     "data.validation_documents": "of streamed texts alone",
 }

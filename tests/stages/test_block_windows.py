@@ -48,7 +48,7 @@ class _Adds(nn.Module):
 
 def test_dense_streams_are_made_once_and_only_those_still_needed_are_held() -> None:
     blocks = [_Adds(number) for number in range(4)]
-    streams = DenseStreams(torch.zeros(2, 3, 4), blocks.__getitem__, [{}] * 4, 2, nullcontext)
+    streams = DenseStreams(torch.zeros(2, 3, 4), blocks.__getitem__, [lambda sequences: {}] * 4, 2, nullcontext)
     assert float(streams.before(2).max()) == 11
     assert float(streams.before(3).max()) == 111
     streams.forget_before(2)

@@ -15,6 +15,7 @@ from torch.nn import functional
 from usllm.calibration.output_gradients import OutputGradients
 from usllm.calibration.second_moments import SecondMoments
 from usllm.compress import Statistics, compressed_layers
+from usllm.data.batches import model_inputs
 from usllm.system.errors import UserError
 from usllm.system.modes import evaluating
 from usllm.system.ranks import dealt, ranks
@@ -40,7 +41,8 @@ def measure_statistics(
     share the batches out among them and all return the same.
 
     Args:
-        batches: Micro batches with ``input_ids`` [sequences, context] int64.
+        batches: Micro batches with ``input_ids`` [sequences, context] int64; ``position_ids`` where conversations lie
+            side by side. Where there are ``labels``, gradients are those of what they have in view.
         sequences: How many sequences ``batches`` holds, for the progress bar.
         needs: ``energy``, ``covariance``, ``gradient``; the last one takes a backward pass for each batch.
         device: Where the model is.
@@ -70,13 +72,13 @@ def measure_statistics(
             stack.enter_context(_differentiable_from_embeddings(model))
         task = bar.add_task("Measuring importance", total=sequences)
         for number, batch, counts in dealt(batches):
-            input_ids = batch["input_ids"].to(device)
+            inputs = model_inputs(batch, torch.device(device))
             moments.counting = gradients.counting = counts
             with context():
-                output = forward(input_ids=input_ids, use_cache=False)
+                output = forward(**inputs, use_cache=False)
             if differentiated:
-                _next_token_loss(output.logits, input_ids).backward()
-            seen = (number + 1) * len(input_ids)
+                _next_token_loss(output.logits, batch.get("labels", batch["input_ids"]).to(device)).backward()
+            seen = (number + 1) * len(inputs["input_ids"])
             bar.update(task, completed=seen)
     if ranks().world_size > 1:
         moments.sum_over_ranks_(device)
@@ -111,9 +113,9 @@ def measure_importance(
     return {name: statistics.energy for name, statistics in found.items() if statistics.energy is not None}
 
 
-def _next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
+def _next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of the cross-entropies of each token given those before it, so that gradients of a token are its own."""
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="sum")
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
 
 
 def _differentiable_from_embeddings(model: nn.Module) -> ExitStack:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from usllm.compress import Statistics, compressed_layers
+from usllm.data.batches import fingerprinted
 from usllm.models.identity import weights_digest
 from usllm.system.results import arithmetic, kept_tensors, tokens_digest
 
@@ -43,7 +44,7 @@ def stored_statistics(
     key = {
         "weights": weights_digest(model),
         "layers": sorted(compressed_layers(model)),
-        "tokens": tokens_digest(batch["input_ids"] for batch in batches),
+        "tokens": tokens_digest(fingerprinted(batches)),
         "needs": sorted(needs),
         "arithmetic": arithmetic(device, autocast),
     }

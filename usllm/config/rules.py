@@ -13,6 +13,7 @@ from usllm.config.trainer_arguments import argument_problems, length_problems
 from usllm.data import SourceSpec
 from usllm.data.sources.files import is_remote, matching
 from usllm.data.sources.kinds import with_kind
+from usllm.data.sources.messages import LOSS_ON, NO_TEST_SET
 from usllm.data.streaming.order import RAISE, SKIP
 from usllm.data.windows import WINDOW_STARTS
 from usllm.models import ModelSpec
@@ -136,6 +137,13 @@ def check_data(data: DataConfig, problems: Problems) -> None:
     problems.number("data.num_proc", data.num_proc, least=1, below=MOST_PROCESSES + 1)
     problems.number("data.num_workers", data.num_workers, least=0, below=MOST_PROCESSES + 1)
     _check_streams(data, problems)
+    problems.choice("data.loss_on", data.loss_on, LOSS_ON)
+    sources = [source for source in (data.train, data.validation, *data.mixture.values()) if source is not None]
+    if data.loss_on != DataConfig.loss_on and all(source.messages_field is None for source in sources):
+        problems.append(
+            f"data.loss_on={data.loss_on}: says which turns of conversations are learnt; set "
+            "data.train.messages_field, or leave it out"
+        )
     _check_place("data.cache_dir", data.cache_dir, problems)
 
 
@@ -177,6 +185,8 @@ def _check_place(key: str, folder: str, problems: Problems) -> None:
 def check_evaluation(evaluation: EvaluationConfig, problems: Problems) -> None:
     for name, source in evaluation.test_sets.items():
         check_source(f"evaluation.test_sets.{name}", source, problems)
+        key = f"evaluation.test_sets.{name}.messages_field"
+        problems.require(source.messages_field is None, key, source.messages_field, NO_TEST_SET)
     problems.require(
         len(evaluation.windows) > 0, "evaluation.windows", evaluation.windows, "give at least one, say 512"
     )

@@ -34,6 +34,7 @@ class DataConfig:
         shuffle_buffer: documents of a streamed source that are shuffled together.
         validation_documents: the first ones of a streamed ``train``, set aside where ``validation`` is ``None``.
         on_bad: ``raise``, or ``skip`` for files and rows of a stream that cannot be read.
+        loss_on: which turns of conversations are learnt: ``assistant``, or ``all``.
     """
 
     train: SourceSpec
@@ -50,6 +51,7 @@ class DataConfig:
     shuffle_buffer: int = 4096
     validation_documents: int = 500
     on_bad: str = "raise"
+    loss_on: str = "assistant"
 
 
 @dataclass

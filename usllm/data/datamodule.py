@@ -15,12 +15,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from usllm.data.batches import Batch, FilledSequences, collate
+from usllm.data.chat.packing import pack_conversations
+from usllm.data.chat.template import ChatTemplate
 from usllm.data.held_out import split_documents
 from usllm.data.identity import identity_differences, text_identity, texts
 from usllm.data.overlap import SharedDocuments, count_shared, kept_hashes
 from usllm.data.packing import pack
 from usllm.data.sampler import DealtSampler
-from usllm.data.sources import MixedSource, SourceSpec, documents_table, read_documents
+from usllm.data.sources import MESSAGES, MixedSource, SourceSpec, documents_table, read_documents
+from usllm.data.sources.messages import ASSISTANT
 from usllm.data.streaming.loader import Share, StreamedPart, StreamLoader
 from usllm.data.streaming.order import RAISE, digest
 from usllm.data.streaming.source import corpus_identity, first_hashes, open_corpus, streamed_part
@@ -38,14 +41,15 @@ TRAIN, VALIDATION, MIXTURE = "data.train", "data.validation", "data.mixture"  # 
 class TextDataModule(LightningDataModule):
     """Packed sequences from a training source and a validation source.
 
-    A batch is ``{"input_ids": int64 [batch, context_length], "labels": the same tensor}``, without padding. The trainer
-    needs ``max_steps``, and ``use_distributed_sampler=False`` where it has several devices.
+    A batch is ``{"input_ids": int64 [batch, context_length], "labels": the same tensor}``, without padding; of
+    conversations labels are masked, and ``position_ids`` keep them apart (:mod:`usllm.data.chat`). The trainer needs
+    ``max_steps``, and ``use_distributed_sampler=False`` where it has several devices.
 
     Args:
         tokenizer: of the model.
         train: source of training and calibration.
-        validation: source of validation; without one, ``validation_fraction`` of the training documents is set aside.
-        validation_fraction: share of documents, at least one document.
+        validation: source of validation; without one, documents of training are set aside.
+        validation_fraction: share of them, at least one.
         mixture: other sources of training by name, each with its share of the sequences.
         context_length: tokens per sequence.
         max_sequences: train and calibrate on the first ones only; ``None`` takes all.
@@ -55,10 +59,11 @@ class TextDataModule(LightningDataModule):
         shuffle_buffer: documents of a streamed source that are shuffled together.
         validation_documents: the first ones of a streamed training source, set aside where there is no other.
         on_bad: ``raise``, or ``skip`` for files and rows of a stream that cannot be read.
+        loss_on: of conversations: ``assistant``, or ``all``.
         largest_token: that the model has an embedding for; streams with another are refused. ``None``: all.
         cache_dir: where packed sequences are kept.
         seed: of the order of training.
-        window_start: ``each`` (the beginning-of-text token at the start of each sequence) or ``none``.
+        window_start: ``each`` (the beginning-of-text token starts each sequence) or ``none``.
 
     Raises:
         UserError: ``window_start`` is neither, or needs a token that the tokenizer does not have.
@@ -83,6 +88,7 @@ class TextDataModule(LightningDataModule):
         shuffle_buffer: int = 4096,
         validation_documents: int = 500,
         on_bad: str = RAISE,
+        loss_on: str = ASSISTANT,
         largest_token: int | None = None,
     ) -> None:
         super().__init__()
@@ -104,6 +110,7 @@ class TextDataModule(LightningDataModule):
         self.shuffle_buffer = shuffle_buffer
         self.validation_documents = validation_documents
         self.on_bad = on_bad
+        self.loss_on = loss_on
         self.largest_token = largest_token
         self.identity: dict[str, dict[str, Any]] = {}
         self.compared: dict[str, int] = {}
@@ -210,11 +217,7 @@ class TextDataModule(LightningDataModule):
 
     @property
     def train_sequences(self) -> Dataset:
-        """Column ``input_ids``, one row per sequence; those of the training source come first.
-
-        Raises:
-            UserError: one is streamed.
-        """
+        """Column ``input_ids``, one row per sequence, those of the training source first; refused of streams."""
         if streamed := self._training.streamed:
             raise UserError(f"{streamed[0]}.streaming=true: there is no table of its sequences")
         return self._training.table
@@ -275,7 +278,7 @@ class TextDataModule(LightningDataModule):
             sequences: how many; a smaller training split gives all it has, each once.
         """
         for row in self._training.first_sequences(sequences):
-            yield collate([{"input_ids": row}])
+            yield collate([row])
 
     def steps_for(self, passes: float, accumulate_grad_batches: int = 1, world_size: int = 1) -> int:
         """Optimizer steps that see the training source ``passes`` times, rounded up, at least one.
@@ -289,12 +292,9 @@ class TextDataModule(LightningDataModule):
         return max(1, -int(-(passes * self._training.sizes[0] / self.shares[0]) // per_step))
 
     def _pack(self, documents: Dataset, key: str) -> Dataset:
-        return pack(
-            documents,
-            self.tokenizer,
-            self.context_length,
-            key=key,
-            cache_dir=self.cache_dir,
-            num_proc=self.num_proc,
-            window_start=self.window_start,
-        )
+        options: Any = {key: getattr(self, key) for key in ("cache_dir", "num_proc", "window_start")}
+        if MESSAGES in documents.column_names:
+            held_out = key == VALIDATION and self.validation_source is None
+            template = ChatTemplate(self.tokenizer, self.loss_on, TRAIN if held_out else key)
+            return pack_conversations(documents, template, self.context_length, **options)
+        return pack(documents, self.tokenizer, self.context_length, key=key, **options)

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 _BATCH = 1000
 
 
-def texts(documents: Dataset) -> Iterator[str]:
-    """The column ``text``, row by row."""
-    for batch in documents.iter(batch_size=_BATCH):
-        yield from batch["text"]
+def texts(documents: Dataset, column: str = "text") -> Iterator[str]:
+    """A column, row by row."""
+    for batch in documents.select_columns(column).iter(batch_size=_BATCH):
+        yield from batch[column]
 
 
 def text_identity(documents: Dataset, sequences: Dataset) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def text_identity(documents: Dataset, sequences: Dataset) -> dict[str, Any]:
 
     Args:
         documents: column ``text``.
-        sequences: column ``input_ids``, int32 ``[context_length]`` per row.
+        sequences: columns of int32 ``[context_length]`` per row, ``input_ids`` alone or the first of several.
 
     Returns:
         Plain Python: ``documents`` and ``characters`` (numbers), ``text`` and ``tokens`` (SHA-256).
@@ -34,8 +34,8 @@ def text_identity(documents: Dataset, sequences: Dataset) -> dict[str, Any]:
         count, characters = count + 1, characters + len(document)
         text.update(hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest())
     for batch in sequences.with_format("arrow").iter(batch_size=_BATCH):
-        ids = batch["input_ids"].combine_chunks().flatten()
-        tokens.update(ids.to_numpy(zero_copy_only=False).astype("<i4", copy=False).tobytes())
+        for column in batch.columns:
+            tokens.update(column.combine_chunks().flatten().to_numpy().astype("<i4", copy=False).tobytes())
     return {"documents": count, "characters": characters, "text": text.hexdigest(), "tokens": tokens.hexdigest()}
 
 

@@ -8,9 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from usllm.data.batches import collate
@@ -57,7 +55,7 @@ class TrainingText:
         self._table: Any = None
         self._loader: StreamLoader | None = None
         self._restored: dict[str, Position] = {}
-        self._first: list[NDArray[np.int32]] = []  # of a stream, for all who calibrate on them
+        self._first: list[Mapping[str, Any]] = []  # of a stream, for all who calibrate on them
         self._seen_first: dict[str, Position] = {}
         self._last: dict[str, Position] = {}
         self._told: set[str] = set()
@@ -101,8 +99,8 @@ class TrainingText:
             generator=torch.Generator().manual_seed(self.seed),
         )
 
-    def first_sequences(self, count: int) -> Iterator[NDArray[np.int32]]:
-        """The first sequences that training will see, int32 ``[context_length]``; packed texts give each but once."""
+    def first_sequences(self, count: int) -> Iterator[Mapping[str, Any]]:
+        """Rows of the first sequences that training will see; packed texts give each but once."""
         if self.streamed:
             if len(self._first) < count:
                 share, observe = Share(self.shares, 0, 1, 0, count), partial(self._observe, self._seen_first)
@@ -112,7 +110,7 @@ class TrainingText:
             return
         order = UnrolledSampler(self.sizes, min(count, len(self.table)), self.seed, shares=self.shares)
         for row in list(order):
-            yield np.asarray(self.table[row]["input_ids"], dtype=np.int32)
+            yield self.table[row]
 
     def state(self, step: int) -> dict[str, Any]:
         """Positions of the streamed texts at an optimizer step, for checkpoints; all ranks ask for it together."""

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from usllm.calibration import SecondMoments
 from usllm.compress import compressed_layers
 from usllm.config import TrainConfig, check_train, plain_config, sketch_config
+from usllm.data.batches import model_inputs
 from usllm.data.datamodule import Batch, TextDataModule
 from usllm.eval.layer_error import rate_distortion_bound, relative_output_error
 from usllm.experiments.inputs import check_sequences, model_of, precision_context, study_settings, text_of
@@ -118,7 +119,7 @@ def shared_inputs(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batc
         handles.append(layer.register_forward_pre_hook(hook))
     try:
         with torch.no_grad():
-            model(input_ids=batch["input_ids"], use_cache=False)
+            model(**model_inputs(batch), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -174,7 +175,7 @@ def _moments(
     """E[a aᵀ] of the layers' inputs, fp32 [in, in]."""
     with torch.no_grad(), precision_context(config), SecondMoments(layers, full=True) as seen:
         for batch in track(list(batches), "Measuring moments", console=Console(stderr=True), transient=True):
-            model(input_ids=batch["input_ids"].to(model.device), use_cache=False)
+            model(**model_inputs(batch, model.device), use_cache=False)
     try:
         return seen.full_mean()
     except ValueError as error:

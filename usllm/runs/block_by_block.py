@@ -30,6 +30,7 @@ from usllm.packed.source import PackingSource
 from usllm.runs.beginning import Beginning, begin
 from usllm.runs.block_measure import measure_blocks
 from usllm.runs.cards import card_facts
+from usllm.runs.conversations import ConversationsApart
 from usllm.runs.directory import noting_failure
 from usllm.runs.inputs import program, sharing
 from usllm.runs.measure import intervals, merge_stages, window_losses
@@ -92,6 +93,7 @@ def block_by_block(
     with noting_failure(run_dir):
         console.print("Looking through the weights …")
         work, source = _opened(begun)
+        ConversationsApart(begun.data).observe_blocks(source)
         calibrate = next(stage for stage in begun.stages if isinstance(stage, Calibrate))
         reconstruct = next(stage for stage in begun.stages if isinstance(stage, Reconstruct))
         rows = {"dense": _dense_rows(begun, work, source)}
@@ -100,7 +102,7 @@ def block_by_block(
         reconstruct.run(work)
         trained = time.perf_counter() - trained
         source.without_window()
-        states = reconstruct.states(work, reconstruct.tokens(work))
+        states = reconstruct.states(work, reconstruct.text(work))
         finished = FinishedBlocks(source, states, reconstruct.windows(source.count), work.compressor)
         measured = partial(measure_blocks, source, finished.block, begun.tokenizer, begun.streams, config.evaluation)
         rows["finetuned"] = measured("Finished model", work.shows_progress)

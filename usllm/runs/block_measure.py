@@ -18,11 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from usllm.compress.values import compute_dtype
 from usllm.config import EvaluationConfig
+from usllm.data.batches import in_parts
 from usllm.data.windows import resolved_rule, start_token
 from usllm.eval.windows import measured_windows, result_of
 from usllm.models.hollow import Surroundings
 from usllm.models.loading import check_vocabulary
 from usllm.runs.measure import row_of
+from usllm.stages.block_arguments import Arguments
 from usllm.stages.blocks import run_block
 from usllm.stages.stored_blocks import StoredBlocks
 from usllm.system.errors import RunError
@@ -50,7 +52,7 @@ class _Part:
     ids: Tensor
     batch_size: int
     stream: Tensor
-    arguments: list[dict[str, Any]]
+    arguments: list[Arguments]
 
 
 def measure_blocks(
@@ -115,7 +117,7 @@ def _parts(source: StoredBlocks, windows: Tensor, batch_size: int, context: Cont
     whole = len(windows) // batch_size * batch_size
     for ids, size in ((windows[:whole], batch_size), (windows[whole:], len(windows) - whole)):
         if len(ids):
-            yield _Part(ids, size, *source.captured(ids.split(size), context, as_computed=False))
+            yield _Part(ids, size, *source.captured(in_parts({"input_ids": ids}, size), context, as_computed=False))
 
 
 @torch.no_grad()

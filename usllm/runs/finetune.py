@@ -33,6 +33,7 @@ from usllm.loggers import CsvRunLogger, axis_step
 from usllm.models.loading import load_dense
 from usllm.runs.beginning import begin
 from usllm.runs.block_by_block import block_by_block
+from usllm.runs.conversations import ConversationsApart
 from usllm.runs.directory import finished_report, noting_failure, refuse_used
 from usllm.runs.ending import early_end, timer_of
 from usllm.runs.inputs import budget_line, program, sharing
@@ -136,6 +137,7 @@ def _finetune(
         resumed=checkpoint is not None,
     )
     samples = SideBySide(run_dir, tokenizer, callbacks, config.evaluation.precision)
+    observers = [baseline.observe, samples.observe, ConversationsApart(data).observe]
     if not begun.stages:  # the model stays dense: there is no sketch to follow or to watch
         callbacks = [each for each in callbacks if not isinstance(each, (SketchReprojection, SketchHealth))]
     if not loggers:  # Lightning refuses this one where it has nowhere to write
@@ -149,7 +151,7 @@ def _finetune(
         patterns=config.model.patterns,
         config=plain,
         gradient_checkpointing=config.model.gradient_checkpointing,
-        preparation=Preparation(begun.stages, run_dir / STAGES_FOLDER, [baseline.observe, samples.observe]),
+        preparation=Preparation(begun.stages, run_dir / STAGES_FOLDER, observers),
     )
     for logger in loggers:
         if isinstance(logger, CsvRunLogger):

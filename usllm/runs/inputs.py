@@ -60,6 +60,7 @@ def build_data(
         shuffle_buffer=section.shuffle_buffer,
         validation_documents=section.validation_documents,
         on_bad=section.on_bad,
+        loss_on=section.loss_on,
         largest_token=size - 1 if size and too_large else None,
     )
     data.setup()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from usllm.calibration import SecondMoments
 from usllm.compress import compressed_layers
 from usllm.compress.surgery import plan_layer
 from usllm.stages.base import Work
+from usllm.stages.block_arguments import Arguments
 from usllm.stages.blocks import outputs
 
 
@@ -22,7 +22,7 @@ def plan_for_stream_(
     dense_block: nn.Module,
     prefix: str,
     stream: Tensor,
-    arguments: dict[str, Any],
+    arguments: Arguments,
     batch_size: int,
 ) -> None:
     """Share out each layer's bits anew, by the energy of its input on a stream; the bits stay, latents start again.

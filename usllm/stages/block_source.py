@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from usllm.data.batches import Batch
+from usllm.stages.block_arguments import Arguments
 from usllm.stages.blocks import Room, capture, decoder_blocks
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ class Entered(NamedTuple):
 
     student: Tensor
     dense: Tensor
-    arguments: list[dict[str, Any]]
+    arguments: list[Arguments]
 
 
 class Kept(NamedTuple):
@@ -54,8 +56,8 @@ class BlockSource(Protocol):
     def name(self, number: int) -> str:
         """Name of a block in the model."""
 
-    def enter(self, batches: Sequence[Tensor]) -> Entered:
-        """The streams that enter the first blocks, for batches of tokens [sequences, context]."""
+    def enter(self, batches: Sequence[Batch]) -> Entered:
+        """The streams that enter the first blocks, for batches as :func:`usllm.stages.blocks.capture` takes them."""
 
     def dense(self, number: int) -> nn.Module:
         """A dense block."""
@@ -90,8 +92,8 @@ class LoadedBlocks:
         """Name of a block in the model."""
         return self._names[id(self._dense[number])]
 
-    def enter(self, batches: Sequence[Tensor]) -> Entered:
-        """The streams that enter the first blocks, for batches of tokens [sequences, context]."""
+    def enter(self, batches: Sequence[Batch]) -> Entered:
+        """The streams that enter the first blocks, for batches as :func:`usllm.stages.blocks.capture` takes them."""
         with self._work.context():
             student, arguments = capture(self._work.model, self._blocks, batches, self._work.device)
             dense, _ = capture(self._teacher, self._dense, batches, self._work.device)

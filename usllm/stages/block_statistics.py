@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -46,7 +46,7 @@ def prepare_(work: Work, source: StoredBlocks, calibrate: Calibrate, reconstruct
         store = work.store(calibrate)
 
         def measured() -> dict[str, dict[str, Tensor | None]]:
-            found = dense_statistics(work, source, [batch["input_ids"] for batch in work.batches(calibrate.sequences)])
+            found = dense_statistics(work, source, list(work.batches(calibrate.sequences)))
             return {name: vars(known) for name, known in found.items()}
 
         work.statistics = {name: Statistics(**known) for name, known in store.kept("statistics", measured).items()}
@@ -54,13 +54,15 @@ def prepare_(work: Work, source: StoredBlocks, calibrate: Calibrate, reconstruct
     source.start = nothing_yet if by_stream else partial(_start, work)
 
 
-def dense_statistics(work: Work, source: StoredBlocks, tokens: Sequence[Tensor]) -> dict[str, Statistics]:
+def dense_statistics(
+    work: Work, source: StoredBlocks, batches: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Statistics]:
     """What :class:`usllm.stages.Calibrate` measures, of one dense block after another.
 
     Args:
         work: Says what is needed, and the precision.
         source: The blocks.
-        tokens: One sequence each, int64 [1, context].
+        batches: One sequence each.
 
     Returns:
         Statistics by layer name, with E[w²] of the channels.
@@ -68,17 +70,17 @@ def dense_statistics(work: Work, source: StoredBlocks, tokens: Sequence[Tensor])
     Raises:
         UserError: There was no sequence, or a layer's input is not finite.
     """
-    if not tokens:
+    if not batches:
         raise UserError("calibration: the training split gave no sequence; take a longer text")
     full = "covariance" in statistics_needed(work)
-    stream, arguments = source.captured(tokens, work.context, as_computed=False)
+    stream, arguments = source.captured(batches, work.context, as_computed=False)
     found: dict[str, Statistics] = {}
     with Progress(disable=not work.shows_progress, transient=True) as bar:
         for number in bar.track(range(source.count), description="Measuring importance"):
             block, prefix = source.dense(number), source.name(number)
             layers = {name: block.get_submodule(name.removeprefix(f"{prefix}.")) for name in source.layers(number)}
             with SecondMoments(layers, full=full) as moments:
-                for part, output in outputs(block, stream, arguments[number], len(tokens[0]), work.context):
+                for part, output in outputs(block, stream, arguments[number], 1, work.context):
                     stream[part] = output  # in its place: each sequence is read once
             try:
                 energy = moments.mean()

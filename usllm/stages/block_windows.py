@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from usllm.stages.block_arguments import Arguments
 from usllm.stages.blocks import Room, run_block
 
 
@@ -64,7 +65,7 @@ class DenseStreams:
         self,
         stream: Tensor,
         block: Callable[[int], nn.Module],
-        arguments: Sequence[dict[str, Any]],
+        arguments: Sequence[Arguments],
         batch_size: int,
         context: Callable[[], AbstractContextManager[Any]],
         room: Room | None = None,

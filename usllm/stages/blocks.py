@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from usllm.compress.values import compute_dtype
+from usllm.data.batches import model_inputs
+from usllm.stages.block_arguments import Arguments, OfPositions, same_for_all
 from usllm.system.errors import UserError
 
 Room = Callable[[Sequence[int], torch.dtype], Tensor]
@@ -37,17 +39,18 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
 def capture(
     model: nn.Module,
     blocks: Sequence[nn.Module],
-    tokens: Sequence[Tensor],
+    batches: Sequence[Mapping[str, Tensor]],
     device: torch.device,
     room: Room | None = None,
     as_computed: bool = True,
-) -> tuple[Tensor, list[dict[str, Any]]]:
+) -> tuple[Tensor, list[Arguments]]:
     """The stream that enters the first block, and what each block is called with besides it.
 
     Args:
         model: A causal language model.
         blocks: Its blocks.
-        tokens: Batches of equal shape, int64 [sequences, context].
+        batches: Of equal shape, ``input_ids`` int64 [sequences, context]; also ``position_ids`` where conversations lie
+            side by side.
         device: Where the model is.
         room: Where the stream is to live; ``None``: on the device.
         as_computed: In the type that is computed with: blocks read the stream in it, and streams are the largest thing
@@ -55,16 +58,19 @@ def capture(
 
     Returns:
         Hidden states of all batches, [sequences, context, hidden], and the keyword arguments of each block, which are
-        the same for all batches of one shape.
+        the same for all batches of one shape where these have no positions of their own.
     """
     stream: list[Tensor] = []
+    like: list[Tensor] = []  # of the hidden states, which the stream may have another type than
     arguments: list[dict[str, Any]] = [{} for _ in blocks]
-    total, done = sum(len(batch) for batch in tokens), 0
+    size, in_tuple = len(batches[0]["input_ids"]), False
+    total, done = sum(len(batch["input_ids"]) for batch in batches), 0
 
     def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal done
         hidden = args[0] if args else kwargs["hidden_states"]
         if not stream:
+            like.append(hidden[:1, :1])
             dtype = compute_dtype(hidden) if as_computed else hidden.dtype
             shape = (total, *hidden.shape[1:])
             stream.append(torch.empty(shape, dtype=dtype, device=device) if room is None else room(shape, dtype))
@@ -78,30 +84,39 @@ def capture(
 
         return hook
 
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal in_tuple
+        in_tuple = isinstance(output, tuple)
+
     handles = [
         block.register_forward_pre_hook(remember(number), with_kwargs=True) for number, block in enumerate(blocks)
     ]
+    handles.append(blocks[0].register_forward_hook(look))
     try:
-        model(input_ids=tokens[0].to(device), use_cache=False)
+        model(**model_inputs(batches[0], device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     handle = blocks[0].register_forward_pre_hook(first, with_kwargs=True)
     try:
-        for batch in tokens:
+        for batch in batches:
             try:
-                model(input_ids=batch.to(device), use_cache=False)
+                model(**model_inputs(batch, device), use_cache=False)
             except _Reached:
                 continue
     finally:
         handle.remove()
-    return stream[0], arguments
+    if "position_ids" not in batches[0]:
+        return stream[0], [same_for_all(each, size) for each in arguments]
+    positions = torch.cat([batch["position_ids"] for batch in batches])
+    of_positions = OfPositions(model, blocks, positions, like[0], in_tuple)
+    return stream[0], [of_positions.block(number) for number in range(len(blocks))]
 
 
 def run_block(
     block: nn.Module,
     stream: Tensor,
-    arguments: dict[str, Any],
+    arguments: Arguments,
     batch_size: int,
     context: Callable[[], AbstractContextManager[Any]],
     after: Tensor | None = None,
@@ -111,7 +126,7 @@ def run_block(
     Args:
         block: A decoder block.
         stream: Before it, [sequences, context, hidden], wherever it lives.
-        arguments: From :func:`capture`, for batches of this size.
+        arguments: From :func:`capture`.
         batch_size: Sequences of a forward pass; a divisor of their number.
         context: Makes the context of the forward pass.
         after: What is filled, of the shape of the stream; the stream itself where it is needed no more. ``None`` makes
@@ -127,7 +142,7 @@ def run_block(
 def outputs(
     block: nn.Module,
     stream: Tensor,
-    arguments: dict[str, Any],
+    arguments: Arguments,
     batch_size: int,
     context: Callable[[], AbstractContextManager[Any]],
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -136,24 +151,8 @@ def outputs(
     for first in range(0, len(stream), batch_size):
         part = slice(first, first + batch_size)
         with context():
-            found = output_of(block, stream[part].to(device), arguments)
+            found = output_of(block, stream[part].to(device), arguments(part))
         yield part, found
-
-
-def of_part(arguments: dict[str, Any], part: slice, batch_size: int) -> dict[str, Any]:
-    """What a block is called with for a part of the sequences of a batch.
-
-    Args:
-        arguments: For whole batches; tensors that have a place for each sequence (masks, of some families) are cut.
-        part: Of the sequences.
-        batch_size: Sequences of a whole batch.
-    """
-
-    def cut(value: Any) -> Any:
-        each = isinstance(value, Tensor) and value.ndim > 1 and len(value) == batch_size > 1
-        return value[part] if each else value
-
-    return {name: cut(value) for name, value in arguments.items()}
 
 
 def output_of(block: nn.Module, stream: Tensor, arguments: dict[str, Any]) -> Tensor:

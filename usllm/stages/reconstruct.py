@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from usllm.compress import compressed_layers, reproject_
 from usllm.compress.gradients import spread_gradients_, sum_gradients_
+from usllm.data.batches import Batch, in_parts, model_inputs
 from usllm.stages.base import Stage, Work
+from usllm.stages.block_arguments import Arguments
 from usllm.stages.block_errors import increment_error, relative_error, stream_error
 from usllm.stages.block_plans import plan_for_stream_
 from usllm.stages.block_progress import BlockProgress
 from usllm.stages.block_source import BlockSource, LoadedBlocks
 from usllm.stages.block_state import BlockStates
 from usllm.stages.block_windows import BlockWindow, DenseStreams, block_windows
-from usllm.stages.blocks import decoder_blocks, of_part, output_of, run_block
+from usllm.stages.blocks import decoder_blocks, output_of, run_block
 from usllm.system.errors import UserError
 from usllm.system.modes import evaluating
 from usllm.system.ranks import ranks, sum_over_ranks_
@@ -116,7 +118,7 @@ class Reconstruct(Stage):
         Raises:
             UserError: The text is shorter than a batch, or there are fewer blocks than asked for.
         """
-        tokens = self.tokens(work)
+        text = self.text(work)
         count = len(decoder_blocks(work.model))
         for key, value in {"blocks": self.blocks or 1, "window": self.window}.items():
             if value > count:
@@ -128,31 +130,32 @@ class Reconstruct(Stage):
             )
         source = work.blocks or LoadedBlocks(work)
         with evaluating(work.model):  # the streams are those of a model that is measured, without dropout
-            self._run_blocks(work, source, tokens, self.states(work, tokens))
+            self._run_blocks(work, source, text, self.states(work, text))
 
-    def tokens(self, work: Work) -> Tensor:
-        """The text that blocks learn from, int64 [sequences, context].
+    def text(self, work: Work) -> Batch:
+        """What blocks learn from: ``input_ids`` int64 [sequences, context], and ``position_ids`` where it has them.
 
         Raises:
             UserError: It is shorter than a batch.
         """
-        tokens = torch.cat([batch["input_ids"] for batch in work.batches(self.sequences)])
-        tokens = tokens[: len(tokens) // self.batch_size * self.batch_size]
-        if not len(tokens):
+        batches = [model_inputs(batch) for batch in work.batches(self.sequences)]
+        count = len(batches) // self.batch_size * self.batch_size
+        if not count:
             raise UserError(f"stages.reconstruct.batch_size={self.batch_size}: the text has fewer sequences")
-        return tokens
+        return {key: torch.cat([batch[key] for batch in batches[:count]]) for key in batches[0]}
 
-    def states(self, work: Work, tokens: Tensor) -> BlockStates:
+    def states(self, work: Work, text: Batch) -> BlockStates:
         """What this stage keeps, and has kept, for the work as it is now."""
-        return BlockStates(work.store(self, tokens=tokens))
+        positions = {key: value for key, value in text.items() if key != "input_ids"}
+        return BlockStates(work.store(self, tokens=text["input_ids"], **positions))
 
     def windows(self, count: int) -> list[BlockWindow]:
         """Which blocks are trained together, in their order, of a model of ``count`` blocks."""
         return block_windows(self.blocks or count, self.window, self.stride)
 
-    def _run_blocks(self, work: Work, source: BlockSource, tokens: Tensor, states: BlockStates) -> None:
+    def _run_blocks(self, work: Work, source: BlockSource, text: Batch, states: BlockStates) -> None:
         size = self.batch_size
-        student, stream, inputs = source.enter(tokens.split(size))
+        student, stream, inputs = source.enter(in_parts(text, size))
         dense = DenseStreams(stream, source.dense, inputs, size, work.context, source.room)
         del stream  # held as long as it is needed
         windows = self.windows(source.count)
@@ -194,7 +197,7 @@ class Reconstruct(Stage):
         together: nn.ModuleList,
         source: BlockSource,
         student: Tensor,
-        inputs: Sequence[dict[str, Any]],
+        inputs: Sequence[Arguments],
     ) -> None:
         """Share bits out anew in new blocks; those before them are taken as dense: they are not trained yet."""
         size = self.batch_size
@@ -214,7 +217,7 @@ class Reconstruct(Stage):
         together: nn.ModuleList,
         student: Tensor,
         aims: Callable[[Tensor], Tensor],
-        inputs: Sequence[dict[str, Any]],
+        inputs: Sequence[Arguments],
         states: BlockStates,
         progress: BlockProgress,
         source: BlockSource,
@@ -239,7 +242,7 @@ class Reconstruct(Stage):
             stream, target = student[order[step][mine]].to(work.device), aims(order[step]).to(work.device)
             with work.context():
                 for number, block in zip(window.blocks, together, strict=True):
-                    stream = output_of(block, stream, of_part(inputs[number], mine, self.batch_size))
+                    stream = output_of(block, stream, inputs[number](order[step][mine]))
             loss = relative_error(stream, target, mine)
             loss.backward()
             if work.together:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from usllm.compress import Compressor, compressed_layers, save_plans, to_section
 from usllm.compress.sharded import is_sharded
+from usllm.data.batches import fingerprinted
 from usllm.models.identity import weights_digest
 from usllm.system.files import write_torch
 from usllm.system.results import tokens_digest
@@ -100,7 +101,7 @@ def store_of(work: Work, stage: Stage, more: Mapping[str, Any]) -> Store:
         "plans_of_layers": save_plans(work.model),
         "bits": work.bits,
         "text": work.text,
-        "tokens": tokens_digest(batch["input_ids"] for batch in work.batches(_SEQUENCES)),
+        "tokens": tokens_digest(fingerprinted(work.batches(_SEQUENCES))),
         "seed": work.seed,
         "autocast": str(autocast),
         "more": more,

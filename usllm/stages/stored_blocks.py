@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,8 +12,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from usllm.compress import CompressedLinear, compressed_layers, swap_linears_
 from usllm.compress.report import layer_report
+from usllm.data.batches import Batch
 from usllm.models.hollow import Surroundings, filled, hollow_model
 from usllm.models.stored_weights import StoredWeights
+from usllm.stages.block_arguments import Arguments
 from usllm.stages.block_source import Entered, Kept
 from usllm.stages.block_windows import BlockWindow
 from usllm.stages.blocks import Room, capture, decoder_blocks
@@ -70,18 +72,21 @@ class StoredBlocks:
         """Names of the compressed layers of a block."""
         return list(compressed_layers(self._blocks[number]))
 
-    def enter(self, batches: Sequence[Tensor]) -> Entered:
+    def enter(self, batches: Sequence[Batch]) -> Entered:
         """The stream that enters the first block, dense or compressed, in the type that is computed with."""
         stream, arguments = self.captured(batches, self._context, as_computed=True)
         return Entered(stream, stream, arguments)
 
     def captured(
-        self, batches: Sequence[Tensor], context: Callable[[], AbstractContextManager[Any]], as_computed: bool
-    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        self,
+        batches: Sequence[Mapping[str, Tensor]],
+        context: Callable[[], AbstractContextManager[Any]],
+        as_computed: bool,
+    ) -> tuple[Tensor, list[Arguments]]:
         """As :func:`usllm.stages.blocks.capture`.
 
         Args:
-            batches: Of equal shape, int64 [sequences, context].
+            batches: Of equal shape.
             context: Makes the context of the forward passes.
             as_computed: Whether the stream is in the type that is computed with.
         """

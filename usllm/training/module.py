@@ -23,6 +23,7 @@ from usllm.compress import (
     to_section,
 )
 from usllm.compress.gradients import spread_gradients_
+from usllm.data.batches import NO_TARGET, model_inputs
 from usllm.system.errors import UserError
 from usllm.system.ranks import alone, failing_together, ranks, shared_from_rank_zero
 from usllm.training.checkpoint_section import (
@@ -34,10 +35,10 @@ from usllm.training.checkpoint_section import (
 from usllm.training.checkpoints import load_checkpoint
 from usllm.training.differences import compression_differences, run_differences
 from usllm.training.objectives import Batch, Objective, next_token_loss
-from usllm.training.objectives.base import NO_TARGET
 from usllm.training.optimization import OptimizerConfig, build_optimizer, build_schedule
 from usllm.training.preparing import Preparing
 from usllm.training.sharding import load_on_rank_zero, shard_
+from usllm.training.step_loss import StepLoss
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -89,8 +90,7 @@ class SketchFinetuner(LightningModule):
         self.preparation = preparation
         self.model = None
         self.validation_loss = MeanMetric()
-        self._window: list[Tensor] = []
-        self._part_names: tuple[str, ...] = ()
+        self._step_loss = StepLoss()
 
     def configure_model(self) -> None:
         """Load the dense model, give the objective its teacher, swap the linear layers, and prepare or restore them.
@@ -193,20 +193,20 @@ class SketchFinetuner(LightningModule):
         if self._device_mesh is None:  # else it was sharded together with the model
             self.objective.place(self.device, self._compute_dtype())
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Logits ``[sequences, context, vocabulary]`` of ``input_ids`` ``[sequences, context]``."""
-        return self.network(input_ids=input_ids, use_cache=False).logits
+        places = {} if position_ids is None else {"position_ids": position_ids}
+        return self.network(input_ids=input_ids, use_cache=False, **places).logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of one micro batch."""
+        """Loss of one micro batch, over all its places."""
         loss, parts = self.objective.loss(self.network, batch)
-        self._window.append(torch.stack([loss.detach(), *parts.values()]))
-        self._part_names = tuple(parts)
+        self._step_loss.add(batch, loss, parts)
         return loss
 
     def on_train_start(self) -> None:
         """Begin with the first micro batch of an optimizer step."""
-        self._window.clear()
+        self._step_loss.clear()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Let methods that train their states gather the gradients of these; Lightning clips afterwards.
@@ -214,15 +214,9 @@ class SketchFinetuner(LightningModule):
         Logs the step's loss: in ``on_train_batch_end`` it would come after the checkpoint of the step.
         """
         spread_gradients_(self.network)
-        self._log_loss()
-
-    def _log_loss(self) -> None:
-        """Log the mean loss of the micro batches that make up an optimizer step."""
-        means = torch.stack(self._window).mean(0)
-        self._window.clear()
-        self.log("train/loss", means[0], prog_bar=True, sync_dist=True)
-        for name, value in zip(self._part_names, means[1:], strict=True):
-            self.log(f"train/{name}", value, sync_dist=True)
+        means = self._step_loss.finish_(optimizer, lambda share: self.trainer.strategy.reduce(share, reduce_op="mean"))
+        for name, value in means.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss", sync_dist=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect the cross-entropy of one validation batch."""
@@ -230,7 +224,7 @@ class SketchFinetuner(LightningModule):
         labels = batch.get("labels", input_ids)
         places = input_ids.numel() - len(input_ids)
         targets = int((labels[:, 1:] != NO_TARGET).sum())
-        loss = next_token_loss(self(input_ids), labels) * (places / max(targets, 1))
+        loss = next_token_loss(self(**model_inputs(batch)), labels) * (places / max(targets, 1))
         self.validation_loss.update(loss, weight=targets)
 
     def on_validation_epoch_end(self) -> None:

@@ -29,7 +29,7 @@ def test_missing_column_lists_the_others(tmp_path: Path) -> None:
 
 
 def test_column_of_numbers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not hold text"):
+    with pytest.raises(UserError, match=r"row 1 has no text in 'text'; set text_field"):
         read_documents(_write(tmp_path / "a.parquet", {"text": [1]}), "data.train")
 
 

@@ -208,7 +208,7 @@ def test_a_family_that_nobody_knows_to_change_logits_is_refused(whose: str, monk
 
 def test_gradient_points_from_student_to_teacher() -> None:
     student, teacher = torch.zeros(1, 2, requires_grad=True), torch.tensor([[2.0, 0.0]])
-    loss = Distill()._parts(["kl"], None)(student, torch.zeros(1), teacher).sum()
+    loss = Distill()._parts(["kl"], None)(student, torch.zeros(1), torch.ones(1), teacher).sum()
     (gradient,) = torch.autograd.grad(loss, student)
     torch.testing.assert_close(gradient, F.softmax(student, -1).detach() - teacher.softmax(-1))
 

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from usllm.data.sources.kinds import with_kind
+from usllm.data.sources.messages import MESSAGES, NO_TEST_SET, spoken
 from usllm.data.sources.spec import MixedSource, SourceSpec
 from usllm.system.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["MixedSource", "SourceSpec", "documents_table", "read_documents", "read_text"]
+__all__ = ["MESSAGES", "MixedSource", "SourceSpec", "documents_table", "read_documents", "read_text"]
 
 T = TypeVar("T")
 
@@ -39,27 +40,38 @@ def read_documents(spec: SourceSpec, key: str) -> Dataset:
         key: what it is called in the configuration, for messages.
 
     Returns:
-        A data set with one column, ``text``, one row per document.
+        A data set with one row per document and the column ``text``; of conversations that is what was said in them,
+        and ``messages`` holds them as :func:`usllm.data.sources.messages.conversation` writes them.
 
     Raises:
         UserError: the specification is wrong, a file is missing or unreadable, or there is no text.
     """
     found = _read(lambda source, resolved: source.documents(resolved), spec, key)
-    return documents_table(found, f"{key} ({_describe(spec)})")
+    what = f"{key} ({_describe(spec)})"
+    if spec.messages_field is None:
+        return documents_table(found, what)
+    return documents_table(spoken(found), what, found)
 
 
-def documents_table(documents: Iterable[str], what: str) -> Dataset:
-    """Documents that hold more than white space, as a data set with one column, ``text``.
+def documents_table(documents: Iterable[str], what: str, conversations: Iterable[str] | None = None) -> Dataset:
+    """Documents that hold more than white space, as a data set with the column ``text``.
+
+    Args:
+        documents: their text.
+        what: they are of, for messages.
+        conversations: the column ``messages``, of as many rows; ``None``: there is none.
 
     Raises:
         UserError: there is none in ``what``.
     """
     from datasets import Dataset, Features, Value
 
-    kept = [document for document in documents if document.strip()]
+    rows = zip(documents) if conversations is None else zip(documents, conversations, strict=True)
+    kept = [row for row in rows if row[0].strip()]
     if not kept:
         raise UserError(f"{what} holds no text; choose another file or data set")
-    return Dataset.from_dict({"text": kept}, features=Features({"text": Value("large_string")}))
+    columns = dict(zip(("text", MESSAGES), map(list, zip(*kept, strict=True)), strict=False))
+    return Dataset.from_dict(columns, features=Features({column: Value("large_string") for column in columns}))
 
 
 def read_text(spec: SourceSpec, key: str) -> str:
@@ -68,6 +80,8 @@ def read_text(spec: SourceSpec, key: str) -> str:
     Raises:
         UserError: as :func:`read_documents`.
     """
+    if spec.messages_field is not None:
+        raise UserError(f"{key}.messages_field={spec.messages_field}: {NO_TEST_SET}")
     text = _read(lambda source, resolved: source.whole_text(resolved), spec, key)
     if not text.strip():
         raise UserError(f"{key} ({_describe(spec)}) holds no text; choose another file or data set")

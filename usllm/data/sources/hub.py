@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from usllm.data.sources.boundaries import group_rows
-from usllm.data.sources.plain import plain_text
+from usllm.data.sources.column import document, refuse_missing
 from usllm.data.sources.spec import SourceSpec
-from usllm.system.errors import UserError
 from usllm.system.network import leave_unreachable_hub, network_or_user_error
 
 
@@ -35,8 +34,7 @@ def _rows(spec: SourceSpec) -> list[str]:
             "jsonl or parquet kinds",
             error,
         ) from error
-    if spec.text_field not in data.column_names:
-        raise UserError(f"{what} has no column {spec.text_field!r} but {data.column_names}; set text_field")
+    refuse_missing(data.column_names, spec, what)
     # Empty rows stay: the published WikiText figures are measured with them.
-    rows = enumerate(data[spec.text_field], start=1)
-    return [plain_text(row, f"{what}, row {number}") for number, row in rows if row is not None]
+    rows = enumerate(data[spec.field], start=1)
+    return [document(row, spec, f"{what}, row {number}") for number, row in rows if row is not None]

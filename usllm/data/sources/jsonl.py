@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from usllm.data.sources.boundaries import group_rows
+from usllm.data.sources.column import document
 from usllm.data.sources.files import existing, opened
-from usllm.data.sources.plain import plain_text
 from usllm.data.sources.spec import SourceSpec
 from usllm.system.errors import UserError
 
@@ -33,8 +33,6 @@ def _rows(spec: SourceSpec) -> list[str]:
                     record = json.loads(line)
                 except (json.JSONDecodeError, RecursionError) as error:
                     raise UserError(f"{path}, line {number} is not JSON ({error})") from error
-                text = record.get(spec.text_field) if isinstance(record, dict) else None
-                if not isinstance(text, str):
-                    raise UserError(f"{path}, line {number} has no text in {spec.text_field!r}; set text_field")
-                rows.append(plain_text(text, f"{path}, line {number}"))
+                value = record.get(spec.field) if isinstance(record, dict) else None
+                rows.append(document(value, spec, f"{path}, line {number}"))
     return rows

@@ -26,6 +26,7 @@ class SourceSpec:
         config: configuration of the hub data set, for example ``wikitext-2-raw-v1``.
         split: split of the hub data set.
         text_field: column that holds the text (``jsonl``, ``parquet``, ``hub``).
+        messages_field: column that holds conversations, lists of messages with ``role`` and ``content``, in its place.
         separator: what lies between two documents of a text file; also what joins rows into one test text. ``\\n`` and
             ``\\t``, as a shell hands them over, are the line end and the tabulator.
         document_start: regular expression; a line (text files) or row (the others) that matches it begins a new
@@ -39,6 +40,7 @@ class SourceSpec:
     config: str | None = None
     split: str = "train"
     text_field: str = "text"
+    messages_field: str | None = None
     separator: str = "\n\n"
     document_start: str | None = None
     streaming: bool = False
@@ -55,6 +57,11 @@ class SourceSpec:
         if self.path is None:
             return ()
         return (self.path,) if isinstance(self.path, str) else tuple(self.path)
+
+    @property
+    def field(self) -> str:
+        """The column that is read."""
+        return self.text_field if self.messages_field is None else self.messages_field
 
     def shared_with(self, other: SourceSpec) -> str | None:
         """What both sources read: a file, under whatever path, or a split of a data set; ``None`` where nothing."""
@@ -83,6 +90,8 @@ class SourceSpec:
             found.append(f"{key}.streaming=true: streamed are hub, parquet, jsonl and text; leave it out for pydoc")
         if not self.streaming and (address := next((path for path in self.paths if is_remote(path)), None)):
             found.append(f"{key}.path={address}: is an address, which is only read with {key}.streaming=true")
+        if self.messages_field is not None:
+            found += self._problems_of_messages(key)
         if self.kind == "text" and not self.separator:
             found.append(f"{key}.separator is empty; give what lies between documents, for example a blank line")
         if self.document_start is not None:
@@ -90,6 +99,18 @@ class SourceSpec:
                 re.compile(self.document_start)
             except re.error as error:
                 found.append(f"{key}.document_start={self.document_start!r} is not a regular expression: {error}")
+        return found
+
+    def _problems_of_messages(self, key: str) -> list[str]:
+        found = []
+        if self.kind in ("pydoc", "text"):
+            found.append(f"{key}.messages_field={self.messages_field}: jsonl, parquet and hub have columns")
+        if self.streaming:
+            found.append(f"{key}.streaming=true: conversations are packed before the first step; leave it out")
+        if self.document_start is not None:
+            found.append(
+                f"{key}.document_start={self.document_start!r}: every conversation is a document; leave it out"
+            )
         return found
 
 

@@ -165,6 +165,7 @@ class StreamLoader:
         self.num_workers, self.observe = num_workers, observe
         self.streams = {number: part for number, part in enumerate(parts) if isinstance(part, StreamedPart)}
         self.packed: dict[int, Any] = {number: part for number, part in enumerate(parts) if number not in self.streams}
+        self._others = dict.fromkeys(column for part in self.packed.values() for column in part.column_names)
         sizes = [len(self.packed[number]) if number in self.packed else 1 for number in range(len(parts))]
         self._order = UnrolledSampler(sizes, share.end, seed, shares=share.shares)
         self._kept: deque[tuple[int, dict[int, Position]]] = deque([(share.begin, dict(positions))])
@@ -182,7 +183,7 @@ class StreamLoader:
     def __iter__(self) -> Iterator[Batch]:
         rows = self.sequences()
         while len(batch := list(islice(rows, self.batch_size))) == self.batch_size:
-            made = collate([{"input_ids": row} for row in batch])
+            made = collate(batch)
             yield {key: value.pin_memory() for key, value in made.items()} if torch.cuda.is_available() else made
 
     def positions(self, drawn: int) -> dict[int, Position]:
@@ -198,8 +199,8 @@ class StreamLoader:
             raise ValueError(f"positions from {begin} sequences on are known, not of {drawn}")
         return positions
 
-    def sequences(self) -> Iterator[NDArray[np.int32]]:
-        """Token ids ``[context_length]`` of this rank, one sequence after another.
+    def sequences(self) -> Iterator[Mapping[str, Any]]:
+        """Rows of this rank, one sequence after another: ``input_ids`` ``[context_length]``, and what packed ones have.
 
         Raises:
             UserError: something in a corpus cannot be read.
@@ -239,6 +240,6 @@ class StreamLoader:
             queues = [{part: iter(rows) for part, rows in found.items()} for found, _, _ in chunks]
             for part, taken in map(self.share.text, draws):
                 if part in self.packed:
-                    yield np.asarray(self.packed[part][self._order.drawn(part, taken)]["input_ids"], dtype=np.int32)
+                    yield {**self._others, **self.packed[part][self._order.drawn(part, taken)]}
                 else:
-                    yield next(queues[owner[taken % LANES]][part])
+                    yield {**self._others, "input_ids": next(queues[owner[taken % LANES]][part])}

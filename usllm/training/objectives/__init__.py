@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from usllm.system.errors import UserError
-from usllm.training.objectives.base import Batch, Objective, next_token_loss
+from usllm.training.objectives.base import Batch, Objective, learnt, next_token_loss
 from usllm.training.objectives.cross_entropy import CrossEntropy
 from usllm.training.objectives.distill import Distill
 
@@ -29,4 +29,13 @@ def build_objective(name: str, **arguments: Any) -> Objective:
     return OBJECTIVES[name](**arguments)
 
 
-__all__ = ["OBJECTIVES", "Batch", "CrossEntropy", "Distill", "Objective", "build_objective", "next_token_loss"]
+__all__ = [
+    "OBJECTIVES",
+    "Batch",
+    "CrossEntropy",
+    "Distill",
+    "Objective",
+    "build_objective",
+    "learnt",
+    "next_token_loss",
+]

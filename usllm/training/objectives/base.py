@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from usllm.data.batches import NO_TARGET
+
 Batch = Mapping[str, Tensor]
-"""One micro batch; ``input_ids`` is ``[sequences, context]`` int64, packed, so every position is a real token."""
+"""One micro batch: ``input_ids`` int64 ``[sequences, context]``, packed, so every position is a real token.
+
+``labels`` of the same shape have ``NO_TARGET`` where nothing is learnt; without them all is. ``position_ids`` restart
+where a conversation begins that sees nothing of the others in its sequence."""
 
 CHUNK_ELEMENTS = 1 << 23
 """fp32 elements of ``[tokens, vocabulary]`` that one chunk may hold (32 MiB a copy)."""
-
-NO_TARGET = -100
 
 
 class Objective(ABC):
@@ -37,7 +40,11 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss (fp32 scalar with a graph) and its detached parts by name, for the log."""
+        """Return the loss (fp32 scalar with a graph) and its detached parts by name, for the log.
+
+        Sums over what is learnt are divided by the number of all places: a step has more or fewer targets than another,
+        and only the whole step knows how many (:class:`usllm.training.module.SketchFinetuner`).
+        """
 
 
 class _ChunkedSum(torch.autograd.Function):
@@ -88,18 +95,24 @@ def _negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=NO_TARGET)
 
 
-def next_token_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
+def learnt(batch: Batch) -> Tensor:
+    """Share of the places behind the first that have a target, fp32 scalar, 1 where nothing is left out."""
+    labels = batch.get("labels", batch["input_ids"])
+    return (labels[:, 1:] != NO_TARGET).float().mean()
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of each token given those before it, in nats.
 
     Args:
         logits: ``[sequences, context, vocabulary]``, any floating dtype; the loss is computed in fp32.
-        input_ids: ``[sequences, context]`` int64. The first token of a sequence is not predicted, and ``NO_TARGET`` is
+        labels: ``[sequences, context]`` int64. The first token of a sequence is not predicted, and ``NO_TARGET`` is
             not counted in the sum, which is divided by the number of all places behind the first.
 
     Returns:
         fp32 scalar.
     """
     # The last position predicts nothing; leaving it in, instead of cutting it off, spares a copy of the logits.
-    targets = F.pad(input_ids[:, 1:], (0, 1), value=NO_TARGET)
+    targets = F.pad(labels[:, 1:], (0, 1), value=NO_TARGET)
     total = sum_over_chunks(_negative_log_likelihood, logits.flatten(0, 1), targets.flatten())
-    return total / (input_ids.numel() - len(input_ids))
+    return total / (labels.numel() - len(labels))

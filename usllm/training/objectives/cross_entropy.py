@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from usllm.data.batches import model_inputs
 from usllm.training.objectives.base import Batch, Objective, next_token_loss
 
 
@@ -11,7 +12,5 @@ class CrossEntropy(Objective):
     """Mean next-token cross-entropy (nats per predicted token)."""
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        input_ids = batch["input_ids"]
-        logits = model(input_ids=input_ids, use_cache=False).logits
-        loss = next_token_loss(logits, input_ids)
-        return loss, {}
+        logits = model(**model_inputs(batch), use_cache=False).logits
+        return next_token_loss(logits, batch.get("labels", batch["input_ids"])), {}

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from usllm.data.batches import NO_TARGET, model_inputs
 from usllm.system.errors import UserError
-from usllm.training.objectives.base import NO_TARGET, Batch, Objective, sum_over_chunks
+from usllm.training.objectives.base import Batch, Objective, sum_over_chunks
 from usllm.training.objectives.in_head import ChunkLoss, hidden_in_head, parts_in_head, plain_head
 
 ENERGY_FLOOR = 0.1
@@ -24,7 +25,8 @@ class Distill(Objective):
     """``kl_weight · KL + hidden_weight · hidden + cross_entropy_weight · cross-entropy`` against the dense teacher.
 
     - *KL* is the forward divergence ``KL(teacher ‖ student)`` of the next-token distributions at ``temperature`` T,
-      times T² (which keeps the gradient's scale independent of T), meaned over all positions.
+      times T² (which keeps the gradient's scale independent of T), meaned over all positions, or summed over those
+      whose next token is learnt. The last position counts as its own token does.
     - *hidden* is the squared error of each hidden vector over the teacher's squared norm of it, meaned over positions
       and then over layers (the embedding output is left out: it is no layer's output). It is normalised position by
       position because a Llama's first positions carry norms hundreds of times larger than all others, and over a whole
@@ -84,14 +86,16 @@ class Distill(Objective):
         if self.teacher is None:
             raise RuntimeError("Distill.attach has not been called: there is no teacher")
         input_ids = batch["input_ids"]
+        labels = batch.get("labels", input_ids)
         names = [
             key for key, weight in (("kl", self.kl_weight), ("cross_entropy", self.cross_entropy_weight)) if weight
         ]
-        arguments = {"input_ids": input_ids, "use_cache": False, "output_hidden_states": self.hidden_weight > 0}
+        arguments = {**model_inputs(batch), "use_cache": False, "output_hidden_states": self.hidden_weight > 0}
         in_head = bool(names) and plain_head(model) is not None and plain_head(self.teacher) is not None
-        # Places without a target count as the last ones do, in the divisor too.
-        targets = F.pad(input_ids[:, 1:], (0, 1), value=NO_TARGET).flatten()
-        others, teacher = [targets], None
+        # Places without a target count in the divisor, as the last ones do.
+        targets = F.pad(labels[:, 1:], (0, 1), value=NO_TARGET).flatten()
+        counted = torch.cat([labels[:, 1:], labels[:, -1:]], dim=1) != NO_TARGET
+        others, teacher = [targets, counted.flatten()], None
         if self.kl_weight or self.hidden_weight:
             with torch.no_grad():
                 if in_head:
@@ -119,7 +123,7 @@ class Distill(Objective):
         parts = {name: part / getattr(self, f"{name}_weight") for name, part in parts.items()}
         if self.hidden_weight:
             assert teacher is not None
-            parts["hidden"] = hidden_state_error(student.hidden_states[1:], teacher.hidden_states[1:])
+            parts["hidden"] = hidden_state_error(student.hidden_states[1:], teacher.hidden_states[1:], counted)
             total = total + self.hidden_weight * parts["hidden"]
         return total, {name: part.detach() for name, part in parts.items()}
 
@@ -132,7 +136,7 @@ class Distill(Objective):
     def _parts(self, names: Sequence[str], teacher_head: tuple[Tensor, Tensor | None] | None) -> ChunkLoss:
         """Sums over positions of the parts that logits decide, in the order of ``names``."""
 
-        def sums(logits: Tensor, targets: Tensor, scores: Tensor | None = None) -> Tensor:
+        def sums(logits: Tensor, targets: Tensor, counted: Tensor, scores: Tensor | None = None) -> Tensor:
             found = []
             if "kl" in names and scores is not None:
                 if teacher_head is not None:
@@ -140,7 +144,8 @@ class Distill(Objective):
                     scores = F.linear(scores.to(weight.dtype), weight, bias)
                 log_student = (logits.float() / self.temperature).log_softmax(-1)
                 log_teacher = (scores.float() / self.temperature).log_softmax(-1)
-                found.append(F.kl_div(log_student, log_teacher, reduction="sum", log_target=True))
+                divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
+                found.append((divergence * counted).sum())
             if "cross_entropy" in names:
                 found.append(F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=NO_TARGET))
             return torch.stack(found)
@@ -148,11 +153,14 @@ class Distill(Objective):
         return sums
 
 
-def hidden_state_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Tensor:
+def hidden_state_error(
+    student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], counted: Tensor | None = None
+) -> Tensor:
     """Mean over layers and positions of ``‖student - teacher‖² / ‖teacher‖²``, the divisor floored.
 
     Args:
         student, teacher: one ``[sequences, context, width]`` tensor per layer, any floating dtype.
+        counted: bool ``[sequences, context]``; errors of other positions count as none. ``None``: all count.
 
     Returns:
         fp32 scalar: 0 for equal states, 1 where the student's states are zero.
@@ -162,7 +170,8 @@ def hidden_state_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...])
         theirs = theirs.float()
         energy = theirs.square().sum(-1)
         energy = energy.clamp_min(ENERGY_FLOOR * energy.median()).clamp_min(torch.finfo(torch.float32).eps)
-        errors.append(((ours.float() - theirs).square().sum(-1) / energy).mean())
+        error = (ours.float() - theirs).square().sum(-1) / energy
+        errors.append((error if counted is None else error * counted).mean())
     return torch.stack(errors).mean()
 
 
