@@ -13,8 +13,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from usllm.models import ModelSpec
 from usllm.models.gguf_contents import read_contents
+from usllm.models.gguf_out import check_gguf_out
 from usllm.models.gguf_plan import GgufPlan, plan_gguf
-from usllm.models.gguf_writer import check_gguf_out, write_gguf
+from usllm.models.gguf_writer import write_gguf
 from usllm.models.loading import load_config, load_dense, load_generation_config, load_tokenizer
 from usllm.models.random_model import byte_tokenizer, random_config
 from usllm.system.errors import UserError

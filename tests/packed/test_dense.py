@@ -21,9 +21,10 @@ from usllm.models import ModelSpec
 from usllm.models.loading import load_dense, load_tokenizer
 from usllm.packed import sharded_files
 from usllm.packed.decoded import DecodedModel, decode_folder, decode_source
-from usllm.packed.dense import DecodedSize, export_dense, is_decoded
+from usllm.packed.dense import DecodedSize, export_dense
 from usllm.packed.description import ModelFiles
 from usllm.packed.export import RestStorage
+from usllm.packed.new_folder import is_decoded
 from usllm.packed.source import PackingSource, from_model
 from usllm.sketch import SketchConfig
 from usllm.system.errors import PackedFormatError, UserError

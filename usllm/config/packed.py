@@ -18,12 +18,10 @@ from usllm.config.schema import AllocationConfig, DataConfig, EvaluationConfig
 from usllm.config.structure import built, merge_typed
 from usllm.config.validation import plain_config, user_error
 from usllm.models import ModelSpec
-from usllm.models.gguf_plan import GGUF_TYPES
-from usllm.models.gguf_writer import check_gguf_out
-from usllm.packed.dense import DENSE_FOLDER
+from usllm.models.gguf_out import GGUF_TYPES, check_gguf_out
 from usllm.packed.folder import is_packed
 from usllm.packed.layouts import CHOICES
-from usllm.packed.new_folder import PACKED_FOLDER, check_out
+from usllm.packed.new_folder import DENSE_FOLDER, PACKED_FOLDER, check_out
 from usllm.system.files import expanded, unusable
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

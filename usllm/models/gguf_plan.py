@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from usllm.models.gguf_contents import GgufContents
 from usllm.models.gguf_families import GGUF_FAMILIES, SETTINGS, GgufFamily, configuration_of
+from usllm.models.gguf_out import GGUF_TYPES, WRITER
 from usllm.models.gguf_rope import rope_metadata
 from usllm.models.gguf_tensors import stored_names
 from usllm.models.gguf_tokenizer import check_tokenizer
@@ -27,14 +28,10 @@ from usllm.packed.meaning import first_difference, meaning_of
 from usllm.packed.sharded_files import stored_tensors
 from usllm.system.errors import UserError
 
-GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
-"""Types of matrices that can be written."""
 _NUMBERS = {"F32": np.float32, "F16": np.float16}
 _IN_BLOCKS = ("Q8_0", "Q4_0")
 _BLOCK = 32
 _FILE_TYPES = {"F32": "ALL_F32", **{kind: f"MOSTLY_{kind}" for kind in GGUF_TYPES[1:]}}
-WRITER = "usllm"
-"""What ``general.quantized_by`` says, the first entry of a file."""
 _TOLD_BY_LAYERS = ("max_window_layers",)
 """Settings that decide nothing once the type of each layer is known."""
 
@@ -116,8 +113,8 @@ def plan_gguf(
         config: of the dense model.
         tokenizer: of the model.
         generation: names more tokens that end a text.
-        kind: type of matrices, one of :data:`GGUF_TYPES`; rows that are no whole blocks are BF16, and what is no matrix
-            is F32.
+        kind: type of matrices, one of :data:`usllm.models.gguf_out.GGUF_TYPES`; rows that are no whole blocks are
+            BF16, and what is no matrix is F32.
         embeddings: type of embedding and head; ``None``: that of the others, but Q8_0 beside Q4_0.
         general: metadata under ``general.``, such as a name and a description.
 

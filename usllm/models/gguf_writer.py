@@ -11,39 +11,10 @@ import torch
 from torch import Tensor
 
 from usllm.models.gguf_families import GGUF_FAMILIES
-from usllm.models.gguf_plan import WRITER, GgufPlan, PlannedTensor
+from usllm.models.gguf_plan import GgufPlan, PlannedTensor
 from usllm.models.gguf_tensors import as_stored
 from usllm.system.errors import UserError
-from usllm.system.files import partial_file, unusable
-
-_BEGINNING = 1024
-"""Bytes of a file in which its first entry is looked for."""
-
-
-def check_gguf_out(out: Path, overwrite: bool) -> None:
-    """Refuse a place that may not become a GGUF file, before any work; only one that was written here is replaced.
-
-    Raises:
-        UserError: it exists and may not be replaced, has another ending, or cannot be written.
-    """
-    if out.suffix != ".gguf":
-        raise UserError(f"out={out}: form=gguf writes one file: give it a name that ends in .gguf")
-    if reason := unusable(out):
-        raise UserError(f"out={out}: {reason}; give the name of a file")
-    if out.is_symlink() or out.exists():
-        if out.is_symlink() or not _is_written_here(out):
-            raise UserError(
-                f"out={out} exists and was not written by usllm-export: it is never replaced, choose another"
-            )
-        if not overwrite:
-            raise UserError(f"out={out} exists already: pass overwrite=true to replace it, or another name")
-
-
-def _is_written_here(path: Path) -> bool:
-    """Whether a file says so in its first entries."""
-    with path.open("rb") as file:
-        start = file.read(_BEGINNING)
-    return start.startswith(b"GGUF") and WRITER.encode() in start.partition(b"general.quantized_by")[2][:32]
+from usllm.system.files import partial_file
 
 
 def write_gguf(plan: GgufPlan, read: Callable[[str], Tensor], path: Path) -> None:

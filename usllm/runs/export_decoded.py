@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from usllm.config.packed import ExportConfig, size_in_bytes
 from usllm.models import ModelSpec
+from usllm.models.gguf_out import check_gguf_out
 from usllm.models.gguf_plan import plan_gguf
-from usllm.models.gguf_writer import check_gguf_out, write_gguf
+from usllm.models.gguf_writer import write_gguf
 from usllm.models.loading import load_config, load_dense, load_generation_config, load_tokenizer, packed_folder
 from usllm.packed.card import decoded_card
 from usllm.packed.decoded import DecodedModel, decode_folder, decode_source
