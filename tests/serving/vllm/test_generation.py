@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from engines import METHODS, WRITES, answered, needs_vllm, tokens_of
+from engines import METHODS, answered, needs_vllm, tokens_of
 
 import usllm
+from usllm.packed.linear import packed_layers
 
 pytestmark = [needs_vllm, pytest.mark.timeout(3600)]
 
@@ -52,23 +53,36 @@ def test_fp32_answers_are_those_of_load(model_of: Callable[[str], Model], method
     engine = {"model": str(model.folder), "dtype": "float32", "enforce_eager": True}
     request = {"engine": engine, "prompts": model.prompts, "sampling": {"max_tokens": TOKENS}}
     assert len(model.prompts) == 8 and max(map(len, model.answers)) == TOKENS
-    assert [answer["tokens"] for answer in answered(request, tmp_path)] == model.answers
+    assert [output["tokens"] for output in answered(request, tmp_path).outputs] == model.answers
 
 
+@pytest.mark.parametrize(
+    ("method", "layout", "in_place"),
+    [
+        ("rounding", "auto", "compact"),  # of 4 bits, which are too many to be expanded unasked
+        ("rounding", "expanded", "expanded"),
+        ("littlebit", "auto", "expanded"),
+    ],
+)
 @torch.no_grad()
-def test_bf16_choices_are_those_of_load(model_of: Callable[[str], Model], tmp_path: Path) -> None:
+def test_bf16_choices_are_those_of_load(
+    model_of: Callable[[str], Model], method: str, layout: str, in_place: str, tmp_path: Path
+) -> None:
     """Compiled, and teacher-forced: at each place of a text both are asked for the next token.
 
     Logits in bf16 are so coarse that the two largest are often equal: then either is a right choice.
     """
-    model = model_of(WRITES)
+    model = model_of(method)
     texts = [ids + answer for ids, answer in zip(model.prompts, model.answers, strict=True)]
-    engine = {"model": str(model.folder), "dtype": "bfloat16"}
+    engine: dict[str, Any] = {"model": str(model.folder), "dtype": "bfloat16"}
+    engine["additional_config"] = {"usllm": {"layout": layout}}
     sampling = {"max_tokens": 1, "prompt_logprobs": 1}
     answers = answered({"engine": engine, "prompts": texts, "sampling": sampling}, tmp_path)
-    ours = usllm.load(model.folder, dtype=torch.bfloat16)
+    ours = usllm.load(model.folder, dtype=torch.bfloat16, layout=layout)
+    assert answers.layouts == {name: layer.layout for name, layer in packed_layers(ours).items()}
+    assert set(answers.layouts.values()) == {in_place}
     logits = torch.cat([ours(torch.tensor([text])).logits[0, :-1].float() for text in texts])
-    theirs = torch.tensor([token for answer in answers for token in answer["choices"]])
+    theirs = torch.tensor([token for output in answers.outputs for token in output["choices"]])
     largest = logits.amax(-1)
     gaps = largest - logits.gather(1, theirs[:, None])[:, 0]
     share, same = (gaps == 0).float().mean().item(), (logits.argmax(-1) == theirs).float().mean().item()
