@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +107,17 @@ def test_texts_are_cut_into_the_same_tokens(tmp_path: Path) -> None:
         ("Q8_0", None, {"token_embd": "Q8_0", "output.weight": "Q8_0", "attn_q": "Q8_0", "attn_norm": "F32"}),
         ("Q4_0", None, {"token_embd": "Q8_0", "output.weight": "Q8_0", "attn_q": "Q4_0", "output_norm": "F32"}),
         ("Q4_0", "BF16", {"token_embd": "BF16", "output.weight": "BF16", "ffn_up": "Q4_0"}),
+        ("BF16", "Q8_0", {"token_embd": "Q8_0", "output.weight": "Q8_0", "ffn_up": "BF16"}),
     ],
 )
 def test_types_are_those_asked_for(kind: str, embeddings: str | None, kinds: dict[str, str], tmp_path: Path) -> None:
     from gguf import GGUFReader
 
     original, path = write(tmp_path, "llama", kind=kind, embeddings=embeddings)
-    stored = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+    reader = GGUFReader(path)
+    stored = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    in_blocks = not {"Q8_0", "Q4_0"}.isdisjoint(stored.values())
+    assert ("general.quantization_version" in reader.fields) == in_blocks
     for part, wanted in kinds.items():
         found = {stored[name] for name in stored if name.removeprefix("blk.0.").startswith(part)}
         assert found == {wanted}, part
@@ -186,15 +191,24 @@ def test_tokenizer_without_merges_is_refused() -> None:
         plan_gguf(random_config("llama"), byte_tokenizer())
 
 
-def test_number_that_is_not_finite_in_its_type_is_named_and_leaves_no_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "types", "way_out"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", {"kind": "F16"}, "gguf.type=F32"),
+        ("model.embed_tokens.weight", {"kind": "F32", "embeddings": "F16"}, "gguf.embeddings=F32"),
+        ("lm_head.weight", {"kind": "F16"}, "gguf.embeddings=F32"),
+    ],
+)
+def test_number_that_is_not_finite_in_its_type_is_named_and_leaves_no_file(
+    name: str, types: dict[str, str], way_out: str, tmp_path: Path
+) -> None:
     write_model(tmp_path / "original.gguf", "llama")
     spec = of(tmp_path / "original.gguf")
     weights = load_dense(spec).state_dict()
-    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e30
-    with pytest.raises(
-        UserError, match=r"model\.layers\.0\.mlp\.up_proj\.weight: holds values that are not finite as F16"
-    ):
-        write_gguf(plan_of(spec, kind="F16"), weights.__getitem__, tmp_path / "written.gguf")
+    weights[name][0, 0] = 1e30
+    told = f"{name}: holds values that are not finite as F16; pass {way_out}"
+    with pytest.raises(UserError, match=f"^{re.escape(told)}$"):
+        write_gguf(plan_of(spec, **types), weights.__getitem__, tmp_path / "written.gguf")
     assert not list(tmp_path.glob("*written*"))
 
 

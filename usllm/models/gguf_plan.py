@@ -38,12 +38,21 @@ _TOLD_BY_LAYERS = ("max_window_layers",)
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor that is to be written: its parameter (``None`` where ``values`` are given), shape and type."""
+    """A tensor that is to be written.
+
+    Attributes:
+        source: its parameter; ``None`` where ``values`` are given.
+        shape: of its values.
+        kind: its type.
+        values: those of a tensor that is no parameter.
+        setting: the key that decides the type of a matrix.
+    """
 
     source: str | None
     shape: tuple[int, ...]
     kind: str
     values: Tensor | None = None
+    setting: str = "gguf.type"
 
     @property
     def byte_shape(self) -> tuple[int, ...]:
@@ -133,9 +142,10 @@ def plan_gguf(
         if (name := names[parameter]) == parameter:
             raise UserError(f"form=gguf: {parameter} has no name in a GGUF file of a {architecture}; pass form=dense")
         shape = tuple(tensor.shape)
-        tensors[name] = PlannedTensor(parameter, shape, _kind(shape, of_ends if id(tensor) in ends else kind))
+        asked, setting = (of_ends, "gguf.embeddings") if id(tensor) in ends else (kind, "gguf.type")
+        tensors[name] = PlannedTensor(parameter, shape, _kind(shape, asked), setting=setting)
     metadata |= vocabulary_metadata(tokenizer, tensors["token_embd.weight"].shape[0], generation)
-    plan = GgufPlan(architecture, config, _general(kind, general or {}) | metadata, tensors)
+    plan = GgufPlan(architecture, config, _general(kind, tensors, general or {}) | metadata, tensors)
     _check(plan)
     return plan
 
@@ -160,12 +170,12 @@ def _metadata(
     return {f"{architecture}.{key}": value for key, value in found.items() if value is not None}, divisors
 
 
-def _general(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def _general(kind: str, tensors: Mapping[str, PlannedTensor], given: Mapping[str, Any]) -> dict[str, Any]:
     import gguf
 
     found: dict[str, Any] = {"quantized_by": WRITER, "type": "model"}
     found["file_type"] = int(gguf.LlamaFileType[_FILE_TYPES[kind]])
-    if kind in _IN_BLOCKS:
+    if any(tensor.kind in _IN_BLOCKS for tensor in tensors.values()):
         found["quantization_version"] = gguf.GGML_QUANT_VERSION
     return {f"general.{key}": value for key, value in (found | dict(given)).items()}
 

@@ -64,7 +64,7 @@ def _encoded(plan: GgufPlan, name: str, tensor: PlannedTensor, read: Callable[[s
         encoded = quantize(values.contiguous().numpy(), stored_as)
     if not bool(np.isfinite(dequantize(encoded, stored_as)).all()):
         raise UserError(
-            f"{tensor.source or name}: holds values that are not finite as {tensor.kind}; pass gguf.type=F32"
+            f"{tensor.source or name}: holds values that are not finite as {tensor.kind}; pass {tensor.setting}=F32"
         )
     return encoded
 
