@@ -159,31 +159,38 @@ def test_more_ends_of_a_text_come_along(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("gpt2", {}, "a gpt2 cannot be written; those that can are llama, qwen2"),
-        ("llama", {"hidden_act": "gelu"}, "GGUF does not say it all of this llama"),
+        ("llama", {"hidden_act": "gelu"}, r"of this llama: layers\.\*\.mlp\.act_fn differs;"),
         (
             "llama",
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "rope_type=yarn of a llama has no form in GGUF",
+            "rope_type=yarn of a llama has no form in GGUF;",
         ),
-        ("qwen3", {"attention_bias": True}, "has no name in a GGUF file|GGUF does not say it all"),
-        ("gemma2", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar|GGUF does not say it all"),
+        ("qwen3", {"attention_bias": True}, r"of this qwen3: attention_bias differs \(True is read as False\);"),
+        (
+            "gemma2",
+            {"query_pre_attn_scalar": 7},
+            r"of this gemma2: layers\.\*\.self_attn\.scaling differs \(0\.3779\d* is read as 0\.0625\);",
+        ),
     ],
 )
 def test_what_the_file_could_not_say_is_refused(
     kind: str, settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     write_model(tmp_path / "original.gguf", "llama")
+    tokenizer = load_tokenizer(of(tmp_path / "original.gguf"))
     config = tiny_model("llama").config.to_dict()
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     shared = {key: config[key] for key in (*sizes, "num_key_value_heads", "max_position_embeddings")}
-    if kind == "gpt2":
-        shared = {}
-    odd = AutoConfig.for_model(kind, **(shared | settings))
+    assert plan_gguf(AutoConfig.for_model(kind, **shared), tokenizer).tensors
     with pytest.raises(UserError, match=message) as caught:
-        plan_gguf(odd, load_tokenizer(of(tmp_path / "original.gguf")))
+        plan_gguf(AutoConfig.for_model(kind, **(shared | settings)), tokenizer)
     assert "\n" not in str(caught.value)
     assert "form=dense" in str(caught.value)
+
+
+def test_family_without_a_form_in_gguf_is_refused() -> None:
+    with pytest.raises(UserError, match="a gpt2 cannot be written; those that can are llama, qwen2.*pass form=dense"):
+        plan_gguf(AutoConfig.for_model("gpt2"), byte_tokenizer())
 
 
 def test_tokenizer_without_merges_is_refused() -> None:
