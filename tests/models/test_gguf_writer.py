@@ -189,7 +189,7 @@ def test_what_the_file_could_not_say_is_refused(
 
 
 def test_family_without_a_form_in_gguf_is_refused() -> None:
-    with pytest.raises(UserError, match="a gpt2 cannot be written; those that can are llama, qwen2.*pass form=dense"):
+    with pytest.raises(UserError, match=r"a gpt2 cannot be written; those that can are llama, qwen2.*pass form=dense"):
         plan_gguf(AutoConfig.for_model("gpt2"), byte_tokenizer())
 
 
