@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from usllm.config.packed import ExportConfig, size_in_bytes
+from usllm.config.packed import ExportConfig, refused_beside_packed, size_in_bytes
+from usllm.config.validation import user_error
 from usllm.models import ModelSpec
 from usllm.models.gguf_out import check_gguf_out
 from usllm.models.gguf_plan import plan_gguf
@@ -51,6 +52,8 @@ def export_decoded(config: ExportConfig, command: str, given: Sequence[str] = ()
         progress.print("Reading the checkpoint …")
         origin = from_run(config, given, progress)
     elif packed is not None:
+        if refused := refused_beside_packed(config, given):  # one of the hub, which is known as packed from here on
+            raise user_error(refused)
         progress.print("Reading the packed model …")
         origin = from_packed(config, packed)
     else:
