@@ -145,6 +145,29 @@ def test_packed_model_of_the_hub_refuses_what_one_of_a_folder_does(
     assert told[0] == told[1]
 
 
+@pytest.mark.parametrize("source", ["dense", "packed"])
+def test_file_is_planned_once(
+    source: str, packed: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans, plan_gguf = [], export_decoded.plan_gguf
+    monkeypatch.setattr(
+        export_decoded, "plan_gguf", lambda *files, **types: plans.append(types) or plan_gguf(*files, **types)
+    )
+    given = [f"model={packed}"]
+    if source == "dense":
+        given = [
+            f"model={packed.parent}/model.gguf",
+            "data=text",
+            f"data.train.path={tiny_text}",
+            "data.context_length=32",
+            *SKETCH,
+        ]
+        given.append("calibration_sequences=1")
+    run(export, *given, f"out={tmp_path}/model.gguf", "form=gguf", "gguf.type=F16", "gguf.embeddings=Q8_0")
+    assert plans == [{"kind": "F16", "embeddings": "Q8_0"}]
+    assert load_dense(ModelSpec(kind="gguf", name=None, file=str(tmp_path / "model.gguf")))
+
+
 def test_existing_places_are_kept_unless_told_otherwise(packed: Path, tmp_path: Path) -> None:
     dense = [f"model={packed}", f"out={tmp_path}/dense", "form=dense"]
     gguf = [f"model={packed}", f"out={tmp_path}/model.gguf", "form=gguf"]

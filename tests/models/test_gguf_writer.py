@@ -12,7 +12,7 @@ import transformers
 from gguf_of_model import MODELS, tiny_model, write_model
 from transformers import AutoConfig, PreTrainedModel
 
-from usllm.models import ModelSpec
+from usllm.models import ModelSpec, gguf_plan
 from usllm.models.gguf_contents import read_contents
 from usllm.models.gguf_out import check_gguf_out
 from usllm.models.gguf_plan import GgufPlan, plan_gguf
@@ -145,6 +145,23 @@ def test_bytes_that_are_said_before_are_those_written(tmp_path: Path) -> None:
         stored = sum(int(tensor.n_bytes) for tensor in GGUFReader(tmp_path / "written.gguf").tensors)
         assert plan.tensor_bytes == stored
         assert 0 < (tmp_path / "written.gguf").stat().st_size - stored < 30_000
+
+
+def test_model_is_planned_from_one_skeleton_and_described_without_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "original.gguf", "llama")
+    made, skeleton = [], gguf_plan.skeleton
+    monkeypatch.setattr(gguf_plan, "skeleton", lambda config: made.append(config) or skeleton(config))
+    plan = plan_of(of(tmp_path / "original.gguf"))
+    described = plan.described("a name", "how it was made")
+    assert len(made) == 2  # of the model, and of what the reader makes of the file
+    assert described.metadata == {
+        **plan.metadata,
+        **{"general.name": "a name", "general.description": "how it was made"},
+    }
+    assert list(described.metadata)[0] == "general.quantized_by"  # by which a file that may be replaced is known
+    assert described.tensors == plan.tensors
 
 
 def test_more_ends_of_a_text_come_along(tmp_path: Path) -> None:

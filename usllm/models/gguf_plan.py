@@ -7,14 +7,14 @@ package says what it would make of them. Where that is not the same model, nothi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from usllm.models.gguf_contents import GgufContents
 from usllm.models.gguf_families import GGUF_FAMILIES, SETTINGS, GgufFamily, configuration_of
@@ -96,6 +96,11 @@ class GgufPlan:
         """Bytes of all tensors, without the gaps between them."""
         return sum(tensor.bytes for tensor in self.tensors.values())
 
+    def described(self, name: str, description: str) -> GgufPlan:
+        """The same plan of a file that says what it is called and how it was made."""
+        told = {"general.name": name, "general.description": description}
+        return replace(self, metadata={**self.metadata, **told})  # the mark of the writer stays the first entry
+
     def by_kind(self) -> dict[str, int]:
         """Number of tensors of each type."""
         kinds = [tensor.kind for tensor in self.tensors.values()]
@@ -114,7 +119,6 @@ def plan_gguf(
     *,
     kind: str = "BF16",
     embeddings: str | None = None,
-    general: Mapping[str, Any] | None = None,
 ) -> GgufPlan:
     """Everything of the file but its weights, checked to be read as the same model; no weights are read.
 
@@ -125,7 +129,6 @@ def plan_gguf(
         kind: type of matrices, one of :data:`usllm.models.gguf_out.GGUF_TYPES`; rows that are no whole blocks are
             BF16, and what is no matrix is F32.
         embeddings: type of embedding and head; ``None``: that of the others, but Q8_0 beside Q4_0.
-        general: metadata under ``general.``, such as a name and a description.
 
     Raises:
         UserError: the family, its rotary embedding or its tokenizer has no form in GGUF.
@@ -145,8 +148,8 @@ def plan_gguf(
         asked, setting = (of_ends, "gguf.embeddings") if id(tensor) in ends else (kind, "gguf.type")
         tensors[name] = PlannedTensor(parameter, shape, _kind(shape, asked), setting=setting)
     metadata |= vocabulary_metadata(tokenizer, tensors["token_embd.weight"].shape[0], generation)
-    plan = GgufPlan(architecture, config, _general(kind, tensors, general or {}) | metadata, tensors)
-    _check(plan)
+    plan = GgufPlan(architecture, config, _general(kind, tensors) | metadata, tensors)
+    _check(plan, model)
     return plan
 
 
@@ -170,25 +173,25 @@ def _metadata(
     return {f"{architecture}.{key}": value for key, value in found.items() if value is not None}, divisors
 
 
-def _general(kind: str, tensors: Mapping[str, PlannedTensor], given: Mapping[str, Any]) -> dict[str, Any]:
+def _general(kind: str, tensors: Mapping[str, PlannedTensor]) -> dict[str, Any]:
     import gguf
 
     found: dict[str, Any] = {"quantized_by": WRITER, "type": "model"}
     found["file_type"] = int(gguf.LlamaFileType[_FILE_TYPES[kind]])
     if any(tensor.kind in _IN_BLOCKS for tensor in tensors.values()):
         found["quantization_version"] = gguf.GGML_QUANT_VERSION
-    return {f"general.{key}": value for key, value in (found | dict(given)).items()}
+    return {f"general.{key}": value for key, value in found.items()}
 
 
-def _check(plan: GgufPlan) -> None:
-    """Compare what the reader would make of a plan with the model that it is of."""
+def _check(plan: GgufPlan, model: PreTrainedModel) -> None:
+    """Compare what the reader would make of a plan with the model that it is of, which may have no weights."""
     given = {name: tensor for name, tensor in plan.tensors.items() if tensor.values is not None}
     stored = {name: _as_read(tensor) for name, tensor in given.items()}
     shapes = {name: tensor.shape for name, tensor in plan.tensors.items()}
     contents = _PlannedContents(Path("planned.gguf"), plan.architecture, plan.metadata, shapes, stored)
     found = skeleton(configuration_of(contents))
     check_tokenizer(contents)
-    if what := first_difference(meaning_of(skeleton(plan.config)), found, _TOLD_BY_LAYERS):
+    if what := first_difference(meaning_of(model), found, _TOLD_BY_LAYERS):
         raise UserError(
             f"form=gguf: GGUF does not say it all of this {plan.config.model_type}: {what}; pass form=dense"
         )
