@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -40,28 +39,13 @@ def expected(strategy: str, objective: str) -> dict[str, int]:
 
 def measured(strategy: str) -> dict[str, dict[str, int]]:
     """Bytes by objective and stage, of rank 0; all ranks are processes of their own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = SETUPS[strategy]
-    launched = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "check"}
-    launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    line = [sys.executable, str(Path(__file__).with_name("scaling_peaks.py")), strategy]
-    started = [
-        subprocess.Popen(
-            line,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ
-            | ({name: str(value) for name, value in ({**launched, "RANK": rank, "LOCAL_RANK": rank}).items()}),
-        )
-        for rank in range(ranks)
-    ]
-    outputs = [process.communicate()[0] for process in started]
-    if any(process.returncode for process in started):
-        raise RuntimeError(f"{' '.join(line)}: has failed; run it alone to see why")
-    found: dict[str, dict[str, int]] = json.loads(outputs[0].splitlines()[-1])
+    script, ranks = str(Path(__file__).with_name("scaling_peaks.py")), SETUPS[strategy]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    line = [sys.executable, *launcher, script, strategy]
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(line)}: has failed\n{done.stderr[-2000:]}")
+    found: dict[str, dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 

@@ -154,4 +154,6 @@ def run(strategy: str, objective: str) -> dict[str, int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({objective: run(sys.argv[1], objective) for objective in OBJECTIVES}))
+    peaks = {objective: run(sys.argv[1], objective) for objective in OBJECTIVES}
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(peaks))

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from usllm.training.objectives.base import CHUNK_ELEMENTS
+from usllm_kernels.ops.sketch_linear.op import SLAB
+
 FP32, BF16 = 4, 2
-CHUNK = 1 << 23
-"""fp32 elements of logits that exist at a time where a loss takes them in chunks."""
-SLAB = 1 << 25
-"""Weights of a compressed layer that a card decodes at a time."""
 OBJECTIVES = ("cross_entropy", "distill")
 
 
@@ -101,7 +100,7 @@ def copies(model: Counted, setup: Setup, compressed: bool) -> int:
 def loss(model: Counted, setup: Setup, objective: str) -> int:
     """Logits, what a loss makes of them, and the gradient of the head where it is made along with them."""
     whole = setup.context * model.vocabulary
-    some = min(whole, max(CHUNK, model.vocabulary))
+    some = min(whole, max(CHUNK_ELEMENTS, model.vocabulary))
     if objective == "cross_entropy":
         return 2 * BF16 * whole + 3 * FP32 * some
     gathered = (FP32 + BF16) * model.head if setup.sharded else 0  # the head of the model, and of the teacher
@@ -156,9 +155,10 @@ def stages(model: Counted, setup: Setup, objective: str) -> dict[str, tuple[int,
     reconstruct += model.saved * setup.step // setup.context // share
     tuned = sum(finetune(model, setup, objective).values())
     offloaded = (4 * FP32 + (BF16 if objective == "distill" else 0)) * model.shard if setup.offload else 0
+    checkpoint = 3 * FP32 * model.weights  # latents and moments, gathered on rank 0
     if setup.sharded:
         both = {"start": (0, start + teacher), "reconstruct": (0, reconstruct + teacher)}
-        found = {"calibrate": (calibrate, FP32 * model.weights), **both, "finetune": (tuned, offloaded)}
+        found = {"calibrate": (calibrate, FP32 * model.weights), **both, "finetune": (tuned, offloaded + checkpoint)}
     else:
         before = {"calibrate": calibrate, "start": start, "reconstruct": reconstruct}
         found = {name: (size, teacher) for name, size in before.items()} | {"finetune": (tuned, 0)}

@@ -18,7 +18,9 @@ LAYOUTS = ("compact", "expanded", "decoded")
 
 
 class PackedWeight:
-    """The place of a weight that exists only as bytes. ``peft`` asks it for its device.
+    """The place of a weight that exists only as bytes.
+
+    ``peft`` asks it for its device, and for its type, which is that of bytes: so adapters are not cast to it.
 
     Raises:
         AttributeError: Anything else is asked of it; an adapter that is to be merged asks for its ``data``.
@@ -181,7 +183,8 @@ class _DecodedAgain(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, bias: Tensor | None, layer: PackedLinear) -> Tensor:
-        return layer.compact(x, x.dtype).clone()  # adapters may add to it in place, which torch refuses for a view
+        y = layer.compact(x, x.dtype)
+        return y.clone() if y._is_view() else y  # adapters may add to it in place, which torch refuses for a view
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

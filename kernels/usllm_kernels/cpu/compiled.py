@@ -22,6 +22,8 @@ from usllm_kernels import blocks, compiled_operators, planes
 
 numba_settings: Any = _config  # its names are made at run time
 _HERE = Path(__file__).parent
+ELSEWHERE = (scale, quantize, compiled_operators, planes, blocks)
+"""Modules outside of this folder whose constants are compiled in."""
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -48,8 +50,7 @@ def code_folder(sources: Path, asked: str = "") -> Path | None:
         The folder, or ``None`` where none can be created: each process then compiles for itself.
     """
     digest = hashlib.blake2b(digest_size=8)
-    elsewhere = (scale, quantize, compiled_operators, planes, blocks)  # their constants are compiled in
-    for file in [*sorted(sources.glob("*.py")), *(Path(str(module.__file__)) for module in elsewhere)]:
+    for file in [*sorted(sources.glob("*.py")), *(Path(str(module.__file__)) for module in ELSEWHERE)]:
         digest.update(file.name.encode() + file.read_bytes())
     places = [Path(asked)] if asked else [sources / "__pycache__", cache_root() / "compiled"]
     for place in places:

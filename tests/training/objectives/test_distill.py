@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from tiny_run import load_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -169,6 +170,40 @@ def test_family_that_changes_logits_behind_its_head_is_computed_with_whole_ones(
     assert plain_head(model) is not None
     model.config.final_logit_softcapping = 30.0
     assert plain_head(model) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("RecurrentGemma", {"logits_soft_cap": 30.0}),
+        ("FalconH1", {"lm_head_multiplier": 0.05}),
+        ("xLSTM", {"output_logit_soft_cap": 30.0}),
+    ],
+)
+def test_configurations_of_such_families_are_known_by_their_keys(family: str, settings: dict[str, float]) -> None:
+    kind = getattr(transformers, f"{family}Config")
+    (key,) = settings
+    assert hasattr(kind(), key)  # the family still has it
+    model = load_model()
+    setattr(model.config, key, settings[key])
+    assert plain_head(model) is None
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_family_that_nobody_knows_to_change_logits_is_refused(whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = Distill(hidden_weight=0.0)
+    student = student_and(objective)
+    changed: Any = student if whose == "student" else objective.teacher
+    plain = changed.forward
+
+    def halved(**arguments: Any) -> Any:
+        output = plain(**arguments)
+        output.logits = output.logits / 2
+        return output
+
+    monkeypatch.setattr(changed, "forward", halved)
+    with pytest.raises(UserError, match=r"objective: LlamaForCausalLM changes what its head gives"):
+        objective.loss(student, {"input_ids": IDS})
 
 
 def test_gradient_points_from_student_to_teacher() -> None:

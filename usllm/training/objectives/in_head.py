@@ -111,8 +111,8 @@ def _refuse_changed(model: nn.Module, given: Tensor, returned: Tensor) -> None:
     returned = returned.detach()
     if returned.data_ptr() != given.data_ptr() and not torch.equal(returned, given.to(returned.dtype)):
         raise UserError(
-            f"objective: {type(model).__name__} changes what its head gives, in a way that usllm does not know; it can be "
-            "trained by loss of whole logits alone, which needs its key in usllm/training/objectives/in_head.py"
+            f"objective: {type(model).__name__} changes what its head gives, in a way that usllm does not know: its "
+            "loss needs whole logits, and its key among those of usllm/training/objectives/in_head.py"
         )
 
 

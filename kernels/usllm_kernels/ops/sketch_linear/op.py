@@ -12,6 +12,9 @@ from usllm.sketch.codec import States
 from usllm_kernels.dispatch import implementation, running_on
 from usllm_kernels.plans import PlanNumbers, check_states, flatten, list_states, name_states, unflatten
 
+SLAB = 1 << 25
+"""Weights that a card decodes at a time for many tokens: 64 MiB in bfloat16."""
+
 
 def sketch_linear(
     x: Tensor,

@@ -17,6 +17,7 @@ from usllm.sketch import Plan
 from usllm.sketch.codec import States
 from usllm_kernels.compiled_operators import supports
 from usllm_kernels.ops.query.triton import query_groups
+from usllm_kernels.ops.sketch_linear.op import SLAB
 from usllm_kernels.ops.sketch_linear.triton_few_tokens import few_tokens
 from usllm_kernels.ops.sketch_linear.triton_input_gradient import few_tokens_gradient
 from usllm_kernels.ops.sketch_linear.triton_many_tokens import many_tokens
@@ -26,7 +27,6 @@ __all__ = ["input_gradient", "sketch_linear", "supports"]
 
 FEW_TOKENS = 8
 TILE_TOKENS = 128
-SLAB = 1 << 25  # weights decoded at once: 64 MiB in bfloat16
 
 
 def sketch_linear(x: Tensor, states: States, plan: Plan) -> Tensor:
