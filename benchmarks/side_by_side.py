@@ -4,9 +4,9 @@
 
 One machine, one number of threads, batch 1. Every model is measured in a process of its own, all on the same windows of
 tokens. FOLDER is where ``pip install --no-deps --target FOLDER xllamacpp`` has put llama.cpp; without it the rows of
-llama.cpp are left out. What is measured is benchmarks/results/side_by_side.json. With ``--only`` rows are measured again
-or added to it; those that stay must have been measured on such a machine with such settings, and every row says by
-which call and commit it was. That a machine is as free as it was nobody can see.
+llama.cpp are left out. What is measured is benchmarks/results/side_by_side.json. With ``--only`` rows are measured
+again or added to it; those that stay must have been measured on such a machine with such settings, and every row says
+by which call and commit it was: what else the machine did then nobody can see.
 ``python benchmarks/side_by_side_table.py`` makes the table of docs/results.md and the picture from it.
 """
 
@@ -73,7 +73,9 @@ def _compare(given: argparse.Namespace) -> None:
     shared = {
         "machine": machine(),
         **{key: getattr(given, key) for key in ("threads", "clock", "windows", "tokens", "rounds")},
-        **{"text": given.text.name, "window": LONG, "llama_cpp": _version(given)},
+        "text": given.text.name,
+        "window": LONG,
+        "llama_cpp": _version(given),
         "tokens_as_transformers": _write_windows(given),
     }
     rows = _kept(json.loads(RESULT.read_text(encoding="utf-8")), shared) if RESULT.exists() and given.only else {}

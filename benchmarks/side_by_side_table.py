@@ -67,8 +67,9 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _call(call: Mapping[str, Any]) -> str:
-    code = call["code"]
-    commit = f"commit {code['commit'][:10]}{' and changes' * code['changed']}" if "commit" in code else "no commit known"
+    code, commit = call["code"], "no commit known"
+    if "commit" in code:
+        commit = f"commit {code['commit'][:10]}{' and changes' * code['changed']}"
     return f"{call['began']}, {commit}: `{call['command']}`"
 
 

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -111,10 +113,8 @@ def test_texts_are_cut_into_the_same_tokens(tmp_path: Path) -> None:
     ],
 )
 def test_types_are_those_asked_for(kind: str, embeddings: str | None, kinds: dict[str, str], tmp_path: Path) -> None:
-    from gguf import GGUFReader
-
     original, path = write(tmp_path, "llama", kind=kind, embeddings=embeddings)
-    reader = GGUFReader(path)
+    reader = gguf.GGUFReader(path)
     stored = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     in_blocks = not {"Q8_0", "Q4_0"}.isdisjoint(stored.values())
     assert ("general.quantization_version" in reader.fields) == in_blocks
@@ -135,16 +135,47 @@ def test_rows_that_are_no_blocks_stay_at_16_bits(tmp_path: Path) -> None:
 
 
 def test_bytes_that_are_said_before_are_those_written(tmp_path: Path) -> None:
-    from gguf import GGUFReader
-
     for kind in ("F32", "BF16", "Q8_0", "Q4_0"):
         write_model(tmp_path / "original.gguf", "llama")
         spec = of(tmp_path / "original.gguf")
         plan = plan_of(spec, kind=kind)
         write_gguf(plan, load_dense(spec).state_dict().__getitem__, tmp_path / "written.gguf")
-        stored = sum(int(tensor.n_bytes) for tensor in GGUFReader(tmp_path / "written.gguf").tensors)
+        stored = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(tmp_path / "written.gguf").tensors)
         assert plan.tensor_bytes == stored
         assert 0 < (tmp_path / "written.gguf").stat().st_size - stored < 30_000
+
+
+class InF32:
+    """An encoding of the tests' own."""
+
+    number = gguf.GGMLQuantizationType.F32
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+
+    def bytes(self, shape: tuple[int, ...]) -> int:
+        return 4 * int(np.prod(shape))
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        if self.fails:
+            raise ArithmeticError("does not encode")
+        return values.view(np.uint8).reshape(-1)
+
+
+def test_other_encodings_than_planned_are_written_in_the_same_file_whole_or_not_at_all(tmp_path: Path) -> None:
+    original = write_model(tmp_path / "original.gguf", "llama")
+    plan, read = plan_of(of(tmp_path / "original.gguf")), original.state_dict().__getitem__
+    path, chosen = tmp_path / "written.gguf", "blk.0.ffn_down.weight"
+    with pytest.raises(ArithmeticError, match="does not encode"):
+        write_gguf(plan, read, path, {chosen: InF32(fails=True)})
+    assert [file.name for file in tmp_path.glob("*written*")] == []
+    write_gguf(plan, read, path, {chosen: InF32()})
+    wanted, found = read_contents(tmp_path / "original.gguf"), read_contents(path)
+    exact = [name for name in wanted.shapes if torch.equal(found.tensor(name), wanted.tensor(name))]
+    assert chosen in exact and "blk.0.ffn_up.weight" not in exact
+    torch.testing.assert_close(
+        found.tensor("blk.0.ffn_up.weight"), wanted.tensor("blk.0.ffn_up.weight"), rtol=2**-8, atol=0
+    )
 
 
 def test_model_is_planned_from_one_skeleton_and_described_without_another(
@@ -156,11 +187,9 @@ def test_model_is_planned_from_one_skeleton_and_described_without_another(
     plan = plan_of(of(tmp_path / "original.gguf"))
     described = plan.described("a name", "how it was made")
     assert len(made) == 2  # of the model, and of what the reader makes of the file
-    assert described.metadata == {
-        **plan.metadata,
-        **{"general.name": "a name", "general.description": "how it was made"},
-    }
-    assert list(described.metadata)[0] == "general.quantized_by"  # by which a file that may be replaced is known
+    told = {"general.name": "a name", "general.description": "how it was made"}
+    assert described.metadata == plan.metadata | told
+    assert next(iter(described.metadata)) == "general.quantized_by"  # by which a file that may be replaced is known
     assert described.tensors == plan.tensors
 
 

@@ -54,9 +54,9 @@ def write_gguf(
             for key, value in plan.metadata.items():
                 add_entry(writer, key, value)
             for name, tensor in plan.tensors.items():
-                if other := others.get(name):  # the package takes the shape of values, where it is not told of bytes
-                    count, values = other.bytes(tensor.shape), np.dtype(np.float32)
-                    writer.add_tensor_info(name, tensor.shape, values, count, raw_dtype=other.number)
+                if other := others.get(name):  # the package would reckon with types of its own
+                    count, of_values = other.bytes(tensor.shape), np.dtype(np.float32)
+                    writer.add_tensor_info(name, tensor.shape, of_values, count, raw_dtype=other.number)
                 else:
                     kind = gguf.GGMLQuantizationType[tensor.kind]
                     writer.add_tensor_info(name, tensor.byte_shape, tensor.item_type, tensor.bytes, raw_dtype=kind)
