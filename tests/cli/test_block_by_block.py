@@ -127,6 +127,17 @@ def test_packed_folder_is_like_any_other_and_measures_the_same(model: Path, tiny
     assert "block_by_block=true" in card and f"{row['finetuned']:.2f}" in card
 
 
+def test_what_is_left_out_of_a_stream_is_said(model: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"document {number} of some words " * 9}) + "\n" for number in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(rows[:20]) + "broken\n" + "".join(rows[20:]))
+    given = ["data=jsonl", "data.train.streaming=true", "data.on_bad=skip", "data.validation_documents=8"]
+    done = run(model, tmp_path / "a.jsonl", tmp_path, *SKETCH, *BLOCKWISE, *given)
+    assert done.status == 0, done.output
+    rows_skipped = report(tmp_path)["streams"]["data.train"]["skipped"]["rows"]
+    assert rows_skipped >= 1
+    assert f"skipped {rows_skipped} rows and 0 files or parts, first: " in done.output
+
+
 @pytest.mark.parametrize("place", cases(KILLS, "in a block"))
 def test_run_killed_anywhere_continues_bit_for_bit(place: str, model: Path, tiny_text: Path, tmp_path: Path) -> None:
     done = run(model, tiny_text, tmp_path / "whole", *SKETCH, *BLOCKWISE)

@@ -69,6 +69,11 @@ VALUES = [
     train("seed=99999999999999999999999", "seed=99999999999999999999999: must fit into 64 bits"),
     train("trainer.max_steps=99999999999999999999999", "trainer.max_steps=99999999999999999999999"),
     train(["trainer.max_steps=null", "trainer.epochs=1e300"], "trainer.epochs", "must be below 2147483648 steps"),
+    train("trainer.tokens=100", "trainer.max_steps=2, trainer.epochs=None and trainer.tokens=100: set exactly one"),
+    train(["trainer.epochs=1", "trainer.tokens=9", "trainer.max_steps=null"], "trainer.tokens=9: set exactly one"),
+    train(["trainer.max_steps=null", "trainer.tokens=-5"], "trainer.tokens=-5: must be a whole number of at least 1"),
+    train(["trainer.max_steps=null", "trainer.tokens=1e9"], "trainer.tokens=1000000000.0: must be a whole number"),
+    train(["trainer.max_steps=null", f"trainer.tokens={10**18}"], "trainer.tokens", "must be below 2147483648 steps"),
     train("trainer.accumulate_grad_batches=99999999999", "must be a whole number of at least 1"),
     train("data.batch_size=9223372036854775807", "data.batch_size=9223372036854775807: must be at least 1 and below"),
     train("data.num_workers=100000", "data.num_workers=100000: must be at least 0 and below 1025"),
@@ -222,6 +227,11 @@ STREAMS = [
     stream(["model=FOREIGN"], "holds token", "but the model has 264 tokens"),
     stream("data.validation_documents=1000", "hold no text to train on"),
     stream(["data.train.kind=hub", "+data.train.name=HERE/none"], "cannot be found on the Hugging Face hub"),
+    stream(
+        ["trainer.max_steps=null", "trainer.tokens=65"],
+        "2 steps x 2 sequences x 32 tokens = 128 tokens for a budget of 65, read as they come",
+        status=DONE,
+    ),
     stream([], "Next, try", "stream data.train", status=DONE),
 ]
 
@@ -235,6 +245,7 @@ def one_block(typed: str | list[str], *words: str, status: int = USER) -> Row:
 BLOCK_BY_BLOCK = [
     one_block("trainer.max_steps=5", "trainer.max_steps=5: block_by_block=true", "pass trainer.max_steps=0"),
     one_block(["trainer.max_steps=null", "trainer.epochs=1"], "trainer.epochs=1: block_by_block=true"),
+    one_block(["trainer.max_steps=null", "trainer.tokens=9"], "trainer.tokens=9: block_by_block=true"),
     one_block("trainer.devices=2", "trainer.devices=2: block_by_block=true", "runs on one device"),
     one_block("trainer.strategy=ddp", "trainer.strategy=ddp: block_by_block=true", "runs on one device"),
     one_block("trainer.accelerator=tpu", "trainer.accelerator=tpu: block_by_block=true", "choose one of cpu"),
@@ -258,6 +269,11 @@ ACCEPTED = [
     Row("export", ["model=PACKED", "form=dense", "out=HERE/x"], DONE, ["dense model", "bits per weight are gone"]),
     train(["data.train.path=ODD"], "Next, try", status=DONE),
     train("run_dir=${output_root}/two", "/runs/two", status=DONE),
+    train(
+        ["trainer.max_steps=null", "trainer.tokens=192", "trainer.accumulate_grad_batches=3"],
+        *("1 steps x 6 sequences x 32 tokens = 192 tokens for a budget of 192", "1 steps, 192 tokens"),
+        status=DONE,
+    ),
     train([r"data.train.separator=\n\n", "trainer.max_steps=1"], "Next, try", status=DONE),
     evaluate("data=[ODD]", "Perplexity", status=DONE),
     generate("prompt=~ it's, [a] = ${x} é \\", "", status=DONE),

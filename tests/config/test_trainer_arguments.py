@@ -18,8 +18,9 @@ NAN, INFINITY = float("nan"), float("inf")
 
 # argument: (values that have an effect, values that are refused)
 VALUES: dict[str, tuple[list[Any], list[Any]]] = {
-    "max_steps": ([8], []),  # ranges of these four: tests/config/test_validation.py
+    "max_steps": ([8], []),  # ranges of these five: tests/config/test_validation.py
     "epochs": ([1, 0.5], []),
+    "tokens": ([1_000_000], []),
     "accumulate_grad_batches": ([1, 4], []),
     "precision": (["auto"], []),
     "accelerator": (["cpu", "auto"], []),
@@ -67,7 +68,7 @@ RIGHT = {"gradient_clip_algorithm": {"gradient_clip_val": 1.0}}  # what an argum
 
 
 def test_every_argument_of_lightning_is_decided_on_and_tried() -> None:
-    known = set(inspect.signature(Trainer.__init__).parameters) - {"self"} | {"epochs"}
+    known = set(inspect.signature(Trainer.__init__).parameters) - {"self"} | {"epochs", "tokens"}
     assert set(ARGUMENTS) == known
     assert set(VALUES) | set(REFUSED) == known
     assert set(VALUES).isdisjoint(REFUSED)

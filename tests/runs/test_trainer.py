@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ProgressBar, TQDMProgressBar
 
 from usllm.config import check_train
-from usllm.runs.trainer import build_nodes, build_trainer, devices_in
+from usllm.runs.trainer import build_nodes, build_trainer, devices_in, steps_of
 from usllm.system.errors import UserError
 from usllm.training import StepCheckpoint
 
@@ -34,6 +34,18 @@ def test_nodes_are_built_by_name_and_null_is_left_out() -> None:
 def test_what_cannot_be_built_is_named(node: dict[str, object], named: str) -> None:
     with pytest.raises(UserError, match=named):
         build_nodes("callbacks", {"mine": node})
+
+
+@pytest.mark.parametrize(
+    ("budget", "devices", "accumulate", "steps"),
+    [(1, 1, 1, 1), (64, 1, 1, 1), (65, 1, 1, 2), (768, 2, 3, 2), (769, 2, 3, 3), (10**15, 1, 1, 15_625_000_000_000)],
+)
+def test_budget_of_tokens_is_rounded_up_to_steps(
+    budget: int, devices: int, accumulate: int, steps: int, tiny_text: Path
+) -> None:
+    overrides = [f"data.train.path={tiny_text}", "trainer.max_steps=null", f"trainer.tokens={budget}"]
+    overrides += [f"trainer.devices={devices}", f"trainer.accumulate_grad_batches={accumulate}"]
+    assert steps_of(check_train(composed("experiment=tiny", *overrides))) == steps  # of 2 sequences of 32 tokens
 
 
 def test_tensorboard_writes_into_the_runs_folder_and_is_asked_for_where_it_is_missing(

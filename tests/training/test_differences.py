@@ -50,6 +50,7 @@ def run_with(key: str, value: Any) -> dict[str, Any]:
         ("optimizer.lr", 1e-4, 1e-3),
         ("optimizer.betas", [0.9, 0.99], [0.9, 0.95]),
         ("trainer.max_steps", 9, 8),
+        ("trainer.tokens", 1024, None),
         ("trainer.precision", "bf16-mixed", None),
         ("callbacks.sketch_reprojection.every_n_steps", 2, 1),
     ],
@@ -78,6 +79,36 @@ def test_key_that_decides_the_course_of_a_run_is_named_with_both_values(key: str
 )
 def test_what_only_stores_shows_or_measures_may_change_on_resume(key: str, value: Any) -> None:
     assert run_differences(RUN, run_with(key, value)) == []
+
+
+MIXED = {"a": {"path": "a.txt", "share": 0.5}, "b": {"path": "b.txt", "share": 0.1, "streaming": False}}
+
+
+@pytest.mark.parametrize(
+    ("mixture", "words"),
+    [
+        (MIXED | {"a": {"path": "a.txt", "share": 0.25}}, "data.mixture.a.share: 0.5 in the checkpoint, 0.25 in this"),
+        ({"b": MIXED["b"], "a": MIXED["a"]}, "data.mixture: a, b in the checkpoint, b, a in this run"),
+        ({"a": MIXED["a"]}, "data.mixture: a, b in the checkpoint, a in this run"),
+        ({}, "data.mixture: a, b in the checkpoint, none in this run"),
+        (None, "data.mixture: a, b in the checkpoint, none in this run"),
+        (MIXED | {"a": {**MIXED["a"], "streaming": True}}, "data.mixture.a.streaming: False in the checkpoint, True"),
+        (MIXED | {"a": {**MIXED["a"], "path": "c.txt"}}, "data.mixture.a.path: a.txt in the checkpoint, c.txt in this"),
+    ],
+)
+def test_mixture_decides_by_its_shares_names_and_order(mixture: Any, words: str) -> None:
+    (found,) = run_differences(run_with("data.mixture", MIXED), run_with("data.mixture", mixture))
+    assert found.startswith(words)
+
+
+def test_places_of_a_mixture_may_change_where_texts_are_compared_and_older_ones_never_stream() -> None:
+    moved = {name: {**source, "path": "/elsewhere", "streaming": False} for name, source in MIXED.items()}
+    before, now = run_with("data.mixture", MIXED), run_with("data.mixture", moved)
+    assert run_differences(before, now, texts_compared=True) == []
+    assert len(run_differences(before, now)) == 2
+    assert run_differences(RUN, run_with("data.mixture", {})) == []
+    (found,) = run_differences(RUN, before)
+    assert found == "data.mixture: none in the checkpoint, a, b in this run"
 
 
 STEP = "sequences of an optimizer step (data.batch_size x trainer.accumulate_grad_batches x ranks)"

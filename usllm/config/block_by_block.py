@@ -24,9 +24,9 @@ def check_block_by_block(config: TrainConfig, problems: Problems) -> None:
 
     trainer = config.trainer
     if trainer.get("max_steps") != 0:
-        key = "trainer.epochs" if trainer.get("max_steps") is None else "trainer.max_steps"
-        value = trainer.get("epochs") if trainer.get("max_steps") is None else trainer.get("max_steps")
-        refuse(key, value, "end to end needs all of them: pass trainer.max_steps=0 and trainer.epochs=null")
+        key = next((key for key in ("max_steps", "tokens", "epochs") if trainer.get(key) is not None), "max_steps")
+        way_out = "end to end needs all of them: pass trainer.max_steps=0, trainer.epochs=null and trainer.tokens=null"
+        refuse(f"trainer.{key}", trainer.get(key), way_out)
     for key, allowed in _ALONE.items():
         value = trainer.get(key, allowed[0])
         if value not in allowed:

@@ -164,7 +164,7 @@ def _check_streams(data: DataConfig, problems: Problems) -> None:
     if train is not None and train.streaming and data.max_sequences is not None:
         problems.append(
             f"data.max_sequences={data.max_sequences}: counts the sequences of packed text; of a stream "
-            "trainer.max_steps takes as many as it needs"
+            "trainer.max_steps and trainer.tokens take as many as they need"
         )
 
 
@@ -229,11 +229,11 @@ def check_harness(harness: HarnessConfig, problems: Problems) -> None:
 
 def check_trainer(trainer: dict[str, Any], warmup_steps: int, problems: Problems, streamed: bool = False) -> None:
     """Length, precision and names of the arguments that go to ``lightning.Trainer``."""
-    steps, epochs = trainer.get("max_steps"), trainer.get("epochs")
-    if (steps is None) == (epochs is None):
+    steps, epochs, tokens = (trainer.get(key) for key in ("max_steps", "epochs", "tokens"))
+    if [steps, epochs, tokens].count(None) != 2:
         problems.append(
-            f"trainer.max_steps={steps} and trainer.epochs={epochs}: set exactly one, the other to null "
-            "(an epoch is one pass over the packed training text)"
+            f"trainer.max_steps={steps}, trainer.epochs={epochs} and trainer.tokens={tokens}: set exactly one, the "
+            "others to null (an epoch is one pass over the packed training text)"
         )
     for key, value, kind in (("max_steps", steps, int), ("epochs", epochs, (int, float))):
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
@@ -241,10 +241,13 @@ def check_trainer(trainer: dict[str, Any], warmup_steps: int, problems: Problems
         else:
             bounds = (0, None) if kind is int else (None, 0)
             problems.number(f"trainer.{key}", value, least=bounds[0], above=bounds[1])
-    if streamed and epochs is not None and steps is None:
+    whole = isinstance(tokens, int) and not isinstance(tokens, bool) and 0 < tokens < 2**63
+    way_out = "must be a whole number of at least 1 and below 2**63, such as 2_000_000_000"
+    problems.require(tokens is None or whole, "trainer.tokens", tokens, way_out)
+    if streamed and epochs is not None and steps is None and tokens is None:
         problems.append(
-            f"trainer.epochs={epochs}: nobody knows the length of a streamed data.train; set trainer.max_steps, and "
-            "trainer.epochs=null"
+            f"trainer.epochs={epochs}: nobody knows the length of a streamed data.train; set trainer.max_steps or "
+            "trainer.tokens, and trainer.epochs=null"
         )
     accumulate = trainer.get("accumulate_grad_batches", 1)
     is_count = isinstance(accumulate, int) and not isinstance(accumulate, bool) and 1 <= accumulate < TOO_MANY

@@ -33,7 +33,7 @@ def argument_problems(trainer: Mapping[str, Any]) -> list[str]:
     """One line for each argument that is unknown, refused, or has a value without an effect.
 
     Args:
-        trainer: the group ``trainer``: arguments of ``lightning.Trainer``, and ``epochs``.
+        trainer: the group ``trainer``: arguments of ``lightning.Trainer``, ``epochs`` and ``tokens``.
     """
     found = []
     for key, value in trainer.items():
@@ -70,11 +70,14 @@ def length_problems(trainer: Mapping[str, Any], warmup_steps: int, max_steps: in
     least: Any = trainer.get("min_steps")
     if warmup_steps > max_steps:
         found.append(
-            f"optimizer.warmup_steps={warmup_steps}: longer than the run's {max_steps} steps (trainer.max_steps, or "
-            "trainer.epochs over the text): make it shorter, 0 for none"
+            f"optimizer.warmup_steps={warmup_steps}: longer than the run's {max_steps} steps (trainer.max_steps, "
+            "trainer.tokens, or trainer.epochs over the text): make it shorter, 0 for none"
         )
     if max_steps >= TOO_LONG:
-        return [f"trainer.max_steps={max_steps:.3g}, or trainer.epochs over the text: must be below {TOO_LONG} steps"]
+        return [
+            f"trainer.max_steps={max_steps:.3g}, or trainer.tokens, or trainer.epochs over the text: must be below "
+            f"{TOO_LONG} steps"
+        ]
     if batches is not None and _whole(interval) and interval > batches and trainer.get("limit_val_batches", 1.0) != 0:
         found.append(
             f"trainer.val_check_interval={interval}: the run has {batches} micro batches, so it would never validate; "
@@ -140,9 +143,10 @@ _CHECKED_BEFORE = Argument(lambda _: True, "")
 _BY_LIGHTNING = Argument(lambda _: True, "")
 
 ARGUMENTS: Mapping[str, Argument] = {
-    # The length of the run; its two ways are compared, and ranges checked, in the rules of the whole configuration.
+    # The length of the run; its three ways are compared, and ranges checked, in the rules of the whole configuration.
     "max_steps": _CHECKED_BEFORE,
     "epochs": _CHECKED_BEFORE,  # ours: passes over the packed text
+    "tokens": _CHECKED_BEFORE,  # ours: a budget
     "accumulate_grad_batches": _CHECKED_BEFORE,
     "max_time": Argument(_or_none(_duration), "must be days:hours:minutes:seconds above 0, such as 00:12:00:00"),
     "min_steps": Argument(_or_none(_count(1)), "must be a whole number of at least 1, or null"),

@@ -1,6 +1,6 @@
 """Text: sources, tokenising and packing, the order of training, and the Lightning data module.
 
-Only the source specification is imported here; ``datasets``, ``torchdata`` and Lightning load where they are used.
+Only the source specification is imported here; ``datasets`` and Lightning load where they are used.
 """
 
 from usllm.data.sources.spec import SourceSpec

@@ -285,7 +285,7 @@ class TextDataModule(LightningDataModule):
         """
         per_step = self.batch_size * accumulate_grad_batches * world_size
         if self.train_source.streaming:
-            raise UserError(f"trainer.epochs={passes}: nobody knows the length of a streamed data.train; set max_steps")
+            raise UserError(f"trainer.epochs={passes}: nobody knows the length of a streamed data.train; set tokens")
         return max(1, -int(-(passes * self._training.sizes[0] / self.shares[0]) // per_step))
 
     def _pack(self, documents: Dataset, key: str) -> Dataset:

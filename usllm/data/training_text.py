@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,9 +55,12 @@ class TrainingText:
         self.packed = {key: part for key, part in parts.items() if key not in self.streamed}
         self.sizes = [1 if isinstance(part, StreamedPart) else len(part) for part in self.parts]
         self._table: Any = None
-        self._loader: tuple[StreamLoader, int] | None = None  # and the sequences of a step that this rank draws
+        self._loader: StreamLoader | None = None
         self._restored: dict[str, Position] = {}
+        self._first: list[NDArray[np.int32]] = []  # of a stream, for all who calibrate on them
+        self._seen_first: dict[str, Position] = {}
         self._last: dict[str, Position] = {}
+        self._told: set[str] = set()
 
     @property
     def table(self) -> Dataset:
@@ -79,11 +83,11 @@ class TrainingText:
         if self.streamed:
             restored = self._restored if share.begin else {}
             positions = {self.keys.index(key): position for key, position in restored.items() if key in self.keys}
-            loader = StreamLoader(
-                self.parts, share, batch_size, self.seed, positions, num_workers, observe=self._observe
+            observe = partial(self._observe, self._last)
+            self._loader = StreamLoader(
+                self.parts, share, batch_size, per_step, self.seed, positions, num_workers, observe
             )
-            self._loader = loader, per_step
-            return loader
+            return self._loader
         sampler = UnrolledSampler(
             self.sizes, share.end, self.seed, share.rank, share.world_size, share.begin, shares=share.shares
         )
@@ -100,8 +104,11 @@ class TrainingText:
     def first_sequences(self, count: int) -> Iterator[NDArray[np.int32]]:
         """The first sequences that training will see, int32 ``[context_length]``; packed texts give each but once."""
         if self.streamed:
-            share = Share(self.shares, 0, 1, 0, count)
-            yield from StreamLoader(self.parts, share, 1, self.seed, {}).sequences()
+            if len(self._first) < count:
+                share, observe = Share(self.shares, 0, 1, 0, count), partial(self._observe, self._seen_first)
+                loader = StreamLoader(self.parts, share, 1, 1, self.seed, {}, observe=observe)
+                self._first = list(loader.sequences())
+            yield from self._first[:count]
             return
         order = UnrolledSampler(self.sizes, min(count, len(self.table)), self.seed, shares=self.shares)
         for row in list(order):
@@ -111,8 +118,7 @@ class TrainingText:
         """Positions of the streamed texts at an optimizer step, for checkpoints; all ranks ask for it together."""
         if self._loader is None:
             return {}
-        loader, per_step = self._loader
-        mine, *others = gathered(loader.positions(step * per_step))
+        mine, *others = gathered(self._loader.positions(step * self._loader.per_step))
         return {
             POSITIONS: {
                 self.keys[part]: position.joined(other[part] for other in others if part in other).to_plain()
@@ -123,30 +129,34 @@ class TrainingText:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Begin where a checkpoint says; without positions in it the stream is read up to the step again."""
         self._restored = {key: from_plain(plain) for key, plain in state.get(POSITIONS, {}).items()}
-        self._last = dict(self._restored)
+        self._last.clear()
+        self._last.update(self._restored)
 
     def facts(self) -> dict[str, dict[str, Any]]:
-        """By streamed text, how much this rank has seen: ``passes`` before this one, ``documents``, ``skipped``."""
+        """By streamed text, how much this rank has seen: ``passes`` before this one, ``documents``, ``skipped``.
+
+        In training, or in calibration where nothing was trained on.
+        """
         return {
             key: {
                 "passes": position.turn,
                 "documents": position.documents,
                 "skipped": dataclasses.asdict(position.skipped),
             }
-            for key, position in self._last.items()
+            for key, position in {**self._seen_first, **self._last}.items()
         }
 
-    def _observe(self, part: int, position: Position) -> None:
-        key, before = self.keys[part], self._last.get(self.keys[part])
-        self._last[key] = position
-        if ranks().rank != 0:
-            return
+    def _observe(self, seen: dict[str, Position], part: int, position: Position) -> None:
+        key, before = self.keys[part], seen.get(self.keys[part])
+        seen[key] = position
         if position.turn > (before.turn if before else 0):
-            warnings.warn(
-                f"{key}: the corpus has ended, and pass {position.turn + 1} begins in another order", stacklevel=2
-            )
+            self._tell(f"{key}: the corpus has ended, and pass {position.turn + 1} begins in another order")
         lost, known = position.skipped, before.skipped if before else None
         if (lost.rows or lost.files) and (known is None or not (known.rows or known.files)):
-            warnings.warn(
-                f"{key}: what cannot be read is skipped (data.on_bad=skip), first {lost.examples[0]}", stacklevel=2
-            )
+            self._tell(f"{key}: what cannot be read is skipped (data.on_bad=skip), first {lost.examples[0]}")
+
+    def _tell(self, line: str) -> None:
+        """Warn once, in calibration or in training, on one of the ranks."""
+        if ranks().rank == 0 and line not in self._told:
+            self._told.add(line)
+            warnings.warn(line, stacklevel=3)

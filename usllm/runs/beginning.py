@@ -71,8 +71,9 @@ def begin(config: TrainConfig, plain: Mapping[str, Any], console: Console) -> Be
     if any(isinstance(stage, Allocate) for stage in stages):
         refuse_unreachable(swap_linears_(described, config.model.patterns), compressor)
     config, plain = with_window_starts(config, plain, tokenizer, model_config)
-    steps = config.trainer.get("max_steps")
+    steps, tokens = config.trainer.get("max_steps"), config.trainer.get("tokens")
     length = f"{config.trainer.get('epochs')} epochs" if steps is None else f"{steps} steps"
+    length = length if tokens is None else f"{tokens:,} tokens"
     length = "block by block" if config.block_by_block else length
     console.print(f"Run {config.name}: {length}, in {config.run_dir}", markup=False, soft_wrap=True)
     print_coverage(covered, console)

@@ -120,6 +120,7 @@ def block_by_block(
         "max_steps": 0,
         "ended_early": None,
         "tokens": 0,
+        "streams": begun.data.stream_facts(),
         "seconds": {"training": trained, "total": time.perf_counter() - started},
         "precision": choose_precision(str(config.trainer.get("precision", "auto")), _accelerator(config)),
         "tokenizer": {"name": tokenizer_name(begun.tokenizer), "bos": bos_rule(begun.tokenizer, window_start)},

@@ -42,7 +42,7 @@ from usllm.runs.report import print_outcome, print_report
 from usllm.runs.side_by_side import SideBySide
 from usllm.runs.sizes import sizes
 from usllm.runs.tracking import finishing, log_results
-from usllm.runs.trainer import build_nodes, build_trainer, devices_in, refuse_by_lightning
+from usllm.runs.trainer import build_nodes, build_trainer, devices_in, refuse_by_lightning, steps_of
 from usllm.stages import Preparation
 from usllm.system.code_version import code_version
 from usllm.system.errors import UserError
@@ -111,14 +111,16 @@ def _finetune(
     first_rank = getattr(rank_zero_only, "rank", 0) == 0
     console = Console(stderr=True, quiet=not first_rank)
     refuse_by_lightning(config)
+    max_steps = steps_of(config)
+    if problems := length_problems(config.trainer, config.optimizer.warmup_steps, max_steps or 0):
+        raise user_error(problems)
     begun = begin(config, plain, console)
     config, plain, tokenizer, data = begun.config, begun.plain, begun.tokenizer, begun.data
     accumulate = int(config.trainer.get("accumulate_grad_batches", 1))
-    max_steps = config.trainer.get("max_steps")
     if max_steps is None:
         max_steps = data.steps_for(config.trainer["epochs"], accumulate, devices_in(config.trainer))
-    if problems := length_problems(config.trainer, config.optimizer.warmup_steps, max_steps):
-        raise user_error(problems)
+        if problems := length_problems(config.trainer, config.optimizer.warmup_steps, max_steps):
+            raise user_error(problems)
 
     if max_steps:
         console.print(budget_line(max_steps, config, accumulate), markup=False, soft_wrap=True, highlight=False)

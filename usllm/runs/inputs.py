@@ -138,6 +138,8 @@ def budget_line(max_steps: int, config: TrainConfig, accumulate: int) -> str:
     sequences = data.batch_size * accumulate * ranks
     total = max_steps * sequences * data.context_length
     words = f"{max_steps:,} steps x {sequences:,} sequences x {data.context_length:,} tokens = {total:,} tokens"
+    if (budget := config.trainer.get("tokens")) is not None:
+        words += f" for a budget of {budget:,}"
     streamed = any(source.streaming for source in (data.train, *data.mixture.values()))
     return f"Training on {words}, {'read as they come' if streamed else 'from packed text'}"
 

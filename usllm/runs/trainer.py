@@ -19,6 +19,8 @@ from usllm.system.errors import UserError
 from usllm.system.machine import choose_precision
 from usllm.training import build_strategy
 
+_OURS = ("max_steps", "epochs", "tokens", "max_time")
+"""The length of the run, which Lightning gets as its number of steps, and the limit, which is a callback's."""
 _PROFILERS: dict[str, type[Profiler]] = {
     "simple": SimpleProfiler,
     "advanced": AdvancedProfiler,
@@ -67,6 +69,16 @@ def devices_in(trainer: dict[str, Any]) -> int:
     return devices * int(nodes)
 
 
+def steps_of(config: TrainConfig) -> int | None:
+    """Optimizer steps of the run, of a budget of tokens rounded up; ``None`` where only the text tells (``epochs``)."""
+    trainer, data = config.trainer, config.data
+    if (tokens := trainer.get("tokens")) is None:
+        steps: int | None = trainer.get("max_steps")
+        return steps
+    sequences = data.batch_size * int(trainer.get("accumulate_grad_batches", 1)) * devices_in(trainer)
+    return -(-int(tokens) // (sequences * data.context_length))
+
+
 def refuse_by_lightning(config: TrainConfig) -> None:
     """Let Lightning look at the group ``trainer`` before any text is read: it knows the devices of this machine.
 
@@ -87,7 +99,7 @@ def build_trainer(config: TrainConfig, max_steps: int, callbacks: list[Callback]
     Raises:
         UserError: Lightning refuses an argument.
     """
-    arguments = {key: value for key, value in config.trainer.items() if key not in ("epochs", "max_steps", "max_time")}
+    arguments = {key: value for key, value in config.trainer.items() if key not in _OURS}
     accelerator = str(arguments.get("accelerator", "auto"))
     arguments["precision"] = choose_precision(str(arguments.get("precision", "auto")), accelerator)
     # The sampler unrolls all passes into one Lightning epoch (resume is exact only away from an epoch's end), and it

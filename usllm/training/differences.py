@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ _DECISIVE_KEYS = (
     "model.file",
     "model.revision",
     "data.train",
+    "data.mixture",
     "data.validation",
     "data.validation_fraction",
     "data.context_length",
@@ -37,6 +39,7 @@ _DECISIVE_KEYS = (
     "optimizer",
     "trainer.max_steps",
     "trainer.epochs",
+    "trainer.tokens",
     "trainer.gradient_clip_val",
     "trainer.gradient_clip_algorithm",
     "trainer.precision",
@@ -45,7 +48,8 @@ _DECISIVE_KEYS = (
 """Parts of the run's configuration that a resumed run must keep, besides the sketch. All others only store, show or
 measure what happens, or say on which machines: of batch size, accumulation and number of ranks only the product, the
 sequences of an optimizer step, must be kept."""
-_PLACES_OF_TEXTS = ("data.train.path", "data.validation.path")
+_MIXTURE = "data.mixture"
+_PLACE_OF_TEXT = re.compile(r"data\.(train|validation|mixture\..+)\.path")
 ADDED_LATER: Mapping[str, Any] = {
     "data.window_start": "none",
     "data.shuffle_buffer": 4096,
@@ -96,15 +100,20 @@ def run_differences(
         ranks: the same of this run.
         texts_compared: whether the texts themselves are compared elsewhere: then it does not matter where they lie.
     """
-    theirs, ours = {**ADDED_LATER, **dict(_leaves(saved))}, {**ADDED_LATER, **dict(_leaves(config))}
-    decisive = tuple(f"{key}." for key in _DECISIVE_KEYS)
+    before_names, names = _mixed(saved), _mixed(config)
+    later = {**ADDED_LATER, **{f"{_MIXTURE}.{name}.streaming": False for name in {*before_names, *names}}}
+    theirs, ours = {**later, **dict(_leaves(saved))}, {**later, **dict(_leaves(config))}
+    decisive = tuple(f"{key}." for key in _DECISIVE_KEYS if key != _MIXTURE or before_names == names)
     differences = [
         f"{key}: {theirs.get(key)} in the checkpoint, {ours.get(key)} in this run"
         for key in sorted(theirs.keys() | ours.keys())
         if f"{key}.".startswith(decisive)
-        and not (texts_compared and key in _PLACES_OF_TEXTS)
+        and not (texts_compared and _PLACE_OF_TEXT.fullmatch(key))
         and not agree(key, theirs.get(key), ours.get(key))
     ]
+    if before_names != names:  # texts take their turns in the order in which they are named
+        shown = [", ".join(given) or "none" for given in (before_names, names)]
+        differences.append(f"{_MIXTURE}: {shown[0]} in the checkpoint, {shown[1]} in this run")
     before, now = _step_size(theirs, saved_ranks), _step_size(ours, ranks)
     if before is not None and now is not None and before.sequences != now.sequences:
         differences.append(
@@ -151,6 +160,11 @@ def _step_size(leaves: Mapping[str, Any], ranks: int | None) -> _StepSize | None
     if not isinstance(batch_size, int) or not isinstance(accumulate, int):
         return None
     return _StepSize(batch_size, accumulate, ranks)
+
+
+def _mixed(config: Mapping[str, Any]) -> list[str]:
+    """Names of the texts that are mixed in, in their order."""
+    return list((config.get("data") or {}).get("mixture") or {})
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

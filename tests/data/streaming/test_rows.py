@@ -16,7 +16,7 @@ import pytest
 from usllm.data import SourceSpec
 from usllm.data.sources import read_documents
 from usllm.data.streaming.order import SKIP, Corpus, Window
-from usllm.data.streaming.rows import BEGINNING, LONGEST, Bad, Place, read_rows
+from usllm.data.streaming.rows import BEGINNING, LONGEST, Place, read_rows
 from usllm.data.streaming.shards import Shard, find_shards
 from usllm.data.streaming.source import open_corpus
 from usllm.system.errors import RunError, UserError
@@ -80,64 +80,6 @@ def test_packed_lines_are_read_from_any_place(tmp_path: Path) -> None:
     shard, spec = Shard(str(tmp_path / "a.jsonl.gz"), "jsonl", 0), SourceSpec(kind="jsonl")
     places = [place for place, _ in read_rows(shard, spec)]
     assert texts_of(shard, spec, places[11]) == TEXTS[11:]
-
-
-def bad(shard: Shard, spec: SourceSpec) -> tuple[list[str], list[Bad]]:
-    found = [found for _, found in read_rows(shard, spec)]
-    return [each for each in found if isinstance(each, str)], [each for each in found if isinstance(each, Bad)]
-
-
-def test_broken_line_in_the_middle_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
-    broken = [{"text": "one"}, {"other": "two"}, {"text": 3}, {"text": "nul \x00"}]
-    (tmp_path / "a.jsonl").write_bytes(lines(*broken) + b'{"text": "cut\n\xff\n' + lines({"text": "last"}))
-    texts, reasons = bad(Shard(str(tmp_path / "a.jsonl"), "jsonl", 0), SourceSpec(kind="jsonl"))
-    assert texts == ["one", "last"]
-    words = ["line 2 has no text in 'text'", "line 3 has no text", "line 4 holds a NUL", "line 5 is not JSON", "line 6"]
-    assert len(reasons) == len(words)
-    for reason, word in zip(reasons, words, strict=True):
-        assert word in reason.reason
-        assert str(tmp_path / "a.jsonl") in reason.reason
-        assert not reason.whole
-
-
-def test_truncated_packed_file_is_named_with_the_row_that_it_ends_behind(tmp_path: Path) -> None:
-    content = gzip.compress(lines(*({"text": f"{text} {number * 7919}" * 50} for number, text in enumerate(TEXTS))))
-    (tmp_path / "a.jsonl.gz").write_bytes(content[: len(content) * 2 // 3])
-    texts, (reason,) = bad(Shard(str(tmp_path / "a.jsonl.gz"), "jsonl", 0), SourceSpec(kind="jsonl"))
-    assert 0 < len(texts) < len(TEXTS)
-    assert reason.whole
-    assert f"behind row {len(texts)}" in reason.reason
-
-
-def test_truncated_parquet_and_other_schemas_are_named(tmp_path: Path) -> None:
-    shard = written(tmp_path / "a.parquet", "parquet", TEXTS)
-    content = (tmp_path / "a.parquet").read_bytes()
-    (tmp_path / "cut.parquet").write_bytes(content[: len(content) // 2])
-    pq.write_table(pa.table({"body": TEXTS}), tmp_path / "column.parquet")
-    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
-    spec = SourceSpec(kind="parquet")
-    for name, words in (
-        ("cut", "cannot be read as parquet"),
-        ("column", "has no column 'text' but ['body']"),
-        ("numbers", "column 'text' holds int64, not text"),
-    ):
-        texts, (reason,) = bad(Shard(str(tmp_path / f"{name}.parquet"), "parquet", 0), spec)
-        assert texts == []
-        assert reason.whole
-        assert words in reason.reason
-    assert texts_of(shard, spec) == TEXTS
-
-
-def test_damaged_row_group_is_named_with_its_rows_and_the_others_are_read(tmp_path: Path) -> None:
-    shard = written(tmp_path / "a.parquet", "parquet", TEXTS)
-    column = pq.ParquetFile(shard.place).metadata.row_group(2).column(0)
-    content = bytearray(Path(shard.place).read_bytes())
-    begin = column.data_page_offset if column.dictionary_page_offset is None else column.dictionary_page_offset
-    content[begin : begin + column.total_compressed_size] = b"\xff" * column.total_compressed_size
-    Path(shard.place).write_bytes(content)
-    texts, (reason,) = bad(shard, SourceSpec(kind="parquet"))
-    assert texts == TEXTS[:6] + TEXTS[9:]
-    assert "from row 7 to the end of row group 3" in reason.reason
 
 
 def corpus_of(folder: Path, on_bad: str) -> Corpus:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -17,9 +16,10 @@ import torch
 from usllm.data import SourceSpec
 from usllm.data.datamodule import TextDataModule
 from usllm.data.sources import MixedSource
-from usllm.data.streaming.lanes import LANES
+from usllm.data.streaming.lanes import LANES, Lanes
 from usllm.data.streaming.loader import CHUNK
 from usllm.models.random_model import byte_tokenizer
+from usllm.system.errors import RunError
 
 TEXT = "the cat sat on a mat while seven dogs ran over green hills and sang of rivers that bend"
 
@@ -103,6 +103,20 @@ def test_checkpoints_of_a_resumed_run_are_those_of_one_that_never_stopped(tmp_pa
     assert saved_at(60, saved_at(18, None, 0, 0), 18, 0) == saved_at(60, None, 0, 2)  # lanes drawn once or twice
 
 
+def test_training_that_ends_within_a_long_accumulation_is_saved_at_its_last_whole_step(tmp_path: Path) -> None:
+    """As the end of training does, after a limit of time or an early stop: 31 micro batches of the second step made."""
+    first = module(tmp_path, batch_size=8)
+    batches = iter(attach(first, 3, accumulate=32))
+    for _ in range(63):
+        next(batches)
+    assert 4 * CHUNK < 31 * 8
+    saved = kept(first, 1)
+    whole = steps_of(attach(module(tmp_path, batch_size=8), 3, accumulate=32), 32)
+    again = module(tmp_path, batch_size=8)
+    again.load_state_dict(saved)
+    assert steps_of(attach(again, 3, step=1, accumulate=32), 32) == whole[1:]
+
+
 SPLITS = [(1, 2, 2), (2, 2, 1), (1, 1, 4), (4, 1, 1)]
 
 
@@ -118,19 +132,26 @@ def test_every_step_sees_the_same_sequences_however_they_are_split(
     assert found == [sorted(step) for step in steps_of(attach(module(tmp_path), 60))]
 
 
+def stopped(ranks: list[TextDataModule], step: int) -> tuple[TextDataModule, list[list[list[int]]], list[Any]]:
+    """One of the ranks that stopped behind a step of 4 sequences, and by rank its sequences and positions."""
+    rows: list[list[list[int]]] = []
+    positions: list[Any] = []
+    for rank, data in enumerate(ranks):
+        batches = iter(attach(data, STEPS, accumulate=4 // len(ranks), rank=rank, world=len(ranks)))
+        rows.append([next(batches)["input_ids"][0].tolist() for _ in range(step * 4 // len(ranks))])
+        loader = data._training._loader
+        assert loader is not None
+        positions.append(loader.positions(step * loader.per_step))
+    return ranks[-1], rows, positions
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 1)])
 def test_run_goes_on_over_another_number_of_ranks(
     tmp_path: Path, before: int, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed, positions = 57, []
-    for rank in range(before):
-        data = module(tmp_path, batch_size=1)
-        batches = iter(attach(data, STEPS, accumulate=4 // before, rank=rank, world=before))
-        for _ in range(killed * 4 // before):
-            next(batches)
-        loader, per_step = data._training._loader  # type: ignore[misc]
-        positions.append(loader.positions(killed * per_step))
+    killed = 57
     monkeypatch.setattr("usllm.data.training_text.gathered", lambda mine: positions)
+    data, _, positions = stopped([module(tmp_path, batch_size=1) for _ in range(before)], killed)
     saved = kept(data, killed)
     found = []
     for rank in range(after):
@@ -140,33 +161,6 @@ def test_run_goes_on_over_another_number_of_ranks(
         found.append(steps_of(loader, 4 // after))
     merged = [sorted(joined(parts)) for parts in zip(*found, strict=True)]
     assert merged == [sorted(step) for step in steps_of(attach(module(tmp_path), STEPS))[killed:]]
-
-
-def test_a_pass_holds_each_document_once_in_another_order_than_the_next(tmp_path: Path) -> None:
-    data = module(tmp_path)
-    windows = data._training.parts[0].corpus.windows()  # type: ignore[union-attr]
-    turns: dict[int, list[str]] = {0: [], 1: [], 2: []}
-    while (window := next(windows)).turn < 3:
-        turns[window.turn] += [text.split()[0] for text in window.texts]
-    held_out = {f"<0.{number}>" for number in range(5)}
-    everything = {f"<{shard}.{number}>" for shard in range(5) for number in range(60)}
-    for turn in turns.values():
-        assert Counter(turn) == Counter(everything - held_out)
-    assert turns[0] != turns[1] != turns[2]
-
-
-def test_lanes_hold_the_documents_of_the_corpus_and_nothing_else(tmp_path: Path) -> None:
-    data = module(tmp_path)
-    rows = [row for step in steps_of(attach(data, STEPS)) for row in step]
-    streams = [joined(rows[lane::LANES]) for lane in range(LANES)]
-    tokenizer = data.tokenizer
-    texts = [tokenizer.decode(stream).split(tokenizer.eos_token) for stream in streams]
-    known = {json.loads(line)["text"] for path in (tmp_path / "shards").iterdir() for line in path.open()}
-    found = [text for parts in texts for text in parts[:-1]]
-    assert len(found) > 200
-    assert set(found) <= known
-    names = Counter(text.split()[0] for text in found)
-    assert max(names.values()) - min(names.values()) <= 1 + data.stream_facts()["data.train"]["passes"]
 
 
 def test_held_out_documents_and_their_copies_are_never_trained_on(tmp_path: Path) -> None:
@@ -238,6 +232,29 @@ def test_order_depends_on_the_seed_alone(tmp_path: Path) -> None:
     torch.manual_seed(2)
     assert steps_of(attach(module(tmp_path), 5)) == one
     assert steps_of(attach(module(tmp_path, seed=1), 5)) != one
+
+
+class _LostError(RunError):
+    """One with more than a message."""
+
+    def __init__(self, server: str, tries: int) -> None:
+        super().__init__(server, tries)
+        self.server, self.tries = server, tries
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_error_of_a_worker_arrives_as_what_it_was(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(lanes: Lanes, number: int) -> None:
+        raise _LostError("far away", 3)
+
+    data = module(tmp_path, num_workers=workers)
+    data.setup()
+    monkeypatch.setattr(Lanes, "sequence", fails)
+    with pytest.raises(_LostError) as raised:
+        next(iter(attach(data, 3)))
+    assert (raised.value.server, raised.value.tries) == ("far away", 3)
 
 
 def test_the_end_of_a_corpus_is_said(tmp_path: Path) -> None:

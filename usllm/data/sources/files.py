@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import codecs
 import glob
+import gzip
+import lzma
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -19,6 +22,8 @@ from usllm.system.files import expanded
 
 HEAD_BYTES = 1 << 16
 """How much of a file is looked at to learn what it is."""
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+"""What unpacking raises where a file is cut or damaged; of bz2 an ``OSError`` without a number (:func:`of_system`)."""
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".lzma": "lzma"}
 """Suffixes that are unpacked on the fly."""
 _MAGIC = {
@@ -120,19 +125,20 @@ def unpacked(path: Path) -> Iterator[IO[bytes]]:
     """Open a file as bytes, unpacked on the fly.
 
     Raises:
-        UserError: it is damaged, or as :func:`compression_of`.
+        UserError: it cannot be opened, is damaged, or as :func:`compression_of`.
     """
-    import lzma
-    import zlib
-
     import fsspec
 
-    compression = compression_of(path)
     try:
-        with fsspec.open(str(path), "rb", compression=compression) as file:
+        with fsspec.open(str(path), "rb", compression=compression_of(path)) as file:
             yield file
-    except (lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+    except (*DAMAGED, OSError) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
+
+
+def of_system(error: BaseException | None) -> bool:
+    """Whether a file could not be reached, and nothing is known of what it holds."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 def refuse_other_encodings(path: Path, start: bytes) -> None:

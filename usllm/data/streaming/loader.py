@@ -89,7 +89,7 @@ class Share:
         return list(range(self.rank % step, LANES, step))
 
 
-Chunk = tuple[dict[int, list[NDArray[np.int32]]], dict[int, Position], str | None]
+Chunk = tuple[dict[int, list[NDArray[np.int32]]], dict[int, Position], UserError | None]
 """By text: a worker's sequences of a chunk in their order, and where its lanes stand behind it; or what went wrong."""
 
 
@@ -122,7 +122,7 @@ class _Worker(IterableDataset[Chunk]):
                         found[part].append(streams[part].sequence(taken))
                 yield found, {part: stream.position() for part, stream in streams.items()}, None
             except UserError as error:  # a loader would hand it on with a traceback in its message
-                yield {}, {}, f"{error.status} {error}"
+                yield {}, {}, error
                 return
 
 
@@ -143,6 +143,7 @@ class StreamLoader:
         parts: texts in the order of their shares; a packed one is a data set with a column ``input_ids``.
         share: places of this rank.
         batch_size: sequences per micro batch.
+        per_step: sequences that this rank draws for an optimizer step.
         seed: of the order of packed texts.
         positions: by number of a text: where its lanes stand, at or before the share's beginning.
         num_workers: processes that tokenise; 0 does it here.
@@ -154,12 +155,14 @@ class StreamLoader:
         parts: Sequence[StreamedPart | Dataset],
         share: Share,
         batch_size: int,
+        per_step: int,
         seed: int,
         positions: Mapping[int, Position],
         num_workers: int = 0,
         observe: Callable[[int, Position], None] = lambda part, position: None,
     ) -> None:
-        self.share, self.batch_size, self.num_workers, self.observe = share, batch_size, num_workers, observe
+        self.share, self.batch_size, self.per_step = share, batch_size, per_step
+        self.num_workers, self.observe = num_workers, observe
         self.streams = {number: part for number, part in enumerate(parts) if isinstance(part, StreamedPart)}
         self.packed: dict[int, Any] = {number: part for number, part in enumerate(parts) if number not in self.streams}
         sizes = [len(self.packed[number]) if number in self.packed else 1 for number in range(len(parts))]
@@ -223,11 +226,13 @@ class StreamLoader:
             chunks: list[Chunk] = list(islice(source, max(self.num_workers, 1)))
             for _, _, failure in chunks:
                 if failure is not None:
-                    raise _failed(failure)
+                    raise failure
             known = {part: [found[part] for _, found, _ in chunks if part in found] for part in self.streams}
             positions = {part: first.joined(others) for part, (first, *others) in known.items()}
             self._kept.append((draws.stop, positions))
-            while len(self._kept) > 4:  # a checkpoint is of the step that is being made
+            # A checkpoint is of the last step that was made: training may end within the one that is being made.
+            begun = draws.start // self.per_step * self.per_step
+            while len(self._kept) > 4 and self._kept[1][0] <= begun:
                 self._kept.popleft()
             for part, position in positions.items():
                 self.observe(part, position)
@@ -237,10 +242,3 @@ class StreamLoader:
                     yield np.asarray(self.packed[part][self._order.drawn(part, taken)]["input_ids"], dtype=np.int32)
                 else:
                     yield next(queues[owner[taken % LANES]][part])
-
-
-def _failed(failure: str) -> UserError:
-    from usllm.system.errors import RunError
-
-    status, _, message = failure.partition(" ")
-    return RunError(message) if status == str(RunError.status) else UserError(message)

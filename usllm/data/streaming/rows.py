@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from io import BufferedReader, TextIOWrapper
-from typing import Any, NamedTuple, cast
+from io import TextIOWrapper
+from typing import Any, NamedTuple
 
 from usllm.data.sources.boundaries import group_rows
-from usllm.data.sources.files import is_remote
+from usllm.data.sources.files import of_system
 from usllm.data.sources.plain import plain_text
 from usllm.data.sources.spec import SourceSpec
 from usllm.data.streaming.shards import Shard, opened_bytes
@@ -49,7 +49,7 @@ def read_rows(shard: Shard, spec: SourceSpec, start: Place = BEGINNING) -> Itera
     that document again, and those behind it.
 
     Raises:
-        RunError: an address does not answer.
+        RunError: an address does not answer, or a file is gone.
     """
     found = _contained(shard, spec, start)
     grouped = spec.document_start is not None and shard.kind != "text"
@@ -88,10 +88,9 @@ def _grouped(rows: Iterator[Found], document_start: str) -> Iterator[Found]:
 
 def _json_lines(shard: Shard, spec: SourceSpec, start: Place) -> Iterator[Found]:
     with opened_bytes(shard.place) as file:
-        lines = BufferedReader(cast(Any, file), _BLOCK) if is_remote(shard.place) else file
-        lines.seek(start.offset)
+        file.seek(start.offset)
         row, offset = start
-        for line in lines:
+        for line in file:
             place = Place(row, offset)
             row, offset = row + 1, offset + len(line)
             if line.strip():
@@ -148,7 +147,7 @@ def _row_group(file: Any, group: int, first: int, shard: Shard, field: str, star
 
 
 def _unreadable(shard: Shard, error: BaseException) -> UserError:
-    if is_remote(shard.place) and isinstance(error, OSError):
+    if of_system(error):
         raise RunError(f"{shard.place} cannot be read ({first_line(error)})") from error
     return UserError(f"{shard.place} cannot be read as parquet ({first_line(error)})")
 

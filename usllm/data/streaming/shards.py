@@ -7,16 +7,18 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import IO, Any
 
-from usllm.data.sources.files import existing, is_remote, unpacked
+from usllm.data.sources.files import DAMAGED, existing, is_remote, of_system, unpacked
 from usllm.data.sources.kinds import kind_by_name, with_kind
 from usllm.data.sources.spec import SourceSpec
 from usllm.system.errors import RunError, UserError, first_line
 from usllm.system.network import leave_unreachable_hub, network_or_user_error
 
 STREAMED_KINDS = ("text", "jsonl", "parquet")
+_BLOCK = 1 << 20
 _LOOKED_AT = (
     3  # files whose first bytes must be of the kind that their names say; the others are seen when their turn comes
 )
@@ -87,25 +89,81 @@ def shards_identity(shards: Sequence[Shard], settings: str) -> dict[str, Any]:
     }
 
 
+class _Server(RawIOBase):
+    """A file behind an address: what fails there is a ``RunError``, so any other error is of what the file holds."""
+
+    def __init__(self, place: str) -> None:
+        import fsspec
+
+        self.place = place
+        with self._answering():
+            self._file: Any = fsspec.open(place, "rb").open()
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # each protocol has errors of its own
+            raise RunError(f"{self.place} cannot be read ({first_line(error)})") from error
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1) -> bytes:
+        with self._answering():
+            return bytes(self._file.read(-1 if size is None else size))
+
+    def readinto(self, buffer: Any) -> int:
+        found = self.read(len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with self._answering():
+            return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        if not self.closed and hasattr(self, "_file"):
+            self._file.close()
+        super().close()
+
+
 @contextmanager
 def opened_bytes(place: str) -> Iterator[IO[bytes]]:
     """Open a file of a corpus, unpacked on the fly.
 
     Raises:
-        UserError: a local file is damaged.
-        RunError: an address does not answer.
+        UserError: it is damaged.
+        RunError: an address does not answer, or a local file is gone.
     """
     if not is_remote(place):
-        with unpacked(Path(place)) as file:
-            yield file
+        try:
+            with unpacked(Path(place)) as file:
+                yield file
+        except UserError as error:
+            if of_system(error.__cause__):
+                raise RunError(str(error)) from error.__cause__
+            raise
         return
-    import fsspec
+    from fsspec.compression import compr
+    from fsspec.core import get_compression
 
     try:
-        with fsspec.open(place, "rb", compression="infer") as file:
-            yield file
-    except (OSError, ValueError, RuntimeError) as error:  # fsspec has no error of its own
+        packed = get_compression(place, "infer")
+    except ValueError as error:
         raise RunError(f"{place} cannot be read ({first_line(error)})") from error
+    with _Server(place) as raw:
+        file = BufferedReader(raw, _BLOCK)
+        try:
+            yield file if packed is None else compr[packed](file, mode="rb")
+        except (*DAMAGED, OSError) as error:
+            raise UserError(f"{place} cannot be read ({first_line(error)})") from error
 
 
 def _of_addresses(spec: SourceSpec) -> list[Shard]:
