@@ -8,7 +8,6 @@ their defaults are compared before.
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32, c_void_p
 from functools import cache
@@ -151,14 +150,13 @@ class LlamaCpp:
         rows = 1 if last else len(ids)
         return np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (rows, self.tokens)).copy()
 
-    def greedy(self, ids: Sequence[int], count: int) -> tuple[list[int], float]:
-        """The likeliest ``count`` tokens behind a text that is begun anew, and seconds for all but the first."""
+    def greedy(self, ids: Sequence[int], count: int) -> list[int]:
+        """The likeliest ``count`` tokens behind a text that is begun anew."""
         self.forget()
         found = [int(self.logits(ids, last=True)[0].argmax())]
-        started = time.perf_counter()
         while len(found) < count:
             found.append(int(self.logits(found[-1:], last=True)[0].argmax()))
-        return found, time.perf_counter() - started
+        return found
 
     def losses(self, window: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Cross-entropy in nats of each token of a window but the first, given those before it: ``[n - 1]``."""

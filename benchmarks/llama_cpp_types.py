@@ -11,10 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks.llama_cpp import library
-from usllm.models.gguf_families import GGUF_FAMILIES
-from usllm.models.gguf_plan import GgufPlan, PlannedTensor
-from usllm.models.gguf_tensors import as_stored
-from usllm.models.gguf_writer import add_entry, write_gguf
+from usllm.models.gguf_plan import GgufPlan
+from usllm.models.gguf_writer import write_gguf
 
 _MOST_TYPES = 43  # whose numbers are llama.cpp's; what stands behind them is not a name
 
@@ -63,6 +61,26 @@ def quantized(values: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
     return found
 
 
+class InBlocks:
+    """The encoding of a type of llama.cpp.
+
+    Args:
+        name: Of the type.
+    """
+
+    def __init__(self, name: str) -> None:
+        number, self.block, self._size = type_of(name)
+        self.number, self._name = _Kind(number), name
+
+    def bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes that a tensor takes."""
+        return int(np.prod(shape)) // self.block * self._size
+
+    def encode(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """These bytes, by llama.cpp's own function."""
+        return quantized(values, self._name)
+
+
 def write_in_blocks(plan: GgufPlan, read: Callable[[str], Tensor], path: Path, name: str) -> None:
     """Write a planned file with matrices in a type of llama.cpp; those whose rows are no whole blocks stay as planned.
 
@@ -72,37 +90,10 @@ def write_in_blocks(plan: GgufPlan, read: Callable[[str], Tensor], path: Path, n
         path: Of the file.
         name: Of the type.
     """
-    import gguf
-
-    number, block, size = type_of(name)
-    plain = path.with_suffix(".planned")
-    write_gguf(plan, read, plain)
-    reader = gguf.GGUFReader(plain)
-    writer = gguf.GGUFWriter(path, plan.architecture)
-    for key, value in plan.metadata.items():
-        add_entry(writer, key, value)
-    chosen = {each for each, tensor in plan.tensors.items() if _fits(tensor, block)}
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    for each, tensor in plan.tensors.items():
-        if each in chosen:
-            count = int(np.prod(tensor.shape)) // block * size
-            writer.add_tensor_info(each, tensor.shape, np.dtype(np.float32), count, raw_dtype=_Kind(number))  # type: ignore[arg-type]
-        else:
-            data = stored[each].data
-            writer.add_tensor_info(each, data.shape, data.dtype, data.nbytes, raw_dtype=stored[each].tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for each, tensor in plan.tensors.items():
-        if each in chosen:
-            assert tensor.source is not None
-            values = as_stored(read(tensor.source).float(), each, GGUF_FAMILIES[plan.architecture], plan.config)
-            writer.write_tensor_data(quantized(values.numpy(), name))
-        else:
-            writer.write_tensor_data(np.ascontiguousarray(stored[each].data))
-    writer.close()
-    plain.unlink()
-
-
-def _fits(tensor: PlannedTensor, block: int) -> bool:
-    return tensor.kind == "Q4_0" and tensor.shape[-1] % block == 0
+    encoding = InBlocks(name)
+    chosen = [
+        each
+        for each, tensor in plan.tensors.items()
+        if tensor.kind == "Q4_0" and tensor.shape[-1] % encoding.block == 0
+    ]
+    write_gguf(plan, read, path, dict.fromkeys(chosen, encoding))

@@ -23,6 +23,10 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds only its own folder there
+
+from usllm.system.machine import machine, machine_line
+
 PROMPT = "The list method append adds an item to the end of the list. The list method extend"
 ENGINES = ("vLLM, packed", "vLLM, dense bf16", "transformers, packed")
 
@@ -97,8 +101,9 @@ def main() -> None:
     parser.add_argument("--engine", choices=ENGINES, help="measure this one here, and print the number")
     given = parser.parse_args()
     if given.engine is not None:
-        in_process = in_transformers(given.packed, given.tokens) if given.engine == ENGINES[2] else None
-        print(json.dumps(in_process or in_vllm(given.packed, given.tokens, given.eager)))
+        ours = given.engine == ENGINES[2]
+        rate = in_transformers(given.packed, given.tokens) if ours else in_vllm(given.packed, given.tokens, given.eager)
+        print(json.dumps(rate))
         return
     found: dict[str, list[float]] = {engine: [] for engine in ENGINES}
     with tempfile.TemporaryDirectory() as root:
@@ -109,6 +114,7 @@ def main() -> None:
                 folder = str(dense) if engine == ENGINES[1] else given.packed
                 found[engine].append(measured(engine, folder, given.tokens, given.eager))
     dense_rate = statistics.median(found[ENGINES[1]])
+    print(machine_line(machine()))
     print(f"{torch.get_num_threads()} threads, {given.tokens} tokens, {'eager' if given.eager else 'compiled'}\n")
     print("| | tokens/s, median | over dense in vLLM | all |\n|---|---|---|---|")
     for engine, rates in found.items():

@@ -2,9 +2,11 @@
 
     python benchmarks/side_by_side.py --text TEXT --runs RUN [RUN …] [--threads 2] [--llama-cpp FOLDER]
 
-One machine, one run, one number of threads, batch 1. Every model is measured in a process of its own, all on the same
-windows of tokens. FOLDER is where ``pip install --no-deps --target FOLDER xllamacpp`` has put llama.cpp; without it
-the rows of llama.cpp are left out. What is measured is benchmarks/results/side_by_side.json;
+One machine, one number of threads, batch 1. Every model is measured in a process of its own, all on the same windows of
+tokens. FOLDER is where ``pip install --no-deps --target FOLDER xllamacpp`` has put llama.cpp; without it the rows of
+llama.cpp are left out. What is measured is benchmarks/results/side_by_side.json. With ``--only`` rows are measured
+again or added to it; those that stay must have been measured on such a machine with such settings, and every row says
+by which call and commit it was: what else the machine did then nobody can see.
 ``python benchmarks/side_by_side_table.py`` makes the table of docs/results.md and the picture from it.
 """
 
@@ -16,7 +18,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,11 @@ from benchmarks.side_by_side_measure import CLOCKS, LONG, measured
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "side_by_side.json"
+SHARED = (
+    *("machine", "threads", "clock", "text", "windows", "window", "tokens", "rounds", "llama_cpp"),
+    "tokens_as_transformers",
+)
+"""What a result says once of all its rows."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -58,21 +65,35 @@ def _compare(given: argparse.Namespace) -> None:
     if given.llama_cpp is not None:
         sys.path.insert(0, str(given.llama_cpp))
     from benchmarks.side_by_side_models import models
+    from usllm.system.code_version import code_version
     from usllm.system.files import write_json
     from usllm.system.machine import machine, machine_line
 
     given.models.mkdir(parents=True, exist_ok=True)
-    same_tokens = _write_windows(given)
-    listed = [model for model in models(given.models, given.runs) if given.llama_cpp or model.engine != "llama.cpp"]
-    before = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() and given.only else {"rows": []}
-    rows = {row["name"]: row for row in before["rows"]}
+    shared = {
+        "machine": machine(),
+        **{key: getattr(given, key) for key in ("threads", "clock", "windows", "tokens", "rounds")},
+        "text": given.text.name,
+        "window": LONG,
+        "llama_cpp": _version(given),
+        "tokens_as_transformers": _write_windows(given),
+    }
+    rows = _kept(json.loads(RESULT.read_text(encoding="utf-8")), shared) if RESULT.exists() and given.only else {}
+    every = models(given.models, given.runs)
+    listed = [model for model in every if given.llama_cpp or model.engine != "llama.cpp"]
+    call = {
+        "command": shlex.join(["python", "benchmarks/side_by_side.py", *sys.argv[1:]]),
+        "began": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
+        "code": code_version(),
+    }
     print(machine_line(machine()))
     for model in listed:
         if given.only and not any(part in model.name for part in given.only):
             continue
         size = model.made()
         figures = _measure(given, model.engine, str(model.path))
-        rows[model.name] = {"name": model.name, "engine": model.engine, "ours": model.ours, "bytes": size} | figures
+        row = {"name": model.name, "engine": model.engine, "ours": model.ours, "bytes": size, "call": call}
+        rows[model.name] = row | figures
         print(
             f"{model.engine:12} {model.name:40} {size / 1e6:7.1f} MB, peak {figures['peak'] / 1e6:6.0f} MB, "
             f"{figures['tokens_per_second']:7.2f} tokens/s, prompt {figures['prompt_tokens_per_second']:7.1f}, "
@@ -80,26 +101,26 @@ def _compare(given: argparse.Namespace) -> None:
             flush=True,
         )
         content = {
-            "command": _command(),
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            "machine": machine(),
-            "threads": given.threads,
-            "clock": given.clock,
-            "text": given.text.name,
-            "windows": given.windows,
-            "window": LONG,
-            "llama_cpp": _version(given),
-            "tokens_as_transformers": same_tokens,
-            "rows": [rows[each.name] for each in listed if each.name in rows],
+            **{key: shared[key] for key in SHARED},
+            "not_measured": [each.name for each in every if each.name not in rows],
+            "rows": [rows[each.name] for each in every if each.name in rows],
         }
         write_json(RESULT, content)
 
 
-def _command() -> str:
-    """What was typed, without the choice of rows that were measured again."""
-    words = sys.argv[1:]
-    kept = words[: words.index("--only")] if "--only" in words else words
-    return shlex.join(["python", "benchmarks/side_by_side.py", *kept])
+def _kept(before: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows of a result by their names, if they can stand beside rows that are measured now.
+
+    Raises:
+        SystemExit: They were measured otherwise.
+    """
+    for key in SHARED:
+        if before.get(key) != shared[key]:
+            raise SystemExit(
+                f"--only: the rows of {RESULT.name} have {key}={before.get(key)}, new ones would have {shared[key]}: "
+                "measure as they were, or all rows, without --only"
+            )
+    return {row["name"]: row for row in before["rows"]}
 
 
 def _write_windows(given: argparse.Namespace) -> bool | None:

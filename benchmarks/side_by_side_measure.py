@@ -121,7 +121,7 @@ class _LlamaCpp:
         self._model.logits(ids, last=True)
 
     def generate(self, ids: Any, count: int) -> list[int]:
-        return self._model.greedy(ids, count)[0]
+        return self._model.greedy(ids, count)
 
     def loss(self, window: Any) -> float:
         """Mean cross-entropy of a window."""

@@ -35,13 +35,15 @@ def table(result: Mapping[str, Any]) -> str:
     rows = result["rows"]
     dense = next(row for row in rows if row["name"] == DENSE)
     threads = result["threads"]
+    # Of the sorted keys the first is when a call began.
+    calls = [json.loads(call) for call in sorted({json.dumps(row["call"], sort_keys=True) for row in rows})]
     lines = [
-        f"{result['machine']['cpu']}, {threads} thread{'s' * (threads != 1)}, {result['date']}, batch 1, "
+        f"{result['machine']['cpu']}, {threads} thread{'s' * (threads != 1)}, batch 1, "
         f"{_CLOCKS[result['clock']]}; {result['llama_cpp'] or 'without llama.cpp'}. Perplexity on the first "
         f"{result['windows']} windows of {result['window']} tokens of `{result['text']}`.",
         "",
-        "| model | in | MB | perplexity | tokens/s | over dense | prompt tokens/s | peak MB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | in | MB | perplexity | tokens/s | over dense | prompt tokens/s | peak MB | call |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         cells = [
@@ -53,10 +55,22 @@ def table(result: Mapping[str, Any]) -> str:
             f"{row['tokens_per_second'] / dense['tokens_per_second']:.2f}",
             f"{row['prompt_tokens_per_second']:.0f}",
             f"{row['peak'] / 1e6:.0f}",
+            str(calls.index(row["call"]) + 1),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"`{result['command']}`"]
+    if result["not_measured"]:
+        lines += ["", f"Not measured: {'; '.join(result['not_measured'])}."]
+    if len(calls) > 1:
+        lines += ["", "Rows of different calls differ by what else the machine did, too."]
+    lines += ["", *(f"{number}. {_call(call)}" for number, call in enumerate(calls, 1))]
     return "\n".join(lines)
+
+
+def _call(call: Mapping[str, Any]) -> str:
+    code, commit = call["code"], "no commit known"
+    if "commit" in code:
+        commit = f"commit {code['commit'][:10]}{' and changes' * code['changed']}"
+    return f"{call['began']}, {commit}: `{call['command']}`"
 
 
 def _perplexity(value: float) -> str:

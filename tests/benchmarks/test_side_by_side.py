@@ -9,19 +9,29 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import side_by_side, side_by_side_table
+from benchmarks import side_by_side, side_by_side_models, side_by_side_table
 from benchmarks.side_by_side_measure import LONG, measured
+from usllm.system.code_version import code_version
+from usllm.system.machine import machine
+
+CALL = {
+    "command": "python benchmarks/side_by_side.py",
+    "began": "2026-11-27 10:00",
+    "code": {"usllm": "0.1.0", "commit": "0123456789abcdef", "changed": True},
+}
+MODELS = ("dense, bf16", "sign sketch at 0.5 bits, rest bf16", "Q8_0")
 
 
 def result(**changed: Any) -> dict[str, Any]:
     """A result of three rows."""
-    names = {"dense, bf16": "transformers", "sign sketch at 0.5 bits, rest bf16": "transformers", "Q8_0": "llama.cpp"}
+    names = dict(zip(MODELS, ("transformers", "transformers", "llama.cpp"), strict=True))
     rows = [
         {
             "name": name,
             "engine": engine,
             "ours": "sketch" in name,
             "bytes": 269_000_000 // (place + 1),
+            "call": CALL,
             "perplexity": 30.0 * 50**place,
             "tokens_per_second": 10.0 * (place + 1),
             "prompt_tokens_per_second": 200.0,
@@ -30,15 +40,17 @@ def result(**changed: Any) -> dict[str, Any]:
         for place, (name, engine) in enumerate(names.items())
     ]
     return {
-        "command": "python benchmarks/side_by_side.py",
-        "date": "2026-11-27",
         "machine": {"cpu": "a processor"},
         "threads": 1,
         "clock": "cpu",
         "text": "text.txt",
         "windows": 4,
         "window": LONG,
+        "tokens": 6,
+        "rounds": 1,
         "llama_cpp": None,
+        "tokens_as_transformers": None,
+        "not_measured": [],
         "rows": rows,
         **changed,
     }
@@ -47,11 +59,23 @@ def result(**changed: Any) -> dict[str, Any]:
 def test_table_has_a_line_for_each_model_and_its_ratio_to_the_dense_one() -> None:
     lines = side_by_side_table.table(result()).splitlines()
     (ours,) = [line for line in lines if "sign sketch" in line]
-    assert [cell.strip() for cell in ours.strip("|").split("|")] == [
-        *("**sign sketch at 0.5 bits, rest bf16**", "transformers", "134.5", "1,500", "20.0", "2.00", "200", "700"),
-    ]
+    name, engine, *figures = (cell.strip() for cell in ours.strip("|").split("|"))
+    assert (name, engine) == ("**sign sketch at 0.5 bits, rest bf16**", "transformers")
+    assert figures == ["134.5", "1,500", "20.0", "2.00", "200", "700", "1"]
     assert "without llama.cpp" in lines[0]
     assert "1 thread," in lines[0]
+    assert lines[-1] == "1. 2026-11-27 10:00, commit 0123456789 and changes: `python benchmarks/side_by_side.py`"
+    assert not any("Not measured" in line or "different calls" in line for line in lines)
+
+
+def test_table_says_which_rows_are_missing_and_which_are_of_which_call() -> None:
+    given = result(not_measured=["Q2_0", "Q4_0"])
+    given["rows"][0]["call"] = {**CALL, "began": "2026-11-28 09:00", "code": {"usllm": "0.1.0"}}
+    lines = side_by_side_table.table(given).splitlines()
+    assert [line.strip("| ").rpartition("|")[2].strip() for line in lines if line.endswith("|")][2:] == ["2", "1", "1"]
+    assert "Not measured: Q2_0; Q4_0." in lines
+    assert [line.partition(":")[0] for line in lines[-2:]] == ["1. 2026-11-27 10", "2. 2026-11-28 09"]
+    assert "no commit known" in lines[-1]
 
 
 def test_picture_is_drawn_with_and_without_llama_cpp() -> None:
@@ -88,8 +112,60 @@ def test_command_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--text names the text" in capsys.readouterr().err
 
 
+class TestOnly:
+    """Rows of an older result beside new ones."""
+
+    @pytest.fixture(autouse=True)
+    def kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A kept result of three rows on this machine, and models that are measured in no time."""
+        path = tmp_path / "side_by_side.json"
+        listed = [
+            side_by_side_models.Model(row["name"], row["engine"], tmp_path, lambda out: None)
+            for row in [*result()["rows"], {"name": "Q2_0", "engine": "llama.cpp"}]
+        ]
+        figures = {"perplexity": 1.0, "tokens_per_second": 1.0, "prompt_tokens_per_second": 1.0, "peak": 1}
+        monkeypatch.setattr(side_by_side, "RESULT", path)
+        monkeypatch.setattr(side_by_side, "_write_windows", lambda given: None)
+        monkeypatch.setattr(side_by_side, "_measure", lambda given, engine, path: figures)
+        monkeypatch.setattr(side_by_side_models, "models", lambda root, runs: listed)
+        path.write_text(json.dumps(result(machine=machine())), encoding="utf-8")
+        return path
+
+    def measured_again(self, tmp_path: Path, *options: str) -> None:
+        words = ["--text", "text.txt", "--models", str(tmp_path), "--clock", "cpu", "--windows", "4", "--tokens", "6"]
+        side_by_side.main([*words, "--rounds", "1", "--only", "sketch", *options])
+
+    def test_a_row_that_is_measured_again_says_its_own_call_and_the_others_stay(
+        self, kept: Path, tmp_path: Path
+    ) -> None:
+        before = json.loads(kept.read_text(encoding="utf-8"))
+        self.measured_again(tmp_path)
+        after = json.loads(kept.read_text(encoding="utf-8"))
+        assert [row["name"] for row in after["rows"]] == list(MODELS)
+        assert after["rows"][0] == before["rows"][0] and after["rows"][2] == before["rows"][2]
+        assert after["rows"][1]["call"]["code"] == code_version() and after["rows"][1]["call"]["began"] > "2026-11-27"
+        assert after["not_measured"] == ["Q2_0"]
+        assert "2. " in side_by_side_table.table(after)
+
+    @pytest.mark.parametrize(
+        ("options", "told"), [(["--threads", "2"], "threads=1"), (["--clock", "wall"], "clock=cpu")]
+    )
+    def test_rows_that_were_measured_otherwise_are_not_mixed(
+        self, kept: Path, tmp_path: Path, options: list[str], told: str
+    ) -> None:
+        before = kept.read_text(encoding="utf-8")
+        with pytest.raises(SystemExit, match=told):
+            self.measured_again(tmp_path, *options)
+        assert kept.read_text(encoding="utf-8") == before
+
+    def test_rows_of_another_machine_are_not_mixed(self, kept: Path, tmp_path: Path) -> None:
+        kept.write_text(json.dumps(result()), encoding="utf-8")
+        with pytest.raises(SystemExit, match="a processor"):
+            self.measured_again(tmp_path)
+
+
 def test_kept_result_names_its_command_and_machine() -> None:
     kept = json.loads(side_by_side.RESULT.read_text(encoding="utf-8"))
-    assert kept["command"].startswith("python benchmarks/side_by_side.py")
+    assert all(row["call"]["command"].startswith("python benchmarks/side_by_side.py") for row in kept["rows"])
     assert kept["machine"]["cpu"]
     assert {row["engine"] for row in kept["rows"]} == {"transformers", "llama.cpp"}

@@ -16,6 +16,7 @@ from usllm.cli import eval as evaluation
 from usllm.cli import export, train
 from usllm.models import ModelSpec
 from usllm.models.loading import load_dense, load_packed, load_tokenizer
+from usllm.runs import export_decoded
 
 SKETCH = ["allocation=uniform", "sketch.bits_per_weight=4", "sketch.rows=1", "sketch.group_size=16"]
 
@@ -114,6 +115,57 @@ def test_run_is_measured_in_its_dense_form(run_dir: Path, tiny_text: Path, tmp_p
     assert cells[-1] == f"{report['perplexity'][0]['finetuned']:.2f}"
     common = ["evaluation.windows=[32]", "evaluation.max_windows=2", f"data=[{tiny_text}]"]
     run(evaluation, f"model={out}", *common, f"run_dir={tmp_path}/eval")
+
+
+def test_packed_model_is_measured_on_what_is_given_alone(
+    packed: Path, tiny_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "dense"
+    given = ["evaluation=files", f"evaluation.test_sets.text.path={tiny_text}", "evaluation.windows=[32]"]
+    given += ["evaluation.max_windows=2", "evaluation.precision=fp32"]
+    run(export, f"model={packed}", f"out={out}", "form=dense", "dense.dtype=float32", "measure=true", *given)
+    rows = [line for line in (out / "README.md").read_text().splitlines() if line.startswith(("| text", "| valid"))]
+    run(evaluation, f"model={packed}", *given, "evaluation.validation_split=false", f"run_dir={tmp_path}/eval")
+    (wanted,) = json.loads((tmp_path / "eval" / "evaluation.json").read_text())["perplexity"]
+    assert len(rows) == 1  # none of a default text that the model has never seen
+    assert [cell.strip() for cell in rows[0].strip("|").split("|")][-1] == f"{wanted['perplexity']:.2f}"
+
+
+@pytest.mark.parametrize("given", [["sketch.rows=1"], ["calibration_sequences=2"], ["measure=true"]])
+def test_packed_model_of_the_hub_refuses_what_one_of_a_folder_does(
+    given: list[str], packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    monkeypatch.setattr(export_decoded, "packed_folder", lambda spec: packed)  # fetched
+    for model in (str(packed), "someone/model"):
+        with pytest.raises(SystemExit):
+            run(export, f"model={model}", f"out={tmp_path}/dense", "form=dense", *given)
+        told.append(capsys.readouterr().err.splitlines()[-1].replace(model, "MODEL"))
+    assert given[0].partition("=")[0] in told[0]
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("source", ["dense", "packed"])
+def test_file_is_planned_once(
+    source: str, packed: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans, plan_gguf = [], export_decoded.plan_gguf
+    monkeypatch.setattr(
+        export_decoded, "plan_gguf", lambda *files, **types: plans.append(types) or plan_gguf(*files, **types)
+    )
+    given = [f"model={packed}"]
+    if source == "dense":
+        given = [
+            f"model={packed.parent}/model.gguf",
+            "data=text",
+            f"data.train.path={tiny_text}",
+            "data.context_length=32",
+            *SKETCH,
+        ]
+        given.append("calibration_sequences=1")
+    run(export, *given, f"out={tmp_path}/model.gguf", "form=gguf", "gguf.type=F16", "gguf.embeddings=Q8_0")
+    assert plans == [{"kind": "F16", "embeddings": "Q8_0"}]
+    assert load_dense(ModelSpec(kind="gguf", name=None, file=str(tmp_path / "model.gguf")))
 
 
 def test_existing_places_are_kept_unless_told_otherwise(packed: Path, tmp_path: Path) -> None:

@@ -175,6 +175,18 @@ PLACES = [
     ),
     Row(
         "export",
+        ["model=PACKED", "form=dense", "out=HERE/x", "measure=true"],
+        USER,
+        ["evaluation.test_sets: none given, so measure=true has nothing to measure beside model=PACKED"],
+    ),
+    Row(
+        "export",
+        ["model=PACKED", "form=dense", "out=HERE/x", "measure=true", "evaluation.validation_split=true"],
+        USER,
+        ["evaluation.validation_split=true: model=PACKED does not bring the text", "evaluation.test_sets: none given"],
+    ),
+    Row(
+        "export",
         ["model=PACKED", "form=dense", "out=HERE/x", "model.patterns=[q_proj]"],
         USER,
         ["model.patterns=[q_proj]: model=PACKED decides that; leave it out"],

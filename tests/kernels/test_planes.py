@@ -75,6 +75,23 @@ def test_planes_hold_the_weight_and_multiply_with_it(
     assert bool(((found.double() - expected).abs() <= 3 * unit + 1e-30).all())
 
 
+@pytest.mark.parametrize("levels", [SIGNS, Levels(-7, 7, 1)])
+def test_planes_are_the_same_whatever_type_is_the_default_one(levels: Levels) -> None:
+    """Servers make the model's type the default one while they load."""
+    numbers = torch.randint(2, (70, 45)) * levels.stride + levels.least
+    given = [Codes(numbers, levels, torch.arange(45), torch.rand(45))]
+    factors, planes = torch.rand(70, 2), []
+    for default in (torch.float32, torch.bfloat16):
+        try:
+            torch.set_default_dtype(default)
+            planes.append(make_planes(given, 45, factors, 32, backend="torch"))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for found, wanted in zip(planes[1].tensors, planes[0].tensors, strict=True):
+        assert found.dtype == wanted.dtype
+        assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tokens", [1, 30])
 @pytest.mark.parametrize("wide", [3, 60])

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
 from gguf_of_model import MODELS, tiny_model, write_model
 from transformers import AutoConfig, PreTrainedModel
 
-from usllm.models import ModelSpec
+from usllm.models import ModelSpec, gguf_plan
 from usllm.models.gguf_contents import read_contents
+from usllm.models.gguf_out import check_gguf_out
 from usllm.models.gguf_plan import GgufPlan, plan_gguf
-from usllm.models.gguf_writer import check_gguf_out, write_gguf
+from usllm.models.gguf_writer import write_gguf
 from usllm.models.loading import load_config, load_dense, load_generation_config, load_tokenizer
 from usllm.models.random_model import byte_tokenizer, random_config
 from usllm.system.errors import UserError
@@ -105,13 +109,15 @@ def test_texts_are_cut_into_the_same_tokens(tmp_path: Path) -> None:
         ("Q8_0", None, {"token_embd": "Q8_0", "output.weight": "Q8_0", "attn_q": "Q8_0", "attn_norm": "F32"}),
         ("Q4_0", None, {"token_embd": "Q8_0", "output.weight": "Q8_0", "attn_q": "Q4_0", "output_norm": "F32"}),
         ("Q4_0", "BF16", {"token_embd": "BF16", "output.weight": "BF16", "ffn_up": "Q4_0"}),
+        ("BF16", "Q8_0", {"token_embd": "Q8_0", "output.weight": "Q8_0", "ffn_up": "BF16"}),
     ],
 )
 def test_types_are_those_asked_for(kind: str, embeddings: str | None, kinds: dict[str, str], tmp_path: Path) -> None:
-    from gguf import GGUFReader
-
     original, path = write(tmp_path, "llama", kind=kind, embeddings=embeddings)
-    stored = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+    reader = gguf.GGUFReader(path)
+    stored = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    in_blocks = not {"Q8_0", "Q4_0"}.isdisjoint(stored.values())
+    assert ("general.quantization_version" in reader.fields) == in_blocks
     for part, wanted in kinds.items():
         found = {stored[name] for name in stored if name.removeprefix("blk.0.").startswith(part)}
         assert found == {wanted}, part
@@ -129,16 +135,62 @@ def test_rows_that_are_no_blocks_stay_at_16_bits(tmp_path: Path) -> None:
 
 
 def test_bytes_that_are_said_before_are_those_written(tmp_path: Path) -> None:
-    from gguf import GGUFReader
-
     for kind in ("F32", "BF16", "Q8_0", "Q4_0"):
         write_model(tmp_path / "original.gguf", "llama")
         spec = of(tmp_path / "original.gguf")
         plan = plan_of(spec, kind=kind)
         write_gguf(plan, load_dense(spec).state_dict().__getitem__, tmp_path / "written.gguf")
-        stored = sum(int(tensor.n_bytes) for tensor in GGUFReader(tmp_path / "written.gguf").tensors)
+        stored = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(tmp_path / "written.gguf").tensors)
         assert plan.tensor_bytes == stored
         assert 0 < (tmp_path / "written.gguf").stat().st_size - stored < 30_000
+
+
+class InF32:
+    """An encoding of the tests' own."""
+
+    number = gguf.GGMLQuantizationType.F32
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+
+    def bytes(self, shape: tuple[int, ...]) -> int:
+        return 4 * int(np.prod(shape))
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        if self.fails:
+            raise ArithmeticError("does not encode")
+        return values.view(np.uint8).reshape(-1)
+
+
+def test_other_encodings_than_planned_are_written_in_the_same_file_whole_or_not_at_all(tmp_path: Path) -> None:
+    original = write_model(tmp_path / "original.gguf", "llama")
+    plan, read = plan_of(of(tmp_path / "original.gguf")), original.state_dict().__getitem__
+    path, chosen = tmp_path / "written.gguf", "blk.0.ffn_down.weight"
+    with pytest.raises(ArithmeticError, match="does not encode"):
+        write_gguf(plan, read, path, {chosen: InF32(fails=True)})
+    assert [file.name for file in tmp_path.glob("*written*")] == []
+    write_gguf(plan, read, path, {chosen: InF32()})
+    wanted, found = read_contents(tmp_path / "original.gguf"), read_contents(path)
+    exact = [name for name in wanted.shapes if torch.equal(found.tensor(name), wanted.tensor(name))]
+    assert chosen in exact and "blk.0.ffn_up.weight" not in exact
+    torch.testing.assert_close(
+        found.tensor("blk.0.ffn_up.weight"), wanted.tensor("blk.0.ffn_up.weight"), rtol=2**-8, atol=0
+    )
+
+
+def test_model_is_planned_from_one_skeleton_and_described_without_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "original.gguf", "llama")
+    made, skeleton = [], gguf_plan.skeleton
+    monkeypatch.setattr(gguf_plan, "skeleton", lambda config: made.append(config) or skeleton(config))
+    plan = plan_of(of(tmp_path / "original.gguf"))
+    described = plan.described("a name", "how it was made")
+    assert len(made) == 2  # of the model, and of what the reader makes of the file
+    told = {"general.name": "a name", "general.description": "how it was made"}
+    assert described.metadata == plan.metadata | told
+    assert next(iter(described.metadata)) == "general.quantized_by"  # by which a file that may be replaced is known
+    assert described.tensors == plan.tensors
 
 
 def test_more_ends_of_a_text_come_along(tmp_path: Path) -> None:
@@ -153,31 +205,38 @@ def test_more_ends_of_a_text_come_along(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("gpt2", {}, "a gpt2 cannot be written; those that can are llama, qwen2"),
-        ("llama", {"hidden_act": "gelu"}, "GGUF does not say it all of this llama"),
+        ("llama", {"hidden_act": "gelu"}, r"of this llama: layers\.\*\.mlp\.act_fn differs;"),
         (
             "llama",
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "rope_type=yarn of a llama has no form in GGUF",
+            "rope_type=yarn of a llama has no form in GGUF;",
         ),
-        ("qwen3", {"attention_bias": True}, "has no name in a GGUF file|GGUF does not say it all"),
-        ("gemma2", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar|GGUF does not say it all"),
+        ("qwen3", {"attention_bias": True}, r"of this qwen3: attention_bias differs \(True is read as False\);"),
+        (
+            "gemma2",
+            {"query_pre_attn_scalar": 7},
+            r"of this gemma2: layers\.\*\.self_attn\.scaling differs \(0\.3779\d* is read as 0\.0625\);",
+        ),
     ],
 )
 def test_what_the_file_could_not_say_is_refused(
     kind: str, settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     write_model(tmp_path / "original.gguf", "llama")
+    tokenizer = load_tokenizer(of(tmp_path / "original.gguf"))
     config = tiny_model("llama").config.to_dict()
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     shared = {key: config[key] for key in (*sizes, "num_key_value_heads", "max_position_embeddings")}
-    if kind == "gpt2":
-        shared = {}
-    odd = AutoConfig.for_model(kind, **(shared | settings))
+    assert plan_gguf(AutoConfig.for_model(kind, **shared), tokenizer).tensors
     with pytest.raises(UserError, match=message) as caught:
-        plan_gguf(odd, load_tokenizer(of(tmp_path / "original.gguf")))
+        plan_gguf(AutoConfig.for_model(kind, **(shared | settings)), tokenizer)
     assert "\n" not in str(caught.value)
     assert "form=dense" in str(caught.value)
+
+
+def test_family_without_a_form_in_gguf_is_refused() -> None:
+    with pytest.raises(UserError, match=r"a gpt2 cannot be written; those that can are llama, qwen2.*pass form=dense"):
+        plan_gguf(AutoConfig.for_model("gpt2"), byte_tokenizer())
 
 
 def test_tokenizer_without_merges_is_refused() -> None:
@@ -185,15 +244,24 @@ def test_tokenizer_without_merges_is_refused() -> None:
         plan_gguf(random_config("llama"), byte_tokenizer())
 
 
-def test_number_that_is_not_finite_in_its_type_is_named_and_leaves_no_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "types", "way_out"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", {"kind": "F16"}, "gguf.type=F32"),
+        ("model.embed_tokens.weight", {"kind": "F32", "embeddings": "F16"}, "gguf.embeddings=F32"),
+        ("lm_head.weight", {"kind": "F16"}, "gguf.embeddings=F32"),
+    ],
+)
+def test_number_that_is_not_finite_in_its_type_is_named_and_leaves_no_file(
+    name: str, types: dict[str, str], way_out: str, tmp_path: Path
+) -> None:
     write_model(tmp_path / "original.gguf", "llama")
     spec = of(tmp_path / "original.gguf")
     weights = load_dense(spec).state_dict()
-    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e30
-    with pytest.raises(
-        UserError, match=r"model\.layers\.0\.mlp\.up_proj\.weight: holds values that are not finite as F16"
-    ):
-        write_gguf(plan_of(spec, kind="F16"), weights.__getitem__, tmp_path / "written.gguf")
+    weights[name][0, 0] = 1e30
+    told = f"{name}: holds values that are not finite as F16; pass {way_out}"
+    with pytest.raises(UserError, match=f"^{re.escape(told)}$"):
+        write_gguf(plan_of(spec, **types), weights.__getitem__, tmp_path / "written.gguf")
     assert not list(tmp_path.glob("*written*"))
 
 

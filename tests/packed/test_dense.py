@@ -11,23 +11,21 @@ from typing import Any
 import pytest
 import torch
 from every_method import compressor_of
-from test_export import OnDisk
-from tiny_packed import IDS, SKETCH, logits, pack, random_config, sketched_model
-from transformers import AutoModelForCausalLM
+from on_disk import most_held
+from tiny_packed import IDS, logits, pack, random_config, sketched_model
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 import usllm
 from usllm.compress import compress_
 from usllm.models import ModelSpec
 from usllm.models.loading import load_dense, load_tokenizer
-from usllm.packed import sharded_files
 from usllm.packed.decoded import DecodedModel, decode_folder, decode_source
-from usllm.packed.dense import DecodedSize, export_dense, is_decoded
+from usllm.packed.dense import DecodedSize, export_dense
 from usllm.packed.description import ModelFiles
 from usllm.packed.export import RestStorage
+from usllm.packed.new_folder import is_decoded
 from usllm.packed.source import PackingSource, from_model
-from usllm.sketch import SketchConfig
 from usllm.system.errors import PackedFormatError, UserError
-from usllm.system.files import write_tensors
 
 
 def files(config: Any = None) -> ModelFiles:
@@ -116,26 +114,16 @@ def test_size_compares_with_the_packed_folder_that_is_read(tmp_path: Path) -> No
 
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written: list[int] = []
+    shard = 80_000  # bytes
 
-    def recorded(path: Path, content: dict[str, torch.Tensor], *args: object) -> None:
-        written.append(sum(tensor.nbytes for tensor in content.values()))
-        write_tensors(path, content, *args)  # type: ignore[arg-type]
+    def written(source: PackingSource, config: PretrainedConfig) -> None:
+        out = tmp_path / str(config.num_hidden_layers)
+        decode(decode_source(source), out, config=config, max_shard_size=shard)
 
-    monkeypatch.setattr(sharded_files, "write_tensors", recorded)
-    held = []
-    for layers in (2, 8):
-        config = random_config()
-        config.num_hidden_layers = layers
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        compress_(model, SketchConfig(**SKETCH))
-        inner = from_model(model)
-        tensors = OnDisk(dict(inner.tensors))
-        source = PackingSource(tensors, inner.plans, inner.compressor)
-        decode(decode_source(source), tmp_path / str(layers), config=config, max_shard_size=80_000)
-        held.append(tensors.most_held)
-    assert max(written) <= 80_000
-    assert held[1] <= held[0]
+    few, many = (most_held(layers, written, monkeypatch) for layers in (2, 8))
+    assert many[0] <= few[0]
+    assert few[1] <= shard
+    assert many[1] <= shard
 
 
 def test_only_a_folder_decoded_here_is_ever_replaced(tmp_path: Path) -> None:

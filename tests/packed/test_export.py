@@ -7,15 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import weakref
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from model_families import config_of
+from on_disk import most_held
 from tiny_packed import SKETCH, logits, pack, random_config, sketched_model
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 import usllm
 from usllm.compress import compress_, compression_report
@@ -30,7 +29,6 @@ from usllm.packed.quantizer import can_be_blocks
 from usllm.packed.source import PackingSource, from_model
 from usllm.sketch import SketchConfig, build_plan
 from usllm.system.errors import RunError, UserError
-from usllm.system.files import write_tensors
 
 RESTS = [RestStorage(), RestStorage("float32"), RestStorage("bfloat16", 8, 4), RestStorage("float16", 4, 8)]
 
@@ -196,61 +194,16 @@ pack(sketched_model(), Path({str(tmp_path)!r}) / "packed", max_shard_size=30_000
     assert os.listdir(tmp_path) == ["packed"]
 
 
-class OnDisk(Mapping[str, torch.Tensor]):
-    """Tensors that exist from when they are asked for until nobody holds them; counts the bytes held."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.tensors = tensors
-        self.held = self.most_held = 0
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self.tensors[name].clone()
-        self.held += tensor.nbytes
-        self.most_held = max(self.most_held, self.held)
-        weakref.finalize(tensor, self._released, tensor.nbytes)
-        return tensor
-
-    def _released(self, size: int) -> None:
-        self.held -= size
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-
-def export_of(layers: int, out: Path, shard: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
-    """Most bytes of source tensors, and of tensors to write, that were held at once."""
-    config = random_config()
-    config.num_hidden_layers = layers
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    from usllm.compress import compress_
-
-    compress_(model, SketchConfig(**SKETCH))
-    inner = from_model(model)
-    tensors = OnDisk(dict(inner.tensors))
-    written: list[int] = []
-
-    def recorded(path: Path, content: dict[str, torch.Tensor], *args: object) -> None:
-        written.append(sum(tensor.nbytes for tensor in content.values()))
-        write_tensors(path, content, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(sharded_files, "write_tensors", recorded)
-    source = PackingSource(tensors, inner.plans, inner.compressor)
-    tokenizer = load_tokenizer(ModelSpec(kind="random", name="llama"))
-    export(source, ModelFiles(config, tokenizer), out, max_shard_size=shard)
-    return tensors.most_held, max(written)
-
-
 def test_memory_of_an_export_does_not_grow_with_the_number_of_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard = 40_000  # bytes: the embedding alone takes 34 kB
-    few = export_of(2, tmp_path / "few", shard, monkeypatch)
-    many = export_of(12, tmp_path / "many", shard, monkeypatch)
+
+    def written(source: PackingSource, config: PretrainedConfig) -> None:
+        tokenizer = load_tokenizer(ModelSpec(kind="random", name="llama"))
+        export(source, ModelFiles(config, tokenizer), tmp_path / str(config.num_hidden_layers), max_shard_size=shard)
+
+    few, many = (most_held(layers, written, monkeypatch) for layers in (2, 12))
     assert many[0] <= few[0]
     assert few[1] <= shard
     assert many[1] <= shard

@@ -12,18 +12,16 @@ from omegaconf import DictConfig
 
 from usllm.config import rules
 from usllm.config.compression import check_compressor
-from usllm.config.overrides import group_of, idle_beside_checkpoint, idle_beside_packed
+from usllm.config.overrides import group_of, idle_beside_checkpoint, idle_beside_packed, key_of
 from usllm.config.rules import Problems
 from usllm.config.schema import AllocationConfig, DataConfig, EvaluationConfig
 from usllm.config.structure import built, merge_typed
 from usllm.config.validation import plain_config, user_error
 from usllm.models import ModelSpec
-from usllm.models.gguf_plan import GGUF_TYPES
-from usllm.models.gguf_writer import check_gguf_out
-from usllm.packed.dense import DENSE_FOLDER
+from usllm.models.gguf_out import GGUF_TYPES, check_gguf_out
 from usllm.packed.folder import is_packed
 from usllm.packed.layouts import CHOICES
-from usllm.packed.new_folder import PACKED_FOLDER, check_out
+from usllm.packed.new_folder import DENSE_FOLDER, PACKED_FOLDER, check_out
 from usllm.system.files import expanded, unusable
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -140,7 +138,7 @@ def check_export(cfg: DictConfig | dict[str, Any], given: Sequence[str] = ()) ->
         problems.extend(f"{override}: nothing is measured; pass measure=true, or leave it out" for override in idle)
     packed = config.ckpt is None and config.model.kind == "folder" and is_packed(expanded(str(config.model.name)))
     if packed:
-        problems.extend(idle_beside_packed(str(config.model.name), given, WITHOUT_CKPT))
+        problems.extend(refused_beside_packed(config, given))
         if config.form == "packed":
             problems.append(f"model={config.model.name}: is packed already; pass form=dense or form=gguf to decode it")
     elif config.ckpt is None:
@@ -151,7 +149,7 @@ def check_export(cfg: DictConfig | dict[str, Any], given: Sequence[str] = ()) ->
         rules.check_evaluation(config.evaluation, problems)
         if config.ckpt is None and not packed:
             rules.check_unseen(rules.sources_of_training(config.data), config.evaluation, problems)
-        if not config.evaluation.test_sets and not config.evaluation.validation_split:
+        if not packed and not config.evaluation.test_sets and not config.evaluation.validation_split:
             problems.append("evaluation.test_sets: none given, so measure=true has nothing to measure")
     problems.require(bool(config.out), "out", config.out, "is empty; give the folder, or the file, to make")
     if config.out:
@@ -159,6 +157,30 @@ def check_export(cfg: DictConfig | dict[str, Any], given: Sequence[str] = ()) ->
     if problems:
         raise user_error(problems)
     return config
+
+
+def refused_beside_packed(config: ExportConfig, given: Sequence[str]) -> list[str]:
+    """One line for each setting that has no meaning where a packed model is exported.
+
+    A model of the hub is known as a packed one after it was fetched only, so this is for the command to ask too.
+
+    Args:
+        config: Configuration, whose ``model`` is packed.
+        given: Overrides that the user typed.
+    """
+    model = f"model={config.model.name}"
+    lines = idle_beside_packed(str(config.model.name), given, WITHOUT_CKPT)
+    if config.measure and config.evaluation.validation_split:
+        typed = [override for override in given if key_of(override) == "evaluation.validation_split"]
+        lines += [
+            f"{override}: {model} does not bring the text that it was split from; leave it out" for override in typed
+        ]
+    if config.measure and not config.evaluation.test_sets:
+        lines.append(
+            f"evaluation.test_sets: none given, so measure=true has nothing to measure beside {model}; "
+            "pass evaluation=files and a text, or leave measure out"
+        )
+    return lines
 
 
 def _check_form(config: ExportConfig, given: Sequence[str], problems: Problems) -> None:

@@ -7,17 +7,18 @@ package says what it would make of them. Where that is not the same model, nothi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from usllm.models.gguf_contents import GgufContents
 from usllm.models.gguf_families import GGUF_FAMILIES, SETTINGS, GgufFamily, configuration_of
+from usllm.models.gguf_out import GGUF_TYPES, WRITER
 from usllm.models.gguf_rope import rope_metadata
 from usllm.models.gguf_tensors import stored_names
 from usllm.models.gguf_tokenizer import check_tokenizer
@@ -27,26 +28,31 @@ from usllm.packed.meaning import first_difference, meaning_of
 from usllm.packed.sharded_files import stored_tensors
 from usllm.system.errors import UserError
 
-GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
-"""Types of matrices that can be written."""
 _NUMBERS = {"F32": np.float32, "F16": np.float16}
 _IN_BLOCKS = ("Q8_0", "Q4_0")
 _BLOCK = 32
 _FILE_TYPES = {"F32": "ALL_F32", **{kind: f"MOSTLY_{kind}" for kind in GGUF_TYPES[1:]}}
-WRITER = "usllm"
-"""What ``general.quantized_by`` says, the first entry of a file."""
 _TOLD_BY_LAYERS = ("max_window_layers",)
 """Settings that decide nothing once the type of each layer is known."""
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor that is to be written: its parameter (``None`` where ``values`` are given), shape and type."""
+    """A tensor that is to be written.
+
+    Attributes:
+        source: its parameter; ``None`` where ``values`` are given.
+        shape: of its values.
+        kind: its type.
+        values: those of a tensor that is no parameter.
+        setting: the key that decides the type of a matrix.
+    """
 
     source: str | None
     shape: tuple[int, ...]
     kind: str
     values: Tensor | None = None
+    setting: str = "gguf.type"
 
     @property
     def byte_shape(self) -> tuple[int, ...]:
@@ -90,6 +96,11 @@ class GgufPlan:
         """Bytes of all tensors, without the gaps between them."""
         return sum(tensor.bytes for tensor in self.tensors.values())
 
+    def described(self, name: str, description: str) -> GgufPlan:
+        """The same plan of a file that says what it is called and how it was made."""
+        told = {"general.name": name, "general.description": description}
+        return replace(self, metadata={**self.metadata, **told})  # the mark of the writer stays the first entry
+
     def by_kind(self) -> dict[str, int]:
         """Number of tensors of each type."""
         kinds = [tensor.kind for tensor in self.tensors.values()]
@@ -108,7 +119,6 @@ def plan_gguf(
     *,
     kind: str = "BF16",
     embeddings: str | None = None,
-    general: Mapping[str, Any] | None = None,
 ) -> GgufPlan:
     """Everything of the file but its weights, checked to be read as the same model; no weights are read.
 
@@ -116,10 +126,9 @@ def plan_gguf(
         config: of the dense model.
         tokenizer: of the model.
         generation: names more tokens that end a text.
-        kind: type of matrices, one of :data:`GGUF_TYPES`; rows that are no whole blocks are BF16, and what is no matrix
-            is F32.
+        kind: type of matrices, one of :data:`usllm.models.gguf_out.GGUF_TYPES`; rows that are no whole blocks are
+            BF16, and what is no matrix is F32.
         embeddings: type of embedding and head; ``None``: that of the others, but Q8_0 beside Q4_0.
-        general: metadata under ``general.``, such as a name and a description.
 
     Raises:
         UserError: the family, its rotary embedding or its tokenizer has no form in GGUF.
@@ -136,10 +145,11 @@ def plan_gguf(
         if (name := names[parameter]) == parameter:
             raise UserError(f"form=gguf: {parameter} has no name in a GGUF file of a {architecture}; pass form=dense")
         shape = tuple(tensor.shape)
-        tensors[name] = PlannedTensor(parameter, shape, _kind(shape, of_ends if id(tensor) in ends else kind))
+        asked, setting = (of_ends, "gguf.embeddings") if id(tensor) in ends else (kind, "gguf.type")
+        tensors[name] = PlannedTensor(parameter, shape, _kind(shape, asked), setting=setting)
     metadata |= vocabulary_metadata(tokenizer, tensors["token_embd.weight"].shape[0], generation)
-    plan = GgufPlan(architecture, config, _general(kind, general or {}) | metadata, tensors)
-    _check(plan)
+    plan = GgufPlan(architecture, config, _general(kind, tensors) | metadata, tensors)
+    _check(plan, model)
     return plan
 
 
@@ -163,25 +173,25 @@ def _metadata(
     return {f"{architecture}.{key}": value for key, value in found.items() if value is not None}, divisors
 
 
-def _general(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def _general(kind: str, tensors: Mapping[str, PlannedTensor]) -> dict[str, Any]:
     import gguf
 
     found: dict[str, Any] = {"quantized_by": WRITER, "type": "model"}
     found["file_type"] = int(gguf.LlamaFileType[_FILE_TYPES[kind]])
-    if kind in _IN_BLOCKS:
+    if any(tensor.kind in _IN_BLOCKS for tensor in tensors.values()):
         found["quantization_version"] = gguf.GGML_QUANT_VERSION
-    return {f"general.{key}": value for key, value in (found | dict(given)).items()}
+    return {f"general.{key}": value for key, value in found.items()}
 
 
-def _check(plan: GgufPlan) -> None:
-    """Compare what the reader would make of a plan with the model that it is of."""
+def _check(plan: GgufPlan, model: PreTrainedModel) -> None:
+    """Compare what the reader would make of a plan with the model that it is of, which may have no weights."""
     given = {name: tensor for name, tensor in plan.tensors.items() if tensor.values is not None}
     stored = {name: _as_read(tensor) for name, tensor in given.items()}
     shapes = {name: tensor.shape for name, tensor in plan.tensors.items()}
     contents = _PlannedContents(Path("planned.gguf"), plan.architecture, plan.metadata, shapes, stored)
     found = skeleton(configuration_of(contents))
     check_tokenizer(contents)
-    if what := first_difference(meaning_of(skeleton(plan.config)), found, _TOLD_BY_LAYERS):
+    if what := first_difference(meaning_of(model), found, _TOLD_BY_LAYERS):
         raise UserError(
             f"form=gguf: GGUF does not say it all of this {plan.config.model_type}: {what}; pass form=dense"
         )

@@ -2,57 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from usllm.models.gguf_families import GGUF_FAMILIES
-from usllm.models.gguf_plan import WRITER, GgufPlan, PlannedTensor
+from usllm.models.gguf_plan import GgufPlan, PlannedTensor
 from usllm.models.gguf_tensors import as_stored
 from usllm.system.errors import UserError
-from usllm.system.files import partial_file, unusable
-
-_BEGINNING = 1024
-"""Bytes of a file in which its first entry is looked for."""
+from usllm.system.files import partial_file
 
 
-def check_gguf_out(out: Path, overwrite: bool) -> None:
-    """Refuse a place that may not become a GGUF file, before any work; only one that was written here is replaced.
+class Encoding(Protocol):
+    """A type of tensors that the ``gguf`` package does not make."""
 
-    Raises:
-        UserError: it exists and may not be replaced, has another ending, or cannot be written.
-    """
-    if out.suffix != ".gguf":
-        raise UserError(f"out={out}: form=gguf writes one file: give it a name that ends in .gguf")
-    if reason := unusable(out):
-        raise UserError(f"out={out}: {reason}; give the name of a file")
-    if out.is_symlink() or out.exists():
-        if out.is_symlink() or not _is_written_here(out):
-            raise UserError(
-                f"out={out} exists and was not written by usllm-export: it is never replaced, choose another"
-            )
-        if not overwrite:
-            raise UserError(f"out={out} exists already: pass overwrite=true to replace it, or another name")
+    number: Any
+    """Of the type, in the file."""
+
+    def bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes that a tensor takes."""
+
+    def encode(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """These bytes, uint8 ``[bytes]``, of fp32 values."""
 
 
-def _is_written_here(path: Path) -> bool:
-    """Whether a file says so in its first entries."""
-    with path.open("rb") as file:
-        start = file.read(_BEGINNING)
-    return start.startswith(b"GGUF") and WRITER.encode() in start.partition(b"general.quantized_by")[2][:32]
-
-
-def write_gguf(plan: GgufPlan, read: Callable[[str], Tensor], path: Path) -> None:
+def write_gguf(
+    plan: GgufPlan, read: Callable[[str], Tensor], path: Path, encodings: Mapping[str, Encoding] | None = None
+) -> None:
     """Write the file, whole or not at all; one tensor is in memory at a time.
 
     Args:
         plan: of the file.
         read: a parameter of the model by its name in transformers.
         path: of the file; an older one is replaced.
+        encodings: of tensors, by their names in the file, that are to be of another type than planned.
 
     Raises:
         UserError: a tensor has another shape than the model's, or a number is not finite in its type; it is named.
@@ -60,27 +47,31 @@ def write_gguf(plan: GgufPlan, read: Callable[[str], Tensor], path: Path) -> Non
     """
     import gguf
 
+    others = encodings or {}
     with partial_file(path) as partial:
         writer = gguf.GGUFWriter(partial, plan.architecture)
         try:
             for key, value in plan.metadata.items():
                 add_entry(writer, key, value)
             for name, tensor in plan.tensors.items():
-                stored_as = gguf.GGMLQuantizationType[tensor.kind]
-                writer.add_tensor_info(name, tensor.byte_shape, tensor.item_type, tensor.bytes, raw_dtype=stored_as)
+                if other := others.get(name):  # the package would reckon with types of its own
+                    count, of_values = other.bytes(tensor.shape), np.dtype(np.float32)
+                    writer.add_tensor_info(name, tensor.shape, of_values, count, raw_dtype=other.number)
+                else:
+                    kind = gguf.GGMLQuantizationType[tensor.kind]
+                    writer.add_tensor_info(name, tensor.byte_shape, tensor.item_type, tensor.bytes, raw_dtype=kind)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for name, tensor in plan.tensors.items():
-                writer.write_tensor_data(_encoded(plan, name, tensor, read))
+                values = _values(plan, name, tensor, read)
+                encoded = others[name].encode(values) if name in others else _encoded(name, tensor, values)
+                writer.write_tensor_data(encoded)
         finally:
             writer.close()
 
 
-def _encoded(plan: GgufPlan, name: str, tensor: PlannedTensor, read: Callable[[str], Tensor]) -> np.ndarray[Any, Any]:
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize, quantize
-
+def _values(plan: GgufPlan, name: str, tensor: PlannedTensor, read: Callable[[str], Tensor]) -> np.ndarray[Any, Any]:
     values = tensor.values
     if values is None:
         assert tensor.source is not None
@@ -88,12 +79,19 @@ def _encoded(plan: GgufPlan, name: str, tensor: PlannedTensor, read: Callable[[s
         if tuple(values.shape) != tensor.shape:
             raise UserError(f"{tensor.source}: is {list(values.shape)}, the model's is {list(tensor.shape)}")
         values = as_stored(values, name, GGUF_FAMILIES[plan.architecture], plan.config)
+    return values.contiguous().numpy()
+
+
+def _encoded(name: str, tensor: PlannedTensor, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
     stored_as = GGMLQuantizationType[tensor.kind]
     with np.errstate(all="ignore"):  # blocks of denormal numbers: their scale is 0, and so are they
-        encoded = quantize(values.contiguous().numpy(), stored_as)
+        encoded = quantize(values, stored_as)
     if not bool(np.isfinite(dequantize(encoded, stored_as)).all()):
         raise UserError(
-            f"{tensor.source or name}: holds values that are not finite as {tensor.kind}; pass gguf.type=F32"
+            f"{tensor.source or name}: holds values that are not finite as {tensor.kind}; pass {tensor.setting}=F32"
         )
     return encoded
 

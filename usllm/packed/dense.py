@@ -6,19 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
 
 from usllm.packed.decoded import DecodedModel
 from usllm.packed.description import ModelFiles, write_description
 from usllm.packed.meaning import first_difference, meaning_of
-from usllm.packed.new_folder import Kind, new_folder
+from usllm.packed.new_folder import DECODED_MARK, DENSE_FOLDER, new_folder
 from usllm.packed.sharded_files import DTYPES, empty_model, rounded, stored_tensors, write_shards
 from usllm.system.errors import RunError, UserError, no_space
 from usllm.system.files import write_text
-
-_MARK = {"usllm": "decoded"}
-"""In the header of each weight file: by it a folder is known as one that was written here and may be replaced."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +42,6 @@ class DecodedSize:
             f"the {self.compressed_bits:.4g} bits per weight are gone: the weights take {self.weight_bytes:,} bytes as "
             f"{self.stored_as}, {ratio:.2f} times the {self.packed_bytes:,} of the packed form"
         )
-
-
-def is_decoded(path: Path) -> bool:
-    """Whether a folder says of itself that it holds a model decoded here; nothing is checked."""
-    try:
-        files = sorted(path.glob("*.safetensors"))
-        with safe_open(files[0], framework="pt") as file:
-            return (file.metadata() or {}).items() >= _MARK.items()
-    except (OSError, SafetensorError, IndexError):
-        return False
-
-
-DENSE_FOLDER = Kind("a dense model written by usllm-export", is_decoded)
 
 
 def compressed_bits(model: DecodedModel, skeleton: PreTrainedModel) -> float:
@@ -113,7 +96,7 @@ def export_dense(
                 folder,
                 stored_tensors(skeleton),
                 lambda name: rounded(model.read(name), dtype, name, "dense.dtype"),
-                lambda tensors: _MARK,
+                lambda tensors: DECODED_MARK,
                 max_shard_size,
             )
             written = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -11,10 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import SafetensorError, safe_open
+
 from usllm.packed.folder import is_packed
 from usllm.system.errors import UserError
 from usllm.system.files import expanded, settle_folder
 
+DECODED_MARK = {"usllm": "decoded"}
+"""In the header of each weight file: by it a folder is known as one that was written here and may be replaced."""
 _PARTIAL, _OLD = ".partial", ".old"
 _numbers = itertools.count()
 
@@ -26,7 +30,18 @@ class Kind(NamedTuple):
     holds: Callable[[Path], bool]
 
 
+def is_decoded(path: Path) -> bool:
+    """Whether a folder says of itself that it holds a model decoded here; nothing is checked."""
+    try:
+        files = sorted(path.glob("*.safetensors"))
+        with safe_open(files[0], framework="pt") as file:
+            return (file.metadata() or {}).items() >= DECODED_MARK.items()
+    except (OSError, SafetensorError, IndexError):
+        return False
+
+
 PACKED_FOLDER = Kind("a packed model", is_packed)
+DENSE_FOLDER = Kind("a dense model written by usllm-export", is_decoded)
 
 
 def check_out(out: Path, overwrite: bool, kind: Kind = PACKED_FOLDER) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from usllm.config.packed import ExportConfig, size_in_bytes
+from usllm.config.packed import ExportConfig, refused_beside_packed, size_in_bytes
+from usllm.config.validation import user_error
 from usllm.models import ModelSpec
-from usllm.models.gguf_plan import plan_gguf
-from usllm.models.gguf_writer import check_gguf_out, write_gguf
+from usllm.models.gguf_out import check_gguf_out
+from usllm.models.gguf_plan import GgufPlan, plan_gguf
+from usllm.models.gguf_writer import write_gguf
 from usllm.models.loading import load_config, load_dense, load_generation_config, load_tokenizer, packed_folder
 from usllm.packed.card import decoded_card
 from usllm.packed.decoded import DecodedModel, decode_folder, decode_source
@@ -44,17 +45,21 @@ def export_decoded(config: ExportConfig, command: str, given: Sequence[str] = ()
         UserError: Something in the input does not work; nothing is left under the name of ``out``.
         RunError: ``out`` cannot be written.
     """
-    progress = Console(stderr=True)
+    progress, plan = Console(stderr=True), None
     packed = None if config.ckpt is not None else packed_folder(config.model)
     if config.ckpt is not None:
         progress.print("Reading the checkpoint …")
         origin = from_run(config, given, progress)
     elif packed is not None:
+        if refused := refused_beside_packed(config, given):  # one of the hub, which is known as packed from here on
+            raise user_error(refused)
         progress.print("Reading the packed model …")
         origin = from_packed(config, packed)
     else:
         if config.form == "gguf":  # before the calibration, which takes long
-            plan_gguf(load_config(config.model), load_tokenizer(config.model))
+            spec = config.model
+            described = ModelFiles(load_config(spec), load_tokenizer(spec), load_generation_config(spec))
+            plan = _plan(config, described)
         progress.print("Reading and calibrating the model …")
         origin = from_dense(config)
     card = ExportCard(config, command, origin, _MEASURED_BEFORE)
@@ -68,7 +73,7 @@ def export_decoded(config: ExportConfig, command: str, given: Sequence[str] = ()
             size = (
                 _dense(config, out, origin, card, files, model)
                 if config.form == "dense"
-                else _gguf(config, out, origin, files, model)
+                else _gguf(config, out, origin, files, model, plan or _plan(config, files))
             )
     except PackedFormatError as error:
         raise UserError(f"model={config.model.name}: {error}") from error
@@ -107,29 +112,26 @@ def _load(folder: Path) -> PreTrainedModel:
     return load_dense(ModelSpec(kind="folder", name=str(folder)))
 
 
-def _gguf(config: ExportConfig, out: Path, origin: Origin, files: ModelFiles, model: DecodedModel) -> DecodedSize:
+def _plan(config: ExportConfig, files: ModelFiles) -> GgufPlan:
     assert files.tokenizer is not None
+    kind, embeddings = config.gguf.type, config.gguf.embeddings
+    return plan_gguf(files.config, files.tokenizer, files.generation, kind=kind, embeddings=embeddings)
+
+
+def _gguf(
+    config: ExportConfig, out: Path, origin: Origin, files: ModelFiles, model: DecodedModel, plan: GgufPlan
+) -> DecodedSize:
     dense = empty_model(files.config, "float32")
     bits, packed_bytes = compressed_bits(model, dense), model.packed_bytes(dense)
-    planned = partial(
-        plan_gguf,
-        files.config,
-        files.tokenizer,
-        files.generation,
-        kind=config.gguf.type,
-        embeddings=config.gguf.embeddings,
-    )
-    plan = planned()
     kinds = ", ".join(f"{kind} ({number} tensors)" for kind, number in plan.by_kind().items())
     size = DecodedSize(out, plan.tensor_bytes, packed_bytes, bits, kinds)
     base = str(origin.spec.file or origin.spec.name)
     told = (
         f"{base}, compressed by the method {origin.compressor.method} and decoded by usllm {VERSION}: {size.sentence()}"
     )
-    plan = planned(general={"name": out.stem, "description": told})
     check_gguf_out(out, config.overwrite)
     try:
-        write_gguf(plan, model.read, out)
+        write_gguf(plan.described(out.stem, told), model.read, out)
     except OSError as error:
         raise RunError(f"out={out} cannot be written ({error}): free space, or choose another name") from error
     return size

@@ -159,5 +159,5 @@ def from_packed(config: ExportConfig, folder: Path) -> Origin:
     except PackedFormatError as error:
         raise UserError(f"model={config.model.name}: {error}") from error
     options, spec = packed.options or {}, config.model
-    evaluation = config.evaluation
+    evaluation = dataclasses.replace(config.evaluation, validation_split=False)  # nobody knows its text
     return Origin(None, packed.compressor, options, spec, config.data, config.seed, evaluation, {}, packed=folder)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -70,7 +70,14 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, **quiet, **small, **more}
 
 
-def answered(request: dict[str, Any], work: Path) -> list[dict[str, list[int]]]:
+class Answers(NamedTuple):
+    """What ``generating.py`` tells of a request: an output for each prompt, and the layout of each compressed layer."""
+
+    outputs: list[dict[str, list[int]]]
+    layouts: dict[str, str]
+
+
+def answered(request: dict[str, Any], work: Path) -> Answers:
     """What ``LLM(…).generate`` gives for a request (``generating.py`` says what one holds).
 
     vLLM's own processes are those of the server's tests; here all of it is in one, which starts sooner.
@@ -80,8 +87,7 @@ def answered(request: dict[str, Any], work: Path) -> list[dict[str, list[int]]]:
     """
     done, answer = attempt(request, work, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     assert done.returncode == 0, done.stdout[-8000:]
-    found: list[dict[str, list[int]]] = json.loads(answer.read_text())
-    return found
+    return Answers(**json.loads(answer.read_text()))
 
 
 def attempt(request: dict[str, Any], work: Path, **variables: str) -> tuple[subprocess.CompletedProcess[str], Path]:

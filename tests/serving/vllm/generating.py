@@ -17,20 +17,31 @@ def main() -> None:
     Path(sys.argv[2]).write_text(json.dumps(_answer(**request)))
 
 
-def _answer(engine: dict[str, Any], prompts: list[list[int]], sampling: dict[str, Any]) -> list[dict[str, list[int]]]:
-    """The tokens of each prompt and, where asked for, the likeliest one at each of its places but the first."""
+def _answer(engine: dict[str, Any], prompts: list[list[int]], sampling: dict[str, Any]) -> dict[str, Any]:
+    """The ``outputs``, and the ``layouts`` that the compressed layers had while they were computed.
+
+    An output is the tokens of a prompt and, where asked for, the likeliest one at each of its places but the first.
+    """
     from vllm import LLM, SamplingParams
 
     model = LLM(**engine)
     given: Any = [{"prompt_token_ids": ids} for ids in prompts]
     outputs = model.generate(given, SamplingParams(temperature=0.0, **sampling))
-    return [
+    found = [
         {
             "tokens": list(output.outputs[0].token_ids),
             "choices": [_likeliest(place) for place in (output.prompt_logprobs or [])[1:]],
         }
         for output in outputs
     ]
+    (layouts,) = model.apply_model(_layouts)  # there is one worker
+    return {"outputs": found, "layouts": layouts}
+
+
+def _layouts(model: Any) -> dict[str, str]:
+    from usllm.packed.linear import packed_layers
+
+    return {name: layer.layout for name, layer in packed_layers(model).items()}
 
 
 def _likeliest(place: Any) -> int:

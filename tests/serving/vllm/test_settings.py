@@ -41,6 +41,10 @@ def test_layouts_are_asked_for_in_additional_config() -> None:
         ({"additional_config": {"usllm": {"layuot": "auto"}}}, "additional_config.usllm.layuot: is unknown"),
         ({"additional_config": {"usllm": {"layout": "fast"}}}, "additional_config.usllm.layout='fast': "),
         ({"additional_config": {"usllm": {"layout_memory": "1GB"}}}, "additional_config.usllm.layout_memory='1GB': "),
+        (
+            {"additional_config": {"usllm": {"layout": "compact", "layout_memory": 1000}}},
+            "additional_config.usllm.layout_memory=1000: nothing is held with layout=compact; leave it out",
+        ),
     ],
 )
 def test_what_packed_models_do_not_have_is_refused_in_one_line(changes: dict[str, Any], message: str) -> None:

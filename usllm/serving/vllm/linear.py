@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearMethodBase
-from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.utils.torch_utils import direct_register_custom_op, set_default_torch_dtype
 
 from usllm.packed.config import PackedConfig
 from usllm.serving.vllm.parts import Parts
@@ -59,9 +59,13 @@ class PackedLinearMethod(LinearMethodBase):
         known[layer.parts_name] = layer.parts
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check what was loaded."""
-        layer.parts.check()
-        self.loaded(layer.parts)
+        """Check what was loaded.
+
+        vLLM has made the model's type the default one here; layouts are computed in float32, as everywhere else.
+        """
+        with set_default_torch_dtype(torch.float32):
+            layer.parts.check()
+            self.loaded(layer.parts)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``y = x Ŵᵀ + b``, [..., in] to [..., out]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -21,6 +23,8 @@ from usllm.serving.vllm.folder import ServedFolder, checked_folder
 from usllm.serving.vllm.linear import PackedLinearMethod
 from usllm.serving.vllm.parts import Parts, entry_of
 from usllm.serving.vllm.settings import Settings
+
+_log = init_logger("vllm.usllm")  # below vLLM's own logger, the only one that it shows
 
 
 class PackedQuantization(QuantizationConfig):
@@ -123,7 +127,11 @@ class PackedQuantization(QuantizationConfig):
             return
         assert self._settings is not None
         self._settings.refuse_left_over({*self.packed.layers, *self.packed.blocks} - self._claimed)
-        choose_layouts_(_Layers(found, self._settings.dtype), self._settings.layout, self._settings.layout_memory)
+        layers, settings = _Layers(found, self._settings.dtype), self._settings
+        chosen = choose_layouts_(layers, settings.layout, settings.layout_memory)
+        counts = Counter(chosen.values())
+        told = ", ".join(f"{count} {layout}" for layout, count in sorted(counts.items()))
+        _log.info("usllm: layout=%s, of %d compressed layers %s", settings.layout, len(chosen), told)
 
 
 class _Layers(nn.ModuleList):

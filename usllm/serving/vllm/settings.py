@@ -77,4 +77,8 @@ def _section(additional: Any) -> dict[str, Any]:
         raise UserError(f"additional_config.{_SECTION}.layout={layout!r}: choose one of {', '.join(CHOICES)}")
     if memory is not None and (type(memory) is not int or memory < 0):
         raise UserError(f"additional_config.{_SECTION}.layout_memory={memory!r}: must be a number of bytes")
+    if layout == "compact" and memory is not None:
+        raise UserError(
+            f"additional_config.{_SECTION}.layout_memory={memory!r}: nothing is held with layout=compact; leave it out"
+        )
     return {"layout": layout, "layout_memory": memory}

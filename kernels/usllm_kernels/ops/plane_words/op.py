@@ -90,10 +90,10 @@ def make_planes(
     starts = torch.cat([first // size * wide + first % size, torch.tensor([groups * wide])]).int().to(device)
     for codes in widths:
         levels, number = codes.levels, len(codes.channels)
-        powers = 2.0 ** torch.arange(levels.bits, device=device)
+        powers = 2.0 ** torch.arange(levels.bits, dtype=torch.float32, device=device)
         channels.append(codes.channels.int().repeat_interleave(levels.bits))
         scales.append((codes.scales.float()[:, None] * (levels.step * powers)).flatten())
-        lowest = torch.zeros(number, levels.bits, device=device)
+        lowest = torch.zeros(number, levels.bits, dtype=torch.float32, device=device)
         lowest[:, 0] = levels.shift * codes.scales.float()
         offsets.append(lowest.flatten())
         counted = codes.numbers if levels == (-1, 1, 2) else (codes.numbers - levels.least) // levels.stride
@@ -105,7 +105,7 @@ def make_planes(
     places = torch.zeros(groups * wide, dtype=torch.int32, device=device)
     for group, of_group in enumerate(torch.cat(channels).split(size)):  # those that fill up words go with the last
         places[group * wide : (group + 1) * wide] = of_group[-1] if len(of_group) else 0
-    by_output = torch.zeros(groups, rows, device=device)
+    by_output = torch.zeros(groups, rows, dtype=torch.float32, device=device)
     by_output[:, :outputs] = 1.0 if factors is None else factors.float().t()
     whole_bits = torch.zeros(rows, groups * wide, dtype=torch.uint8, device=device)
     filled(bits, whole_bits[:outputs])
@@ -113,8 +113,8 @@ def make_planes(
         (outputs, inputs),
         filled(channels, places),
         starts,
-        filled(scales, torch.zeros(groups * wide, device=device)),
-        filled(offsets, torch.zeros(groups * wide, device=device)),
+        filled(scales, torch.zeros(groups * wide, dtype=torch.float32, device=device)),
+        filled(offsets, torch.zeros(groups * wide, dtype=torch.float32, device=device)),
         plane_words(whole_bits, backend=backend),
         by_output,
     )
