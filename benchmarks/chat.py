@@ -5,7 +5,7 @@ python benchmarks/chat.py [--folder RUNS] [--keep]
 Makes a file of conversations on the spot: what a function is for, by its name, and the first paragraph of its
 docstring. Tunes the dense model on it, and one at 1 bit per weight through its sketch (experiment=demo), with the loss
 on the answers alone. Prints what the answers that were set aside cost each of them, and what they say; --keep writes it
-to benchmarks/results/chat.json.
+to benchmarks/results/chat.json and into docs/data.md, --table only the latter, from the file.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds only its own folder there
 
+from benchmarks.page_sections import between_markers
 from usllm.data import SourceSpec
 from usllm.data.batches import NO_TARGET, model_inputs
 from usllm.data.datamodule import TextDataModule
@@ -37,7 +38,9 @@ from usllm.system.files import write_json
 from usllm.system.machine import machine
 from usllm.training.objectives import next_token_loss
 
-KEPT = Path(__file__).parent / "results" / "chat.json"
+ROOT = Path(__file__).parents[1]
+KEPT, PAGE = ROOT / "benchmarks" / "results" / "chat.json", ROOT / "docs" / "data.md"
+BEGIN, END = "<!-- chat: benchmarks/chat.py --keep -->", "<!-- end of chat -->"
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data"}
 ASKED = ["What does zipfile.ZipFile.extractall do?", "What does json.encoder.JSONEncoder.encode do?"]
 CONTEXT = 256
@@ -49,9 +52,8 @@ RUNS = {
 RUNS["dense, tuned"] += ["optimizer.lr=2e-5", "trainer.max_steps=120"]
 
 
-def conversations() -> Iterator[dict[str, Any]]:
-    """A question and its answer for each documented function of the standard library, by name."""
-    library = Path(sysconfig.get_path("stdlib"))
+def conversations(library: Path) -> Iterator[dict[str, Any]]:
+    """A question and its answer for each documented function of a folder of modules, by name."""
     for path in sorted(library.rglob("*.py")):
         place = path.relative_to(library).with_suffix("").parts
         if SKIPPED.intersection(place):
@@ -114,14 +116,44 @@ def tuned(name: str, path: Path, folder: Path) -> dict[str, Any]:
     return {"perplexity": float(perplexities[-1]), "overrides": shown, **kept}
 
 
+def table(facts: dict[str, Any]) -> str:
+    """The section of docs/data.md.
+
+    Args:
+        facts: of benchmarks/results/chat.json.
+    """
+    rows = facts["rows"]
+    lines = [
+        f"**Before and after.** {facts['conversations']:,} questions and answers that `benchmarks/chat.py` makes of",
+        f"Python's docstrings, a twentieth of them set aside; SmolLM2-135M-Instruct, {facts['machine']['cpu']}:",
+        "",
+        "| model | perplexity of the answers set aside | tokens | bits per weight |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, row in rows.items():
+        bits = (row.get("bits_per_weight") or {}).get("achieved")
+        rate = "-" if bits is None else f"{bits:.3f}"
+        lines.append(f"| {name} | {row['perplexity']:.2f} | {row.get('tokens', 0):,} | {rate} |")
+    for row in (row for row in rows.values() if row.get("bits_per_weight")):
+        lines += ["", "| asked | dense | 1 bit, tuned |", "| --- | --- | --- |"]
+        for question, sample in zip(ASKED, row["samples"], strict=True):
+            dense, ours = (" ".join(sample[stage].split()) for stage in ("dense", "finetuned"))
+            lines.append(f"| {question} | {dense} | {ours} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/chat"), help="of the conversations and the runs")
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results/chat.json")
+    parser.add_argument("--table", action="store_true", help="write docs/data.md from benchmarks/results/chat.json")
     given = parser.parse_args()
+    if given.table:
+        _write(json.loads(KEPT.read_text(encoding="utf-8")))
+        return
     given.folder.mkdir(parents=True, exist_ok=True)
     path = given.folder.resolve() / "conversations.jsonl"
-    rows = [json.dumps(row) for row in conversations()]
+    rows = [json.dumps(row) for row in conversations(Path(sysconfig.get_path("stdlib")))]
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     found: dict[str, Any] = {"dense": {"perplexity": dense_perplexity(path)}}
     found |= {name: tuned(name, path, given.folder.resolve()) for name in RUNS}
@@ -132,6 +164,12 @@ def main() -> None:
     if given.keep:
         facts = {"conversations": len(rows), "rows": found, "machine": machine(), "code": code_version()}
         write_json(KEPT, facts)
+        _write(facts)
+
+
+def _write(facts: dict[str, Any]) -> None:
+    page = between_markers(PAGE.read_text(encoding="utf-8"), BEGIN, END, table(facts))
+    PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
