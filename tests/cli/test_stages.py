@@ -70,6 +70,7 @@ def test_without_stages_the_dense_model_is_finetuned(tiny_text: Path, tmp_path: 
     done = train(tiny_text, tmp_path, "sketch", "stages=none")
     assert done.status == 0, done.output
     assert "the model was finetuned dense" in done.output
+    assert "Compressing nothing" in done.output and "Compressing 12 layers" not in done.output
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     (row,) = report["perplexity"]
     assert report["bits_per_weight"] is None and row["finetuned"] < row["dense"]

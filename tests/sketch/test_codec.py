@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import configs, layers
 from torch import Tensor
@@ -198,12 +198,9 @@ def test_output_scale_lowers_the_weighted_error() -> None:
 @given(configs(), st.integers(0, 3))
 @settings(max_examples=40, deadline=None)
 def test_degenerate_weights_decode_to_something_finite(config: SketchConfig, kind: int) -> None:
-    weight = [torch.zeros(40, 20), torch.full((40, 20), -3.0), torch.full((40, 20), 1e-38), torch.eye(40, 20)][kind]
-    try:
-        plan = build_plan((40, 20), None, config, "layer")
-    except ValueError as error:  # tables of wide states in several rows alone take more than some of the rates
-        assume("is too little" not in str(error))
-        raise
+    shape = (80, 40)  # in a smaller one tables of wide states in several rows alone take more than some of the rates
+    weight = [torch.zeros(shape), torch.full(shape, -3.0), torch.full(shape, 1e-38), torch.eye(*shape)][kind]
+    plan = build_plan(shape, None, config, "layer")
     decoded = query(project(weight, plan), plan)
     assert bool(torch.isfinite(decoded).all())
     if kind == 0 and config.state_bits > 1 and config.allocation != "waterfill":

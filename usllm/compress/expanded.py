@@ -51,7 +51,9 @@ class _InputGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, layer: Expanded) -> Tensor:
-        return layer.product(x).clone()  # who adds to it in place may: torch refuses that for a view made in here
+        product = layer.product(x)
+        # Who adds to it in place may: torch refuses that for a view made in here.
+        return product if product._base is None else product.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -76,7 +76,10 @@ def begin(config: TrainConfig, plain: Mapping[str, Any], console: Console) -> Be
     length = length if tokens is None else f"{tokens:,} tokens"
     length = "block by block" if config.block_by_block else length
     console.print(f"Run {config.name}: {length}, in {config.run_dir}", markup=False, soft_wrap=True)
-    print_coverage(covered, console)
+    if stages:
+        print_coverage(covered, console)
+    else:
+        console.print("Compressing nothing: there are no stages (stages=none), the dense model is finetuned")
     console.print("Reading and tokenising text …")
     data = build_data(config.data, tokenizer, config.seed, model_config)
     return Beginning(
