@@ -18,7 +18,6 @@ LITTLEBIT = (
     "stages.reconstruct.scale_lr=4e-3",
     "stages.reconstruct.steps=200",  # of 2,048 tokens, at which its rates were searched
     "stages.reconstruct.batch_size=8",
-    "optimizer.latents.relative_lr=0.005",
 )
 ROUNDING = (*RECIPE, "sketch=rounding", "allocation.layer_budget=equal")
 PAPER = ("experiment=paper_smollm2",)

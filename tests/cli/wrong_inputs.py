@@ -231,6 +231,7 @@ ACCEPTED = [
     export("form=dense", "dense model", "bits per weight are gone", status=DONE),
     Row("export", ["model=PACKED", "form=dense", "out=HERE/x"], DONE, ["dense model", "bits per weight are gone"]),
     train(["data.train.path=ODD"], "Next, try", status=DONE),
+    train("trainer.strategy=fsdp2", "Next, try", status=DONE),  # on one device
     train("run_dir=${output_root}/two", "/runs/two", status=DONE),
     train(
         ["trainer.max_steps=null", "trainer.tokens=192", "trainer.accumulate_grad_batches=3"],

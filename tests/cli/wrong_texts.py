@@ -32,7 +32,10 @@ STREAMS = [
     stream(["data.train.text_field=body", "data.on_bad=skip"], "data.train holds no text"),
     stream(["data=parquet", "data.train.path=TEXT"], "data.train: TEXT is plain text by its name", "not Parquet"),
     stream(["model=FOREIGN"], "holds token", "but the model has 264 tokens"),
-    stream("data.validation_documents=1000", "hold no text to train on"),
+    stream(
+        "data.validation_documents=1000",
+        "hold no text to train on besides the 40 documents that are held out (data.validation_documents)",
+    ),
     stream(["data.train.kind=hub", "+data.train.name=HERE/none"], "cannot be found on the Hugging Face hub"),
     stream(
         ["trainer.max_steps=null", "trainer.tokens=65"],
@@ -62,6 +65,7 @@ CHATS = [
     chat("data.train.path=TEXT", "data.train: TEXT is plain text by its name"),
     chat("model=DENSE", "data.train.messages_field: the tokenizer of DENSE has no chat template"),
     chat("data.context_length=2000", "tokens, fewer than one sequence of data.context_length=2000"),
+    chat("data.train.kind=hub", "data.train.kind=hub needs data.train.name"),
     chat(
         "+evaluation.test_sets.a={kind: jsonl, path: TALKS, messages_field: messages}",
         "evaluation.test_sets.a.messages_field=messages: perplexity is measured on text as it is",

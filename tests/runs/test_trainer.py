@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from composing import composed
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ProgressBar, TQDMProgressBar
@@ -100,3 +101,10 @@ def test_devices_are_counted() -> None:
     assert devices_in({}) == 1
     assert devices_in({"devices": 2, "num_nodes": 3}) == 6
     assert devices_in({"devices": [0, 3]}) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card here")
+def test_a_machine_without_a_card_is_told_what_runs_on_it(tiny_text: Path) -> None:
+    config = check_train(composed("experiment=tiny", f"data.train.path={tiny_text}", "trainer.accelerator=gpu"))
+    with pytest.raises(UserError, match="trainer: No supported gpu backend found!; trainer=cpu runs on any machine"):
+        build_trainer(config, 1, [], [])

@@ -7,7 +7,6 @@ import warnings
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from usllm.callbacks.running_loss import RunningLoss, read_losses
 from usllm.compress import CompressionReport, LayerPlan, LayerReport, compressed_layers, compression_report
@@ -67,7 +66,6 @@ class SketchHealth(Callback):
         self._matched_loss = RunningLoss()  # at the steps that the reference has, so that both see the same changes
         self._reference_loss = RunningLoss()
         self._validation_perplexity: float | None = None
-        self._window: Tensor | float = 0.0
         self._seen_step = 0
         self._plans: list[LayerPlan | None] = []
 
@@ -92,21 +90,19 @@ class SketchHealth(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the fresh allocation."""
         module = sketch_finetuner(pl_module)
-        self._seen_step, self._window = trainer.global_step, 0.0
+        self._seen_step = trainer.global_step
         self._check_structure(trainer, module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Follow the loss, and the allocation when it is a new one."""
-        # Lightning has divided it by the number of micro batches per step
-        self._window = self._window + outputs["loss"].detach()
         if trainer.global_step == self._seen_step:
             return
         self._seen_step = step = trainer.global_step
         module = sketch_finetuner(pl_module)
         # All ranks must come to the same conclusions: they stop together, and gather sharded weights for the diagnosis.
-        loss, self._window = float(trainer.strategy.reduce(self._window, reduce_op="mean")), 0.0
+        loss = float(trainer.strategy.reduce(module.step_loss.last.clone(), reduce_op="mean"))
         self._loss.update(loss, step)
         if step in self.reference:
             self._matched_loss.update(loss, step)

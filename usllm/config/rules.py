@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,9 @@ def check_model(model: ModelSpec, problems: Problems) -> None:
         problems.require(found, "model.file", model.file, "no such file; give the path of a .gguf file")
 
 
+_DATA = "../shared/data/"  # what stands in conf/ for $USLLM_DATA
+
+
 def check_source(key: str, source: SourceSpec, problems: Problems, may_stream: bool = False) -> None:
     """The rules of ``SourceSpec``, and that the files it names are there and of its kind."""
     broken = source.problems(key)
@@ -95,7 +99,10 @@ def check_source(key: str, source: SourceSpec, problems: Problems, may_stream: b
     missing = [path for path in source.paths if not is_remote(path) and not matching(path)]
     problems.extend(broken)
     for path in missing:
-        problems.require(False, f"{key}.path", path, f"no such file (relative paths start at {Path.cwd()})")
+        where = f"relative paths start at {Path.cwd()}"
+        if "USLLM_DATA" not in os.environ and path.startswith(_DATA):
+            where = "the folder of this configuration's texts is $USLLM_DATA, which is not set"
+        problems.require(False, f"{key}.path", path, f"no such file ({where})")
     if not broken and not missing and not source.streaming:  # of many files the first are looked at when it is opened
         try:
             with_kind(source, key)

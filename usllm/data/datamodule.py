@@ -292,9 +292,9 @@ class TextDataModule(LightningDataModule):
         return max(1, -int(-(passes * self._training.sizes[0] / self.shares[0]) // per_step))
 
     def _pack(self, documents: Dataset, key: str) -> Dataset:
-        options: Any = {key: getattr(self, key) for key in ("cache_dir", "num_proc", "window_start")}
+        options: Any = {name: getattr(self, name) for name in ("cache_dir", "num_proc", "window_start")}
         if MESSAGES in documents.column_names:
             held_out = key == VALIDATION and self.validation_source is None
             template = ChatTemplate(self.tokenizer, self.loss_on, TRAIN if held_out else key)
-            return pack_conversations(documents, template, self.context_length, **options)
+            return pack_conversations(documents, template, self.context_length, key=key, **options)
         return pack(documents, self.tokenizer, self.context_length, key=key, **options)

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,13 +18,16 @@ _PLACES = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "to
 def weights_digest(model: PreTrainedModel) -> str:
     """Fingerprint (32 hex digits) of the configuration and all parameters, wherever the model came from.
 
+    Parameters of a model in shards are gathered one by one, which all ranks do together.
+
     One pass over the memory; 128 bits of xxHash, which is fast and does not withstand forgery.
     """
     import xxhash  # a dependency of datasets
 
     digest = xxhash.xxh3_128(json.dumps(configuration_words(model), sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
-        values = parameter.detach().cpu().contiguous()
+        values = parameter.detach()
+        values = (values.full_tensor() if isinstance(values, DTensor) else values).cpu().contiguous()
         digest.update(f"{name} {values.dtype} {list(values.shape)}".encode())
         digest.update(values.flatten().view(torch.uint8).numpy().data)
     return str(digest.hexdigest())

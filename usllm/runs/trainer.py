@@ -115,4 +115,5 @@ def build_trainer(config: TrainConfig, max_steps: int, callbacks: list[Callback]
     try:
         return Trainer(**arguments, callbacks=callbacks, logger=loggers or False, default_root_dir=config.run_dir)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise UserError(f"trainer: {error}") from error
+        way_out = "; trainer=cpu runs on any machine" if "backend found" in str(error) else ""
+        raise UserError(f"trainer: {error}{way_out}") from error

@@ -80,6 +80,10 @@ def capture(
 
     def remember(number: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if any(isinstance(value, Tensor) for value in args[1:]):
+                raise UserError(
+                    f"{type(module).__name__}: is given masks by their place, not by name: leave stages.reconstruct out"
+                )
             arguments[number] = {key: value for key, value in kwargs.items() if key != "hidden_states"}
 
         return hook

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -76,6 +77,8 @@ class Preparation:
                     started = False
                 stage.run(work)
                 started = stage.name == "start"
+        del work
+        gc.collect()  # the dense model that blocks learnt from is held in circles until Python comes to it
 
     def _begin(self, module: SketchFinetuner, model: nn.Module, together: bool = False) -> Work:
         trainer = module.trainer

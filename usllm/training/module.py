@@ -90,7 +90,7 @@ class SketchFinetuner(LightningModule):
         self.preparation = preparation
         self.model = None
         self.validation_loss = MeanMetric()
-        self._step_loss = StepLoss()
+        self.step_loss = StepLoss()
 
     def configure_model(self) -> None:
         """Load the dense model, give the objective its teacher, swap the linear layers, and prepare or restore them.
@@ -201,12 +201,12 @@ class SketchFinetuner(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro batch, over all its places."""
         loss, parts = self.objective.loss(self.network, batch)
-        self._step_loss.add(batch, loss, parts)
+        self.step_loss.add(batch, loss, parts)
         return loss
 
     def on_train_start(self) -> None:
         """Begin with the first micro batch of an optimizer step."""
-        self._step_loss.clear()
+        self.step_loss.clear()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Let methods that train their states gather the gradients of these; Lightning clips afterwards.
@@ -214,7 +214,7 @@ class SketchFinetuner(LightningModule):
         Logs the step's loss: in ``on_train_batch_end`` it would come after the checkpoint of the step.
         """
         spread_gradients_(self.network)
-        means = self._step_loss.finish_(optimizer, lambda share: self.trainer.strategy.reduce(share, reduce_op="mean"))
+        means = self.step_loss.finish_(optimizer, lambda share: self.trainer.strategy.reduce(share, reduce_op="mean"))
         for name, value in means.items():
             self.log(f"train/{name}", value, prog_bar=name == "loss", sync_dist=True)
 

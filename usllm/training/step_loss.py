@@ -12,9 +12,14 @@ from usllm.training.objectives import Batch, learnt
 
 
 class StepLoss:
-    """Losses of the micro batches that make up an optimizer step."""
+    """Losses of the micro batches that make up an optimizer step.
+
+    Attributes:
+        last: The loss of the step before, this rank's share of the mean over its targets; NaN where there was none.
+    """
 
     def __init__(self) -> None:
+        self.last = torch.tensor(torch.nan)
         self._window: list[Tensor] = []
         self._names: tuple[str, ...] = ()
 
@@ -46,6 +51,8 @@ class StepLoss:
         parts = means[1:]
         if 0 < share < 1:
             trained = [weight for group in optimizer.param_groups for weight in group["params"]]
-            torch._foreach_mul_([weight.grad for weight in trained if weight.grad is not None], 1 / share)
+            if gradients := [weight.grad for weight in trained if weight.grad is not None]:
+                torch._foreach_mul_(gradients, 1 / share)
             parts = parts / share
+        self.last = parts[0]
         return dict(zip(("loss", *self._names), parts, strict=True))

@@ -17,6 +17,12 @@ STRICT = (
     "{{ raise_exception('roles must alternate') }}{% endif %}{{ message['content'] + '<|endoftext|>' }}{% endfor %}"
 )
 """As Llama 2: refuses what it does not know."""
+DEAF = (
+    "{% for message in messages %}{% if message['role'] in ['user', 'assistant'] %}"
+    "{{ '[' + message['role'] + ']' + message['content'] + '<|endoftext|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+"""As Phi's: leaves out roles that it does not know."""
 FORGETFUL = (
     "{% for message in messages %}{% if message['role'] == 'assistant' and not loop.last %}{{ '[short]' }}"
     "{% else %}{{ '[' + message['role'] + ']' + message['content'] }}{% endif %}{% endfor %}"

@@ -70,6 +70,14 @@ def test_each_target_is_learnt_once_behind_all_that_its_sequence_can_hold(
     assert len(lost) <= sum(len(one.input_ids) // (length - (first is not None)) for one in cut)
 
 
+def test_parts_in_which_nothing_is_learnt_are_left_out() -> None:
+    ids = np.arange(1000, 1100, dtype=np.int32)
+    long = Tokens(ids, np.where(ids < 1096, np.int32(NO_TARGET), ids))
+    (row,) = packed([long], 16)  # of which the last part has four
+    assert parts(row)[0][0] == list(range(1096, 1100))
+    assert not list(packed([Tokens(ids, np.full_like(ids, NO_TARGET))], 16))
+
+
 def test_sequences_are_full_and_few() -> None:
     rows = list(packed(some([10, 6, 6, 4, 2]), 16))
     assert [len(parts(row)) for row in rows] == [2, 3 + 1]  # 10 + 6, and 6 + 4 + 2 with the beginning of the first
@@ -92,7 +100,7 @@ def test_rows_come_from_a_cache_that_template_and_what_is_learnt_decide(tmp_path
 
     def rows(loss_on: str = "assistant", template: str | None = None) -> list[dict[str, list[int]]]:
         made = ChatTemplate(tokenizer() if template is None else tokenizer(template), loss_on, "data.train")
-        return list(pack_conversations(documents, made, 64, cache_dir=tmp_path, window_start="none"))
+        return list(pack_conversations(documents, made, 64, key="data.train", cache_dir=tmp_path, window_start="none"))
 
     found = rows()
     assert rows() == found
@@ -109,16 +117,30 @@ def test_processes_do_not_change_the_result(tmp_path: Path) -> None:
         ChatTemplate(tokenizer(), "all", "a"),
     )
     one, two = (
-        pack_conversations(documents, template, 64, cache_dir=tmp_path / str(processes), num_proc=processes)
+        pack_conversations(
+            documents, template, 64, key="data.train", cache_dir=tmp_path / str(processes), num_proc=processes
+        )
         for processes in (1, 2)
     )
     assert one[:] == two[:]
 
 
+def test_questions_whose_answer_is_never_predicted_are_refused(tmp_path: Path) -> None:
+    template = ChatTemplate(tokenizer(), "assistant", "data.train")
+    # The answer is nothing but the mark that ends it, and that is the first token of the last part.
+    documents = table(turns("x" * 70, ""), turns("x" * 70, ""))
+    (written,) = {tuple(template(turns("x" * 70, "")).labels)}
+    place = next(place for place, label in enumerate(written) if label != NO_TARGET)
+    with pytest.raises(UserError, match=r"no part of a conversation holds a target; take a longer data"):
+        pack_conversations(documents, template, place, key="data.train", cache_dir=tmp_path, window_start="none")
+
+
 def test_too_little_text_and_a_wrong_conversation_are_named(tmp_path: Path) -> None:
     template = ChatTemplate(tokenizer(STRICT), "assistant", "data.train")
     with pytest.raises(UserError, match=r"data\.train holds 4 tokens, fewer than one sequence"):
-        pack_conversations(table(turns("a", "b")), template, 64, cache_dir=tmp_path, window_start="none")
+        pack_conversations(
+            table(turns("a", "b")), template, 64, key="data.train", cache_dir=tmp_path, window_start="none"
+        )
     wrong = table(turns("a", "b"), turns("x", "b", first="assistant"))
     with pytest.raises(UserError, match=r"data\.train, the conversation that begins 'x': the chat template of"):
-        pack_conversations(wrong, template, 2, cache_dir=tmp_path, window_start="none")
+        pack_conversations(wrong, template, 2, key="data.train", cache_dir=tmp_path, window_start="none")

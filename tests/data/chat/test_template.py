@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from chat_templates import FORGETFUL, STRICT, TURNS, tokenizer, turns
+from chat_templates import DEAF, FORGETFUL, STRICT, TURNS, tokenizer, turns
+from transformers import AddedToken
 
 from usllm.data.batches import NO_TARGET
 from usllm.data.chat.template import ChatTemplate
@@ -33,8 +34,38 @@ def test_answers_in_a_row_are_one() -> None:
     assert learnt(TURNS, messages).replace("·", "") == "One<|endoftext|>\n[assistant]Two<|endoftext|>"
 
 
-def test_conversation_may_begin_with_the_assistant() -> None:
-    assert learnt(TURNS, turns("Hello", "Hi", first="assistant")).startswith("[assistant]Hello<|endoftext|>·")
+def test_nothing_before_the_content_is_learnt_where_nobody_is_invited() -> None:
+    assert learnt(TURNS, turns("Hello", "Hi", first="assistant")).startswith("·" * 11 + "Hello<|endoftext|>·")
+    thinking = TURNS.replace("{{ '[assistant]' }}", "{{ '[assistant]<think>' }}")
+    assert learnt(thinking, turns("Hi", "Hello", "Bye", "Yes")).replace("·", "") == "Hello<|endoftext|>Yes<|endoftext|>"
+
+
+def test_mark_behind_the_last_turn_alone_is_no_part_of_the_others() -> None:
+    closing = TURNS + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    found = learnt(closing, turns("Hi", "Hello", "Bye", "Yes")).replace("·", "")
+    assert found == "Hello<|endoftext|>Yes<|endoftext|>\n<|endoftext|>"
+
+
+def test_added_mark_that_is_special_ends_a_turn() -> None:
+    bytes_of = tokenizer(TURNS.replace("<|endoftext|>", "<end>"))
+    bytes_of.add_tokens([AddedToken("<end>", special=True)])
+    written = ChatTemplate(bytes_of, "assistant", "data.train")(turns("Hi", "Hello"))
+    assert bytes_of.decode([label for label in written.labels if label != NO_TARGET]) == "Hello<end>"
+
+
+def test_a_template_that_writes_the_date_writes_the_same_every_day() -> None:
+    asked = "{%- if strftime_now is defined %}{{ strftime_now(form) }}{% endif %}\n"
+    for form, day in (("%d %b %Y", "26 Jul 2024"), ("%Y-%m-%d", "2024-07-26"), ("%B %d, %Y", "July 26, 2024")):
+        dated = asked.replace("form", f"'{form}'") + TURNS
+        written = ChatTemplate(tokenizer(dated), "all", "data.train")(turns("Hi", "Ho"))
+        assert tokenizer().decode(written.input_ids).startswith(f"{day}[user]")
+
+
+def test_what_a_template_reads_besides_itself_is_part_of_its_identity() -> None:
+    one, other = tokenizer("{{ bos_token }}" + TURNS), tokenizer("{{ bos_token }}" + TURNS)
+    other.bos_token = "!"
+    assert ChatTemplate(one, "all", "a").identity() != ChatTemplate(other, "all", "a").identity()
+    assert ChatTemplate(one, "all", "a").identity() != ChatTemplate(one, "assistant", "a").identity()
 
 
 def test_what_the_user_says_last_is_not_learnt() -> None:
@@ -63,10 +94,13 @@ def test_answers_of_several_bytes_a_sign_are_whole() -> None:
         (
             FORGETFUL,
             turns("a", "b", "c", "d"),
-            r"writes message 2 otherwise once the conversation.*loss_on=all",
+            r"writes message 2, or what comes before it, .*loss_on=all",
         ),
         ("{{ messages[0]['content'] }}{{ messages[1]", turns("a", "b"), r"the chat template of .* refuses it"),
-        ("{{ 'x' }}", turns("a", "b"), r"begins 'a': the assistant's turns are empty"),
+        ("{{ 1 + 'x' }}", turns("a", "b"), r"the chat template of .* refuses it \(TypeError"),
+        (TURNS, [{"role": "assistant", "content": ""}], r"writes message 1, or what comes before it, otherwise"),
+        (DEAF, [*turns("a", "b"), {"role": "tool", "content": "42"}], r"leaves out message 3, of the role tool"),
+        ("{{ 'x' }}", turns("a", "b"), r"begins 'a': the chat template of .* writes nothing to learn"),
     ],
 )
 def test_what_cannot_be_written_is_said_in_one_line(

@@ -43,6 +43,7 @@ def test_conversations_are_the_same_from_json_lines_and_from_parquet(tmp_path: P
         ("hello", r"line 2 holds no list of messages, each with role and content"),
         ([], r"line 2 holds no list of messages"),
         (["hello"], r"line 2, message 1 is no object with role and content"),
+        ([{**ANSWERED, "content": " \n"}], r"line 2 holds nothing but white space"),
         ([ASKED], r"line 2 has no turn of the assistant"),
         (
             [{"role": "bot", "content": "x"}],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 from collections.abc import Iterator, Sequence
-from itertools import chain, cycle, islice
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,6 +42,7 @@ def pack_conversations(
     template: ChatTemplate,
     context_length: int,
     *,
+    key: str,
     cache_dir: Path,
     num_proc: int = 2,
     window_start: str = NONE,
@@ -49,14 +50,16 @@ def pack_conversations(
     """Write conversations as tokens and pack them, from a cache under ``cache_dir/sequences`` that content decides.
 
     A conversation lies whole in a sequence, beside others, where it fits (best fit, longest first); a longer one is cut
-    into parts, and only its beginning knows what was said before. Positions restart with each conversation, which keeps
-    it from seeing others where the model reads them so. What is left of a sequence is filled with conversations of the
-    next ones, without targets: there is no padding, which would be calibrated on.
+    into parts, of which those with targets are kept, and only its beginning knows what was said before. Positions
+    restart with each conversation, which keeps it from seeing others where the model reads them so. What is left of a
+    sequence is filled with conversations of the next ones, without targets: there is no padding, which would be
+    calibrated on.
 
     Args:
         documents: column ``messages``, as :func:`usllm.data.sources.read_documents` gives conversations.
         template: of the model.
         context_length: tokens per sequence.
+        key: what the source is called in the configuration, for messages.
         cache_dir: folder of the cache.
         num_proc: processes that tokenise.
         window_start: ``none``, or ``each`` for the beginning-of-text token at the start of each sequence.
@@ -83,11 +86,13 @@ def pack_conversations(
         tokens = sum(len(one.input_ids) for one in written)
         if tokens < context_length:
             raise UserError(
-                f"{template.key} holds {tokens} tokens, fewer than one sequence of data.context_length="
+                f"{key} holds {tokens} tokens, fewer than one sequence of data.context_length="
                 f"{context_length}; give more conversations (or, if they were split off, a larger "
                 "data.validation_fraction) or a shorter context"
             )
-        _write(packed(written, context_length, first), context_length, folder / "sequences.arrow")
+        rows = packed(written, context_length, first)
+        if not _write(rows, context_length, folder / "sequences.arrow"):
+            raise UserError(f"{key}: no part of a conversation holds a target; take a longer data.context_length")
         del tokenised, written
         for file in folder.glob("tokenised*.arrow"):
             file.unlink()
@@ -107,10 +112,10 @@ def packed(written: Sequence[Tokens], length: int, first: int | None = None) -> 
     """
     pieces = [piece for one in written for piece in _pieces(one, length, first)]
     groups = _best_fit([len(piece.input_ids) for piece in pieces], length)
-    for place, group in enumerate(groups, start=1):
+    for place, group in enumerate(groups):
         parts = [pieces[number] for number in group]
         missing = length - sum(len(part.input_ids) for part in parts)
-        following = chain.from_iterable(islice(cycle(groups), place, None))
+        following = chain.from_iterable(groups[(place + after) % len(groups)] for after in count(1))
         while missing:
             ids = pieces[next(following)].input_ids[:missing]
             parts.append(Tokens(ids, np.full_like(ids, NO_TARGET)))
@@ -121,15 +126,15 @@ def packed(written: Sequence[Tokens], length: int, first: int | None = None) -> 
 
 
 def _pieces(one: Tokens, length: int, first: int | None) -> Iterator[Tokens]:
-    """A conversation in parts that fit, up to the last that holds something to learn."""
-    targets = np.flatnonzero(one.labels != NO_TARGET)
-    begin, end = 0, int(targets[-1]) + 1 if len(targets) else 0
-    while begin < end:
+    """A conversation in parts that fit; those in which nothing is learnt are left out."""
+    begin = 0
+    while begin < len(one.input_ids):
         head = np.array([] if first is None or one.input_ids[begin] == first else [first], dtype=np.int32)
         part = slice(begin, begin + length - len(head))
         labels = np.concatenate([np.full_like(head, NO_TARGET), one.labels[part]])
         labels[0] = NO_TARGET  # nothing predicts the first token of a sequence
-        yield Tokens(np.concatenate([head, one.input_ids[part]]), labels)
+        if bool((labels != NO_TARGET).any()):
+            yield Tokens(np.concatenate([head, one.input_ids[part]]), labels)
         begin = part.stop
 
 
@@ -177,8 +182,8 @@ def _written(tokenised: Dataset) -> Iterator[Tokens]:
             yield Tokens(*(value.values.to_numpy() for value in row))
 
 
-def _write(rows: Iterator[NDArray[np.int32]], length: int, path: Path) -> None:
-    """Write sequences as an Arrow stream."""
+def _write(rows: Iterator[NDArray[np.int32]], length: int, path: Path) -> int:
+    """Write sequences as an Arrow stream; returns their number."""
     import pyarrow as pa
 
     schema = pa.schema({column: pa.list_(pa.int32()) for column in COLUMNS})
@@ -191,9 +196,11 @@ def _write(rows: Iterator[NDArray[np.int32]], length: int, path: Path) -> None:
             writer.write_batch(pa.record_batch(columns, schema=schema))
             batch.clear()
 
-        for row in rows:
+        number = 0
+        for number, row in enumerate(rows, start=1):  # noqa: B007 - the last one is their number
             batch.append(row)
             if len(batch) == _ROWS_PER_BATCH:
                 flush()
         if batch:
             flush()
+    return number

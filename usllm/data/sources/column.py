@@ -31,6 +31,11 @@ def document(value: Any, spec: SourceSpec, where: str) -> str:
     return plain_text(value, where)
 
 
+def read(value: Any, spec: SourceSpec) -> bool:
+    """Whether a row of a table is read: texts that are null are left out, conversations that are null are refused."""
+    return value is not None or spec.messages_field is not None
+
+
 def refuse_missing(names: Sequence[str], spec: SourceSpec, where: str) -> None:
     """Refuse a table without the column.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from usllm.data.sources.boundaries import group_rows
-from usllm.data.sources.column import document, refuse_missing
+from usllm.data.sources.column import document, read, refuse_missing
 from usllm.data.sources.spec import SourceSpec
 from usllm.system.network import leave_unreachable_hub, network_or_user_error
 
@@ -37,4 +37,4 @@ def _rows(spec: SourceSpec) -> list[str]:
     refuse_missing(data.column_names, spec, what)
     # Empty rows stay: the published WikiText figures are measured with them.
     rows = enumerate(data[spec.field], start=1)
-    return [document(row, spec, f"{what}, row {number}") for number, row in rows if row is not None]
+    return [document(row, spec, f"{what}, row {number}") for number, row in rows if read(row, spec)]

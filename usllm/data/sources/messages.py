@@ -17,7 +17,7 @@ ALL = "all"
 LOSS_ON = (ASSISTANT, ALL)
 """Whose turns are learnt."""
 ROLES = ("system", "user", ASSISTANT, "tool")
-"""Roles that are read; whether a template knows them shows when it writes the conversation."""
+"""Roles that are read; a template that leaves one of them out is refused when it writes the conversation."""
 Messages = list[dict[str, str]]
 """Turns of a conversation, each with ``role`` and ``content``."""
 
@@ -38,6 +38,8 @@ def conversation(messages: Any, where: str) -> str:
     found = [_message(message, f"{where}, message {number}") for number, message in enumerate(messages, start=1)]
     if all(message["role"] != ASSISTANT for message in found):
         raise UserError(f"{where} has no turn of the assistant: there is nothing to learn from it; take it out")
+    if not any(message["content"].strip() for message in found):
+        raise UserError(f"{where} holds nothing but white space; take it out")
     return json.dumps(found, ensure_ascii=False)
 
 
@@ -62,7 +64,7 @@ def _message(message: Any, where: str) -> dict[str, str]:
     if role not in ROLES:
         raise UserError(f"{where} has the role {role!r}, which is unknown; known are {', '.join(ROLES)}")
     if not isinstance(content, str):
-        raise UserError(f"{where} has no text in content; calls of tools and images are not read")
+        raise UserError(f"{where} has no text in content; lists of parts, calls of tools and images are not read")
     if more := sorted(given.keys() - {"role", "content"}):
         raise UserError(f"{where} has {', '.join(more)}, which is not read; take it out")
     return {"role": role, "content": plain_text(content, where)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from usllm.data.sources.boundaries import group_rows
-from usllm.data.sources.column import document, refuse_missing
+from usllm.data.sources.column import document, read, refuse_missing
 from usllm.data.sources.files import existing
 from usllm.data.sources.spec import SourceSpec
 from usllm.system.errors import UserError
@@ -37,4 +37,4 @@ def _column(path: Path, spec: SourceSpec) -> list[str]:
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path} cannot be read as parquet ({error})") from error
     numbered = enumerate(rows, start=1)
-    return [document(row, spec, f"{path}, row {number}") for number, row in numbered if row is not None]
+    return [document(row, spec, f"{path}, row {number}") for number, row in numbered if read(row, spec)]

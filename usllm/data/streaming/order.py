@@ -126,8 +126,10 @@ class Corpus:
                 if at.texts:
                     yield at
             if at.documents == begun:
+                held = len(self.held_out)
                 raise UserError(
                     f"{self.key}: {len(self.shards)} files hold no text to train on"
+                    + (f" besides the {held} documents that are held out (data.validation_documents)" if held else "")
                     + (f" (first of what was skipped: {at.after.examples[0]})" if at.after.examples else "")
                 )
             at = Window(turn=at.turn + 1, documents=at.documents, before=at.after)

@@ -43,7 +43,7 @@ class Objective(ABC):
         """Return the loss (fp32 scalar with a graph) and its detached parts by name, for the log.
 
         Sums over what is learnt are divided by the number of all places: a step has more or fewer targets than another,
-        and only the whole step knows how many (:class:`usllm.training.module.SketchFinetuner`).
+        and only the whole step knows how many (:class:`usllm.training.step_loss.StepLoss`).
         """
 
 

@@ -25,8 +25,8 @@ class Distill(Objective):
     """``kl_weight · KL + hidden_weight · hidden + cross_entropy_weight · cross-entropy`` against the dense teacher.
 
     - *KL* is the forward divergence ``KL(teacher ‖ student)`` of the next-token distributions at ``temperature`` T,
-      times T² (which keeps the gradient's scale independent of T), meaned over all positions, or summed over those
-      whose next token is learnt. The last position counts as its own token does.
+      times T² (which keeps the gradient's scale independent of T), meaned over all positions; where something is
+      masked, summed over those whose next token is learnt, and divided by the number of places behind the first.
     - *hidden* is the squared error of each hidden vector over the teacher's squared norm of it, meaned over positions
       and then over layers (the embedding output is left out: it is no layer's output). It is normalised position by
       position because a Llama's first positions carry norms hundreds of times larger than all others, and over a whole
@@ -94,8 +94,10 @@ class Distill(Objective):
         in_head = bool(names) and plain_head(model) is not None and plain_head(self.teacher) is not None
         # Places without a target count in the divisor, as the last ones do.
         targets = F.pad(labels[:, 1:], (0, 1), value=NO_TARGET).flatten()
-        counted = torch.cat([labels[:, 1:], labels[:, -1:]], dim=1) != NO_TARGET
-        others, teacher = [targets, counted.flatten()], None
+        whole = (labels != NO_TARGET).all() & ("position_ids" not in batch)
+        counted = (targets != NO_TARGET) | whole
+        places = input_ids.numel() - len(input_ids) * ~whole
+        others, teacher = [targets, counted], None
         if self.kl_weight or self.hidden_weight:
             with torch.no_grad():
                 if in_head:
@@ -104,9 +106,9 @@ class Distill(Objective):
                     teacher = self.teacher(**arguments)
                     scores = teacher.logits
             others.append(scores.flatten(0, 1))
-        divisors = {"kl": input_ids.numel(), "cross_entropy": input_ids.numel() - len(input_ids)}
+        divisors = {"kl": places, "cross_entropy": places.new_tensor(input_ids.numel() - len(input_ids))}
         weights = {"kl": self.kl_weight * self.temperature**2, "cross_entropy": self.cross_entropy_weight}
-        factors = torch.tensor([weights[name] / divisors[name] for name in names], device=input_ids.device)
+        factors = torch.stack([weights[name] / divisors[name] for name in names]) if names else places.new_zeros(0)
         function = self._parts(names, self._teacher_head() if in_head and self.kl_weight else None)
         if in_head:
             total, sums, student = parts_in_head(model, function, factors, *others, **arguments)
@@ -123,7 +125,8 @@ class Distill(Objective):
         parts = {name: part / getattr(self, f"{name}_weight") for name, part in parts.items()}
         if self.hidden_weight:
             assert teacher is not None
-            parts["hidden"] = hidden_state_error(student.hidden_states[1:], teacher.hidden_states[1:], counted)
+            seen = counted.view_as(labels), places
+            parts["hidden"] = hidden_state_error(student.hidden_states[1:], teacher.hidden_states[1:], *seen)
             total = total + self.hidden_weight * parts["hidden"]
         return total, {name: part.detach() for name, part in parts.items()}
 
@@ -154,13 +157,17 @@ class Distill(Objective):
 
 
 def hidden_state_error(
-    student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], counted: Tensor | None = None
+    student: tuple[Tensor, ...],
+    teacher: tuple[Tensor, ...],
+    counted: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Mean over layers and positions of ``‖student - teacher‖² / ‖teacher‖²``, the divisor floored.
 
     Args:
         student, teacher: one ``[sequences, context, width]`` tensor per layer, any floating dtype.
         counted: bool ``[sequences, context]``; errors of other positions count as none. ``None``: all count.
+        places: what their sum is divided by, with ``counted``.
 
     Returns:
         fp32 scalar: 0 for equal states, 1 where the student's states are zero.
@@ -171,7 +178,7 @@ def hidden_state_error(
         energy = theirs.square().sum(-1)
         energy = energy.clamp_min(ENERGY_FLOOR * energy.median()).clamp_min(torch.finfo(torch.float32).eps)
         error = (ours.float() - theirs).square().sum(-1) / energy
-        errors.append((error if counted is None else error * counted).mean())
+        errors.append(error.mean() if counted is None or places is None else (error * counted).sum() / places)
     return torch.stack(errors).mean()
 
 
