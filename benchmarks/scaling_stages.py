@@ -98,13 +98,17 @@ def copies(model: Counted, setup: Setup, compressed: bool) -> int:
 
 
 def loss(model: Counted, setup: Setup, objective: str) -> int:
-    """Logits, what a loss makes of them, and the gradient of the head where it is made along with them."""
+    """Logits, what a loss makes of them, and the gradient of the head where it is made along with them.
+
+    In shards there is the head, gathered, and the buffer that the part before it was gathered in: FSDP2 keeps it until
+    the next one is asked for. Both are there of the teacher, too.
+    """
     whole = setup.context * model.vocabulary
     some = min(whole, max(CHUNK_ELEMENTS, model.vocabulary))
+    together = model.head + model.unit if setup.sharded else 0
     if objective == "cross_entropy":
-        return 2 * BF16 * whole + 3 * FP32 * some
-    gathered = (FP32 + BF16) * model.head if setup.sharded else 0  # the head of the model, and of the teacher
-    return (2 * BF16 + 5 * FP32) * some + FP32 * model.head + gathered
+        return 2 * BF16 * whole + 3 * FP32 * some + FP32 * together
+    return (2 * BF16 + 5 * FP32) * some + FP32 * model.head + (FP32 + BF16) * together
 
 
 def gathered(model: Counted, setup: Setup, gradients: bool = True) -> int:
