@@ -94,26 +94,26 @@ def dense_perplexity(path: Path) -> float:
 def tuned(name: str, path: Path, folder: Path) -> dict[str, Any]:
     """A run: perplexity of the answers that are set aside, as training validates it, and answers to new questions."""
     run = folder / name.replace(", ", "_").replace(" ", "_")
-    tokenizer = load_tokenizer(ModelSpec())
-    asked: list[str] = [
-        str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-            )
-        )
-        for question in ASKED
-    ]
-    prompts = f"callbacks.text_samples.prompts={json.dumps(asked)}"
-    typed = [*COMMON, *RUNS[name], f"data.train.path={path}", f"data.context_length={CONTEXT}", prompts]
+    typed = [*COMMON, *RUNS[name], f"data.train.path={path}", f"data.context_length={CONTEXT}"]
     typed += [f"run_dir={run}", f"name={run.name}", "logger=csv", "evaluation.max_windows=8", "resume=true"]
     subprocess.run([sys.executable, "-m", "usllm.cli.train", *typed], check=True)
     (log,) = (run / "csv").rglob("metrics.csv")
     with log.open() as file:
         perplexities = [row["val/ppl"] for row in csv.DictReader(file) if row["val/ppl"]]
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    shown = [word for word in typed if word != prompts and not word.startswith(("run_dir=", "data.train.path="))]
-    kept = {key: report[key] for key in ("tokens", "bits_per_weight", "samples", "seconds")}
-    return {"perplexity": float(perplexities[-1]), "overrides": shown, **kept}
+    shown = [word for word in typed if not word.startswith(("run_dir=", "data.train.path="))]
+    kept = {key: report[key] for key in ("tokens", "bits_per_weight", "seconds")}
+    return {"perplexity": float(perplexities[-1]), "overrides": shown, "answers": answers(run), **kept}
+
+
+def answers(run: Path) -> list[str]:
+    """What a run's model says when it is asked."""
+    found = []
+    for question in ASKED:
+        typed = [f"ckpt={run}", f"prompt={question}", "chat=true", "max_new_tokens=32"]
+        line = [sys.executable, "-m", "usllm.cli.generate", *typed]
+        found.append(subprocess.run(line, check=True, capture_output=True, text=True).stdout.strip())
+    return found
 
 
 def table(facts: dict[str, Any]) -> str:
@@ -134,11 +134,10 @@ def table(facts: dict[str, Any]) -> str:
         bits = (row.get("bits_per_weight") or {}).get("achieved")
         rate = "-" if bits is None else f"{bits:.3f}"
         lines.append(f"| {name} | {row['perplexity']:.2f} | {row.get('tokens', 0):,} | {rate} |")
-    for row in (row for row in rows.values() if row.get("bits_per_weight")):
-        lines += ["", "| asked | dense | 1 bit, tuned |", "| --- | --- | --- |"]
-        for question, sample in zip(ASKED, row["samples"], strict=True):
-            dense, ours = (" ".join(sample[stage].split()) for stage in ("dense", "finetuned"))
-            lines.append(f"| {question} | {dense} | {ours} |")
+    tuned = {name: row["answers"] for name, row in rows.items() if "answers" in row}
+    lines += ["", f"| asked | {' | '.join(tuned)} |", "| --- |" + " --- |" * len(tuned)]
+    for question, *said in zip(ASKED, *tuned.values(), strict=True):
+        lines.append(f"| {question} | {' | '.join(' '.join(answer.split()) for answer in said)} |")
     return "\n".join(lines)
 
 
@@ -159,8 +158,8 @@ def main() -> None:
     found |= {name: tuned(name, path, given.folder.resolve()) for name in RUNS}
     for name, row in found.items():
         print(f"{name:14} {row['perplexity']:8.2f}")
-        for sample in row.get("samples", []):
-            print(json.dumps(sample, indent=2, ensure_ascii=False))
+        for question, answer in zip(ASKED, row.get("answers", []), strict=False):
+            print(f"  {question}\n    {answer}")
     if given.keep:
         facts = {"conversations": len(rows), "rows": found, "machine": machine(), "code": code_version()}
         write_json(KEPT, facts)
