@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from usllm.system.errors import UserError
+from usllm.system.errors import RunError, UserError
 from usllm.system.lock import LOCK_FILE, sole_user
 
 
@@ -110,3 +110,17 @@ def test_file_system_without_locks_refuses_nothing(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(lock.fcntl, "flock", no_locks)
     with sole_user(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("error", "before", "left"), [(UserError, False, False), (RunError, False, True), (UserError, True, True)]
+)
+def test_a_new_run_whose_input_is_refused_has_not_begun(
+    error: type[UserError], before: bool, left: bool, tmp_path: Path
+) -> None:
+    if before:
+        with sole_user(tmp_path):
+            pass
+    with pytest.raises(error), sole_user(tmp_path):
+        raise error("data.train: wrong")
+    assert (tmp_path / LOCK_FILE).is_file() == left

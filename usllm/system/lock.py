@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from usllm.system.errors import UserError
+from usllm.system.errors import RunError, UserError
 from usllm.system.forks import closed_in_forks
 
 try:
@@ -28,7 +28,7 @@ def sole_user(run_dir: Path) -> Iterator[None]:
 
     The file says who holds it and stays behind; only its lock counts, which forked processes do not share. Of a
     distributed run, rank 0 holds it for all. Where there are no locks (not POSIX, some network file systems) nothing is
-    refused.
+    refused. Of a new run whose input is refused the file is taken away again: reports take it for one that has begun.
 
     Raises:
         UserError: another process holds it; names its process id, machine and the way out.
@@ -37,6 +37,7 @@ def sole_user(run_dir: Path) -> Iterator[None]:
         yield
         return
     run_dir.mkdir(parents=True, exist_ok=True)
+    new = not (run_dir / LOCK_FILE).exists()
     with open(run_dir / LOCK_FILE, "a+", encoding="utf-8") as file, closed_in_forks(file):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,7 +52,12 @@ def sole_user(run_dir: Path) -> Iterator[None]:
         file.truncate(0)
         json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
         file.flush()
-        yield
+        try:
+            yield
+        except UserError as error:
+            if new and not isinstance(error, RunError):
+                (run_dir / LOCK_FILE).unlink(missing_ok=True)
+            raise
 
 
 def _holder(run_dir: Path) -> str:
