@@ -15,9 +15,6 @@ from benchmarks.scaling_stages import OBJECTIVES, Setup, measured_as, stages
 TOLERANCE = 0.1
 SETUPS = {"auto": 1, "ddp": 2, "fsdp2": 2}
 """Ranks by strategy."""
-RUNS = 3
-"""Of several ranks: gloo's threads give what they have sent or received back when they come to it, so that one run in
-two holds a gathered embedding, or a bucket of gradients, beyond its use. The least of the runs is compared."""
 
 
 def setup_of(strategy: str) -> Setup:
@@ -41,16 +38,7 @@ def expected(strategy: str, objective: str) -> dict[str, int]:
 
 
 def measured(strategy: str) -> dict[str, dict[str, int]]:
-    """Bytes by objective and stage, of rank 0, the least of some runs."""
-    runs = [_run(strategy) for _ in range(RUNS if SETUPS[strategy] > 1 else 1)]
-    return {
-        objective: {stage: min(run[objective][stage] for run in runs) for stage in found}
-        for objective, found in runs[0].items()
-    }
-
-
-def _run(strategy: str) -> dict[str, dict[str, int]]:
-    """One run; all ranks are processes of their own."""
+    """Bytes by objective and stage, of rank 0; all ranks are processes of their own."""
     script, ranks = str(Path(__file__).with_name("scaling_peaks.py")), SETUPS[strategy]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     line = [sys.executable, *launcher, script, strategy]
