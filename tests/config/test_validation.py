@@ -173,3 +173,17 @@ def test_missing_gguf_file_is_named(tiny_text: Path) -> None:
 def test_dense_evaluation_without_test_sets_is_refused() -> None:
     with pytest.raises(UserError, match=r"evaluation\.test_sets"):
         check_eval(composed("model=random", command="eval"))
+
+
+def test_texts_of_a_configuration_are_looked_for_where_the_variable_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("USLLM_DATA", raising=False)
+    with pytest.raises(
+        UserError, match=r"no such file \(the folder of this configuration's texts is \$USLLM_DATA, which"
+    ):
+        check_train(composed("data=reviews_and_wikitext"))
+    monkeypatch.setenv("USLLM_DATA", "/nowhere")
+    with pytest.raises(UserError, match=r"/nowhere/imdb\.train\.txt\.xz: no such file \(relative paths start at"):
+        check_train(composed("data=reviews_and_wikitext"))

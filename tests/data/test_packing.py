@@ -81,7 +81,7 @@ def test_each_sequence_begins_with_the_token_where_asked_for(tmp_path: Path) -> 
 
 def test_second_call_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = _packed(["some text"], 4, tmp_path)
-    monkeypatch.setattr(packing, "_tokenise", lambda *a: pytest.fail("tokenised again"))
+    monkeypatch.setattr(packing, "tokenised", lambda *a: pytest.fail("tokenised again"))
     assert _packed(["some text"], 4, tmp_path) == first
 
 
@@ -99,14 +99,14 @@ def test_of_two_processes_that_want_the_same_text_one_tokenises(tmp_path: Path) 
 
 
 def _pack_together(folder: Path, barrier: Any) -> None:
-    ordinary = packing._tokenise
+    ordinary = packing.tokenised
 
     def tokenise(*arguments: Any) -> Any:
         (folder / "calls").mkdir(exist_ok=True)
         (folder / "calls" / str(os.getpid())).touch()
         return ordinary(*arguments)
 
-    packing._tokenise = tokenise
+    packing.tokenised = tokenise
     barrier.wait(30)
     assert _packed(["some text"] * 50, 4, folder / "cache")
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from usllm.data.identity import texts
 from usllm.data.windows import NONE, cut_windows, start_token
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FORMAT = 1  # part of the cache key: raise it when the same input is to give other sequences
-_SEQUENCES_PER_BATCH = 256
+ROWS_PER_BATCH = 256
 NO_END = "The tokenizer has no end-of-text token (eos_token) to put between documents; set one in it"
 
 
@@ -71,15 +73,16 @@ def pack(
         digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
 
     def build(folder: Path) -> None:
-        tokenised = _tokenise(documents, tokenizer, num_proc, folder)
-        found = _write_sequences(tokenised, context_length, first, folder / "sequences.arrow")
+        encoder = Encoder(tokenizer)
+        table = tokenised(documents, lambda batch: {"ids": encoder(batch["text"])}, ["ids"], num_proc, folder)
+        found = _write_sequences(table, context_length, first, folder / "sequences.arrow")
         if found < context_length:
             raise UserError(
                 f"{key} holds {found} tokens, fewer than one sequence of data.context_length={context_length}; "
                 "give more text (or, if it was split off, a larger data.validation_fraction, of a stream "
                 "data.validation_documents) or a shorter context"
             )
-        del tokenised
+        del table
         for file in folder.glob("tokenised*.arrow"):
             file.unlink()
 
@@ -124,23 +127,31 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:
     return hashlib.sha256(f"{content}|{probe}|{tokenizer.eos_token_id}".encode()).digest()
 
 
-def _tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int, folder: Path) -> Dataset:
-    """Column ``ids``: the tokens of each document and the end-of-text token."""
-    import pyarrow as pa
+def tokenised(
+    documents: Dataset,
+    encode: Callable[[dict[str, Any]], dict[str, Any]],
+    columns: Sequence[str],
+    num_proc: int,
+    folder: Path,
+) -> Dataset:
+    """A table of int32 lists made of documents, a row each, in ``folder/tokenised*.arrow``.
+
+    Args:
+        documents: any table.
+        encode: from a batch of its columns to one of ``columns``.
+        columns: of the result.
+        num_proc: processes that encode.
+        folder: of the cache entry that is being made, whose name tells the content.
+    """
     from datasets import Features
-
-    encoder = Encoder(tokenizer)
-
-    def encode(batch: dict[str, Any]) -> dict[str, Any]:
-        return {"ids": encoder(batch["text"])}
 
     return documents.map(
         encode,
         batched=True,
-        batch_size=256,
-        num_proc=num_proc if num_proc > 1 and len(documents) >= 2 * 256 else None,
+        batch_size=ROWS_PER_BATCH,
+        num_proc=num_proc if num_proc > 1 and len(documents) >= 2 * ROWS_PER_BATCH else None,
         remove_columns=documents.column_names,
-        features=Features.from_arrow_schema(pa.schema({"ids": pa.list_(pa.int32())})),
+        features=Features.from_arrow_schema(_lists(columns)),
         cache_file_name=str(folder / "tokenised.arrow"),
         # Our own key has taken care of the content; this keeps datasets from hashing the tokenizer by pickling it.
         new_fingerprint=folder.name.replace(".", "_")[:64],
@@ -148,22 +159,43 @@ def _tokenise(documents: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: 
     )
 
 
-def _write_sequences(tokenised: Dataset, context_length: int, first: int | None, path: Path) -> int:
-    """Write the packed sequences as an Arrow stream; returns the number of tokens found, remainder included."""
+@contextmanager
+def sequence_file(path: Path, columns: Sequence[str]) -> Iterator[Callable[..., None]]:
+    """Write sequences as an Arrow stream.
+
+    Yields:
+        What writes some of them: takes the columns, int32 ``[rows, context_length]`` each.
+    """
     import pyarrow as pa
 
-    schema = pa.schema({"input_ids": pa.list_(pa.int32())})
+    schema = _lists(columns)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+
+        def write(*parts: NDArray[np.integer]) -> None:
+            offsets = np.arange(len(parts[0]) + 1, dtype=np.int32) * parts[0].shape[1]
+            lists = [pa.ListArray.from_arrays(offsets, pa.array(part.reshape(-1))) for part in parts]
+            writer.write_batch(pa.record_batch(lists, schema=schema))
+
+        yield write
+
+
+def _lists(columns: Sequence[str]) -> Any:
+    import pyarrow as pa
+
+    return pa.schema({column: pa.list_(pa.int32()) for column in columns})
+
+
+def _write_sequences(documents: Dataset, context_length: int, first: int | None, path: Path) -> int:
+    """Write the packed sequences of tokenised documents; returns the number of tokens found, remainder included."""
     total = 0
     rest = np.empty(0, dtype=np.int32)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for batch in tokenised.with_format("arrow").iter(batch_size=_SEQUENCES_PER_BATCH):
+    with sequence_file(path, ["input_ids"]) as write:
+        for batch in documents.with_format("arrow").iter(batch_size=ROWS_PER_BATCH):
             ids = batch["ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
             total += len(ids)
             stream = np.concatenate([rest, ids])
             rows, used = cut_windows(stream, context_length, first)
             rest = stream[used:]
             if len(rows):
-                offsets = np.arange(len(rows) + 1, dtype=np.int32) * context_length
-                column = pa.ListArray.from_arrays(offsets, pa.array(rows.reshape(-1)))
-                writer.write_batch(pa.record_batch([column], schema=schema))
+                write(rows)
     return total

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 from collections.abc import Iterator, Sequence
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from usllm.data.batches import NO_TARGET
 from usllm.data.chat.template import ChatTemplate
 from usllm.data.identity import texts
-from usllm.data.packing import tokenizer_digest
+from usllm.data.packing import ROWS_PER_BATCH, sequence_file, tokenised, tokenizer_digest
 from usllm.data.sources.messages import MESSAGES, messages_of
 from usllm.data.windows import NONE, start_token
 from usllm.system.cache import published
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 COLUMNS = ("input_ids", "labels", "position_ids")
 _FORMAT = 1  # part of the cache key: raise it when the same input is to give other sequences
-_ROWS_PER_BATCH = 256
 
 
 class Tokens(NamedTuple):
@@ -81,8 +80,12 @@ def pack_conversations(
         digest.update(hashlib.sha256(text.encode()).digest())
 
     def build(folder: Path) -> None:
-        tokenised = _tokenise(documents, template, num_proc, folder)
-        written = list(_written(tokenised))
+        def encode(batch: dict[str, Any]) -> dict[str, Any]:
+            written = [template(messages_of(text)) for text in batch[MESSAGES]]
+            return {"input_ids": [one.input_ids for one in written], "labels": [one.labels for one in written]}
+
+        table = tokenised(documents, encode, COLUMNS[:2], num_proc, folder)
+        written = list(_written(table))
         tokens = sum(len(one.input_ids) for one in written)
         if tokens < context_length:
             raise UserError(
@@ -91,9 +94,9 @@ def pack_conversations(
                 "data.validation_fraction) or a shorter context"
             )
         rows = packed(written, context_length, first)
-        if not _write(rows, context_length, folder / "sequences.arrow"):
+        if not _write(rows, folder / "sequences.arrow"):
             raise UserError(f"{key}: no part of a conversation holds a target; take a longer data.context_length")
-        del tokenised, written
+        del table, written
         for file in folder.glob("tokenised*.arrow"):
             file.unlink()
 
@@ -153,54 +156,17 @@ def _best_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return sorted(map(sorted, groups))
 
 
-def _tokenise(documents: Dataset, template: ChatTemplate, num_proc: int, folder: Path) -> Dataset:
-    """Columns ``input_ids`` and ``labels``, a conversation per row."""
-    import pyarrow as pa
-    from datasets import Features
-
-    def encode(batch: dict[str, Any]) -> dict[str, Any]:
-        written = [template(messages_of(text)) for text in batch[MESSAGES]]
-        return {"input_ids": [one.input_ids for one in written], "labels": [one.labels for one in written]}
-
-    return documents.map(
-        encode,
-        batched=True,
-        batch_size=_ROWS_PER_BATCH,
-        num_proc=num_proc if num_proc > 1 and len(documents) >= 2 * _ROWS_PER_BATCH else None,
-        remove_columns=documents.column_names,
-        features=Features.from_arrow_schema(pa.schema({column: pa.list_(pa.int32()) for column in COLUMNS[:2]})),
-        cache_file_name=str(folder / "tokenised.arrow"),
-        # Our own key has taken care of the content; this keeps datasets from hashing the tokenizer by pickling it.
-        new_fingerprint=folder.name.replace(".", "_")[:64],
-        desc="tokenising",
-    )
-
-
-def _written(tokenised: Dataset) -> Iterator[Tokens]:
-    for batch in tokenised.with_format("arrow").iter(batch_size=_ROWS_PER_BATCH):
+def _written(table: Dataset) -> Iterator[Tokens]:
+    for batch in table.with_format("arrow").iter(batch_size=ROWS_PER_BATCH):
         for row in zip(*(batch[column] for column in COLUMNS[:2]), strict=True):
             yield Tokens(*(value.values.to_numpy() for value in row))
 
 
-def _write(rows: Iterator[NDArray[np.int32]], length: int, path: Path) -> int:
-    """Write sequences as an Arrow stream; returns their number."""
-    import pyarrow as pa
-
-    schema = pa.schema({column: pa.list_(pa.int32()) for column in COLUMNS})
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        batch: list[NDArray[np.int32]] = []
-
-        def flush() -> None:
-            offsets = np.arange(len(batch) + 1, dtype=np.int32) * length
-            columns = [pa.ListArray.from_arrays(offsets, pa.array(part.reshape(-1))) for part in np.stack(batch, 1)]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-            batch.clear()
-
-        number = 0
-        for number, row in enumerate(rows, start=1):  # noqa: B007 - the last one is their number
-            batch.append(row)
-            if len(batch) == _ROWS_PER_BATCH:
-                flush()
-        if batch:
-            flush()
+def _write(rows: Iterator[NDArray[np.int32]], path: Path) -> int:
+    """Write sequences; returns their number."""
+    number = 0
+    with sequence_file(path, COLUMNS) as write:
+        while batch := list(islice(rows, ROWS_PER_BATCH)):
+            write(*np.stack(batch, 1))
+            number += len(batch)
     return number
