@@ -53,7 +53,7 @@ class _InputGradient(torch.autograd.Function):
     def forward(x: Tensor, layer: Expanded) -> Tensor:
         product = layer.product(x)
         # Who adds to it in place may: torch refuses that for a view made in here.
-        return product if product._base is None else product.clone()
+        return product.clone() if product._is_view() else product
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -15,7 +15,7 @@ def supports(planes: Planes) -> None:
 def plane_weight(planes: Planes, dtype: torch.dtype = torch.float32) -> Tensor:
     """Decoded weight [out, in]: a channel's signs, times scales, added up, times factor, each rounded, as ``dtype``."""
     outputs, inputs = planes.shape
-    channels = torch.zeros(inputs, outputs, device=planes.words.device)
+    channels = torch.zeros(inputs, outputs, dtype=torch.float32, device=planes.words.device)
     each = planes.columns // planes.groups
     for group, factor in enumerate(planes.factors):
         part = slice(group * each, (group + 1) * each)

@@ -166,7 +166,7 @@ def _few_tokens(x: Tensor, planes: Planes) -> Tensor:
     splits = max(min(_PROGRAMS // blocks, all_words // _LEAST_WORDS), 1)
     each = triton.cdiv(all_words, splits)
     splits = triton.cdiv(all_words, each)
-    parts = torch.empty(splits, len(x), blocks * OUTPUTS, device=x.device)
+    parts = torch.empty(splits, len(x), blocks * OUTPUTS, dtype=torch.float32, device=x.device)
     plane_few_tokens_kernel[blocks, splits](
         x,
         channels,
