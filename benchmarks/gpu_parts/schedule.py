@@ -35,8 +35,8 @@ _PACKAGE = "benchmarks.gpu_parts"
 
 ENVIRONMENT = Part("environment", f"{_PACKAGE}.environment", 10.0, patience=90.0, essential=True, dry_share=10.0)
 PARTS = (
-    # Most of its time goes into compiling kernels, which takes a core each: eight at a time.
-    Part("correctness", f"{_PACKAGE}.correctness", 24.0, patience=60.0, workers=8, dry_share=70.0),
+    # Most of its time goes into compiling kernels, which takes a core each: twelve at a time.
+    Part("correctness", f"{_PACKAGE}.correctness", 24.0, patience=60.0, workers=12, dry_share=70.0),
     Part("kernels", f"{_PACKAGE}.kernel_times", 30.0, patience=45.0, dry_share=40.0),
     Part("training", f"{_PACKAGE}.training_steps", 18.0, patience=100.0, dry_share=30.0),
     Part("generation", f"{_PACKAGE}.generation", 12.0, patience=60.0),

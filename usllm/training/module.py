@@ -101,33 +101,34 @@ class SketchFinetuner(LightningModule):
         """
         if self.model is not None:
             return
-        mesh, saved = self._data_parallel_mesh(), self._saved_section()
-        preparation = self.preparation if saved is None else None
-        if preparation is not None and mesh is not None:  # the dense model is looked at in shards, and loaded again
-            dense = load_on_rank_zero(self.load_model)
-            swap_linears_(dense, self.patterns)
-            shard_(dense, mesh, self._cpu_offload())
-            preparation.look(self, dense)
-            del dense
-        if mesh is None:
-            with failing_together():
-                loaded = self.load_model()
-        else:
-            loaded = load_on_rank_zero(self.load_model)
-        self.objective.attach(loaded)
-        swap_linears_(loaded, self.patterns)
-        model: nn.Module = loaded
-        if saved is not None:
-            load_plans_(model, saved["plans"], self.compressor)
-        elif preparation is not None:
-            self._prepare(model, preparation, mesh)
-        if self.gradient_checkpointing:
-            # transformers 5.23 renamed it, and warns about the old name
-            old_name = loaded.gradient_checkpointing_enable
-            getattr(loaded, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
-        if mesh is not None:
-            self._shard_(model, mesh)
-        self.model = model.train()  # transformers hands models out in evaluation mode, and Lightning keeps it
+        with torch.device("cpu"):  # not the card, on which Lightning has new tensors made here: stages name devices
+            mesh, saved = self._data_parallel_mesh(), self._saved_section()
+            preparation = self.preparation if saved is None else None
+            if preparation is not None and mesh is not None:  # the dense model is looked at in shards, and loaded again
+                dense = load_on_rank_zero(self.load_model)
+                swap_linears_(dense, self.patterns)
+                shard_(dense, mesh, self._cpu_offload())
+                preparation.look(self, dense)
+                del dense
+            if mesh is None:
+                with failing_together():
+                    loaded = self.load_model()
+            else:
+                loaded = load_on_rank_zero(self.load_model)
+            self.objective.attach(loaded)
+            swap_linears_(loaded, self.patterns)
+            model: nn.Module = loaded
+            if saved is not None:
+                load_plans_(model, saved["plans"], self.compressor)
+            elif preparation is not None:
+                self._prepare(model, preparation, mesh)
+            if self.gradient_checkpointing:
+                # transformers 5.23 renamed it, and warns about the old name
+                old_name = loaded.gradient_checkpointing_enable
+                getattr(loaded, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
+            if mesh is not None:
+                self._shard_(model, mesh)
+            self.model = model.train()  # transformers hands models out in evaluation mode, and Lightning keeps it
 
     def _prepare(self, model: nn.Module, preparation: Preparing, mesh: DeviceMesh | None) -> None:
         if mesh is None:
