@@ -82,6 +82,25 @@ class CompressedLinear(nn.Module):
         """The stored states, named as in :meth:`LayerPlan.state_specs`; none where they follow the latents."""
         return {name: self.get_buffer(f"state_{name}") for name in self._state_names}
 
+    @property
+    def kept_decoded(self) -> Tensor | None:
+        """The decoded weight that is kept, in the type it is computed with; of the states as they are."""
+        return self._decoded
+
+    @kept_decoded.setter
+    def kept_decoded(self, decoded: Tensor | None) -> None:
+        self._decoded, self._decoded_at = decoded, self._latents_version()
+
+    def places(self) -> tuple[object, ...]:
+        """Where a projection reads and writes, and in which types: what must stay for it to be replayed as a graph."""
+        decoded, memory = self._decoded, self._memory
+        kept = None if decoded is None else decoded.dtype, None if memory is None else memory.data_ptr()
+        latents = (self._parameters[name] for name in self._latent_names)
+        states = (self._buffers[f"state_{name}"] for name in self._state_names)
+        tensors = (*latents, *states, self.importance)
+        addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+        return id(self.plan), *addresses, *kept, self._projected, self.keeps_decoded
+
     def set_plan(
         self, plan: LayerPlan, importance: Tensor | None = None, latents: Mapping[str, Tensor] | None = None
     ) -> None:
@@ -149,7 +168,10 @@ class CompressedLinear(nn.Module):
         self._decoded = None  # makes room for the next one
         before, memory = (self.states, self._memory) if self._projected else (None, None)
         encoded = plan.encode(latents, self.importance, decode_dtype=dtype, before=before, memory=memory)
-        self._memory = encoded.memory
+        if self._memory is None or encoded.memory is None:
+            self._memory = encoded.memory
+        else:  # in its place, where a graph finds it again
+            self._memory.copy_(encoded.memory)
         for name in self._state_names:
             self.get_buffer(f"state_{name}").copy_(encoded.states[name])
         self._projected = True

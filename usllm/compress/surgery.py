@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from usllm.compress.base import Compressor, LayerPlan
 from usllm.compress.budgets import budget_needs
 from usllm.compress.ceilings import layer_bits
+from usllm.compress.graphed import reproject_graphed
 from usllm.compress.layer import CompressedLinear, Reprojection, compressed_layers
 from usllm.compress.parallel import over_layers
 from usllm.compress.registry import as_compressor
@@ -172,7 +173,11 @@ def allocate_(model: nn.Module, config: Any, importance: Mapping[str, Tensor | S
 def reproject_(model: nn.Module) -> dict[str, Reprojection]:
     """Project all layers that store states; what changed, by layer name."""
     layers = _with_stored_states(model)
-    return reproject_sharded(layers) if is_sharded(layers) else over_layers(CompressedLinear.reproject, layers)
+    if is_sharded(layers):
+        return reproject_sharded(layers)
+    if layers and all(layer.importance.is_cuda for layer in layers.values()):
+        return reproject_graphed(model, layers)
+    return over_layers(CompressedLinear.reproject, layers)
 
 
 def recall_winners_(model: nn.Module) -> None:
