@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.gpu_parts.child import AGAIN, UNMET
-from benchmarks.gpu_parts.results import COMPLETE, CRASHED, HUNG, INCOMPLETE, Results
+from benchmarks.gpu_parts.results import COMPLETE, CRASHED, CUT, HUNG, INCOMPLETE, Results
 from benchmarks.gpu_parts.schedule import DRY_PATIENCE, Part
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +79,7 @@ def _until_done(part: Part, told: dict[str, Any], results: Results, environment:
                 return [*problems, f"worker {told['worker']}: no time was left"]
             running = Path(folder, f"running{start}")
             with open(Path(folder, f"errors{start}"), "w+b") as errors:
-                status, late = _one_process({**told, "running": str(running)}, errors, environment)
+                status, ended, late = _one_process({**told, "running": str(running)}, errors, environment)
                 tail = _tail(errors)
             if status in (0, UNMET):
                 return problems + (["something failed or had no time"] if status else [])
@@ -88,23 +88,23 @@ def _until_done(part: Part, told: dict[str, Any], results: Results, environment:
                 problems.append(f"{key}: the card was lost")
                 continue
             name = key or f"worker {told['worker']}"
-            lasted = f"; {late} s" if late else f" with status {status}"
-            problems.append(f"{name}: {'hung' if late else 'died'}{lasted}")
-            results.append(part.name, name, HUNG if late else CRASHED, call=told["call"], error=tail, exit=status)
+            lasted = f" with status {status}" if ended == CRASHED else f" after {late} s"
+            problems.append(f"{name}: {ended}{lasted}")
+            results.append(part.name, name, ended, call=told["call"], error=tail, exit=status)
             if not key:  # before any measurement: another process would do the same
                 return problems
     return [*problems, f"worker {told['worker']}: {_MOST_STARTS} processes died"]
 
 
-def _one_process(told: dict[str, Any], errors: IO[bytes], environment: dict[str, str]) -> tuple[int, float | None]:
-    """Exit status of one process, and the seconds after which it was ended, if it was."""
+def _one_process(told: dict[str, Any], errors: IO[bytes], environment: dict[str, str]) -> tuple[int, str, float]:
+    """Exit status of one process, how it ended, and the seconds that its last measurement had."""
     command = [sys.executable, "-m", "benchmarks.gpu_parts.child", json.dumps(told)]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=errors, start_new_session=True)
     running, began, before = Path(told["running"]), time.monotonic(), -1.0
     try:
         while True:
             try:
-                return process.wait(_LOOK_EVERY), None
+                return process.wait(_LOOK_EVERY), CRASHED, round(time.monotonic() - began, 1)
             except subprocess.TimeoutExpired:
                 pass
             changed = running.stat().st_mtime if running.exists() else 0.0
@@ -113,7 +113,8 @@ def _one_process(told: dict[str, Any], errors: IO[bytes], environment: dict[str,
             now = time.monotonic()
             if now > min(told["end"], began + told["patience"]):
                 _end(process)
-                return process.returncode if process.returncode is not None else -9, round(now - began, 1)
+                ended = HUNG if now > began + told["patience"] else CUT
+                return process.returncode if process.returncode is not None else -9, ended, round(now - began, 1)
     finally:
         if process.poll() is None:
             _end(process)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -209,6 +210,9 @@ def _missing(newest: Lines, good: Lines) -> Iterator[str]:
         kept = " (an earlier figure is shown)" if (part, key) in good else ""
         last = str(line.get("error", "")).strip().splitlines() or [""]
         yield f"- {part}, {key}: {line['status']}{kept}: `{last[-1][:160]}`"
+    cut = Counter(part for (part, key), line in newest.items() if key and line["status"] == "cut")
+    for part, count in cut.items():
+        yield f"- {part}: time was over in the midst of {count}, and others had no turn; another call goes on."
 
 
 def _matching(good: Lines, part: str, pattern: str) -> list[Mapping[str, Any]]:

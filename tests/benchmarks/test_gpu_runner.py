@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu_parts import runner
-from benchmarks.gpu_parts.results import COMPLETE, CRASHED, FAILED, HUNG, INCOMPLETE, OK, Refused, Results
+from benchmarks.gpu_parts.results import COMPLETE, CRASHED, CUT, FAILED, HUNG, INCOMPLETE, OK, Refused, Results
 from benchmarks.gpu_parts.schedule import ENVIRONMENT, FINETUNING, PARTS, Part, part_end
 from benchmarks.gpu_parts.session import is_lost
 
@@ -127,7 +127,7 @@ def test_a_part_that_hangs_past_its_share_leaves_time_for_the_next(made: Any, tm
     assert run([made("hangs", HANGS, share=0.4), made("good", GOOD, share=0.6)], tmp_path, minutes) == 1
     assert time.monotonic() - started <= 60 * minutes
     found = statuses(tmp_path)
-    assert found["hangs", "hanging"] == HUNG and ("hangs", "after") not in found
+    assert found["hangs", "hanging"] == CUT and ("hangs", "after") not in found
     assert found["good", ""] == COMPLETE
 
 
