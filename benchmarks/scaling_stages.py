@@ -24,7 +24,7 @@ class Setup:
         sharded: By FSDP2.
         checkpointing: Activations are computed again in the backward pass.
         offload: Shards lie in the memory of the host.
-        on_cpu: The device is the CPU: what lies on the host counts too, and decoded weights are kept.
+        on_cpu: The device is the CPU: what lies on the host counts too, and shards are decoded whole.
         context: Tokens of a sequence; a micro batch has one.
         streamed: Tokens that reconstruction learns from.
         step: Tokens of a step of reconstruction.
@@ -84,17 +84,15 @@ def copies(model: Counted, setup: Setup, compressed: bool) -> int:
     """Weights in bf16 that a pass holds until its backward pass: autocast's copies, and those that are decoded.
 
     Args:
-        compressed: Whether layers are compressed by now: a card decodes these as it goes.
+        compressed: Whether layers are compressed by now: each keeps its decoded weight, unless latents are sharded;
+            then a card decodes as it goes, a slab at a time.
     """
-    of_block = model.linears
-    if compressed and not setup.on_cpu:
-        of_block -= model.compressed
+    kept = model.blocks * model.compressed if compressed and not setup.sharded else 0
+    slabs = compressed and setup.sharded and not setup.on_cpu
+    of_block = model.linears - (model.compressed if kept or slabs else 0)
     blocks = 1 if setup.checkpointing and compressed else model.blocks
-    kept = model.blocks * model.compressed if compressed and setup.on_cpu and not setup.sharded else 0
-    if setup.checkpointing and kept:
-        return BF16 * (kept + of_block - model.compressed + model.head)
-    slab = min(SLAB, model.largest) if compressed and not setup.on_cpu else 0
-    return BF16 * (blocks * of_block + slab + model.head)
+    slab = min(SLAB, model.largest) if slabs else 0
+    return BF16 * (kept + blocks * of_block + slab + model.head)
 
 
 def loss(model: Counted, setup: Setup, objective: str) -> int:
@@ -149,11 +147,10 @@ def stages(model: Counted, setup: Setup, objective: str) -> dict[str, tuple[int,
     logits = (3 * FP32 + BF16) * setup.context * model.vocabulary
     calibrate = held + copies(model, replace(setup, checkpointing=False), compressed=False)
     calibrate += model.blocks * model.saved_frozen + max(logits, gathered(model, setup, gradients=False))
-    on_host = setup.on_cpu or setup.sharded
-    decoded = FP32 * model.blocks * model.compressed if on_host else FP32 * model.largest
+    decoded = FP32 * model.blocks * model.compressed  # until the first pass says in which type it computes
     start = FP32 * model.weights + model.states + decoded + FP32 * model.largest
     share = 1 if setup.sharded else setup.ranks
-    kept = BF16 * model.blocks * model.compressed if on_host else BF16 * min(SLAB, model.largest)
+    kept = BF16 * model.blocks * model.compressed  # of all layers: shards are of a model that was reconstructed whole
     reconstruct = 2 * FP32 * model.weights + model.states + 3 * FP32 * model.block + kept
     reconstruct += BF16 * model.linears + 3 * BF16 * setup.streamed * model.hidden
     reconstruct += model.saved * setup.step // setup.context // share

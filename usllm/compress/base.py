@@ -34,8 +34,9 @@ class LayerPlan(ABC):
         shape: ``(out, in)`` of the weight.
         stored_states: Whether states are kept as buffers and change only in re-projections; if not, they are computed
             from the latents in each forward pass.
-        decodes_on: Kinds of devices on which forward passes multiply a decoded weight that the layer may keep;
-            elsewhere, and where it is empty, :meth:`linear` finds its own way.
+        decodes_on: Kinds of devices on which forward passes multiply a decoded weight, kept by the layer or not;
+            elsewhere they do where states are stored and the layer keeps it. Otherwise, and where there is none,
+            :meth:`linear` finds its own way.
     """
 
     name: str

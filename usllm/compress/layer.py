@@ -41,8 +41,9 @@ class CompressedLinear(nn.Module):
         name: Stable name, known to the method (part of the sketch's hash key).
 
     Attributes:
-        keeps_decoded: Whether the decoded weight is kept; if not, every forward pass decodes it anew. Off where the
-            latents are sharded: the decoded weights of all layers would be as large as the model.
+        keeps_decoded: Whether the decoded weight is kept; if not, every forward pass decodes it anew, on a card a slab
+            at a time. Off where the latents are sharded: the decoded weights of all layers would be as large as the
+            model.
         ramp: Share of the decoded weight in what is computed with; the rest is the latent one. 1 but for the first
             steps of a reconstruction, which a method whose latents are other tensors does without.
     """
@@ -161,7 +162,7 @@ class CompressedLinear(nn.Module):
         plan = self._planned()
         latents = self.latents if latents is None else latents
         device = self.importance.device
-        kept = self.keeps_decoded and device.type in plan.decodes_on
+        kept = self.keeps_decoded and self._multiplies_decoded(device)
         dtype = None
         if kept:  # what the next forward pass will ask for
             dtype = torch.float32 if self._decoded is None else self._decoded.dtype
@@ -225,10 +226,15 @@ class CompressedLinear(nn.Module):
         if self.plan is None:
             return functional.linear(x, self.weight, self.bias)
         ramping = self.ramp < 1 and "weight" in self._latent_names
-        decoded = self._decoded_for(self.plan, x) if ramping or x.device.type in self.plan.decodes_on else None
+        decoded = self._decoded_for(self.plan, x) if ramping or self._multiplies_decoded(x.device) else None
         if ramping and decoded is not None:
             decoded = self.weight.detach().lerp(decoded.float(), self.ramp).to(decoded.dtype)
         return self.plan.linear(x, self.states, self.latents, self.bias, decoded=decoded)
+
+    def _multiplies_decoded(self, device: torch.device) -> bool:
+        plan = self._planned()
+        kept = self.keeps_decoded and plan.stored_states and bool(plan.decodes_on)  # there is one anyway
+        return kept or device.type in plan.decodes_on
 
     def _decoded_for(self, plan: LayerPlan, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)

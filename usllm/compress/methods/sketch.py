@@ -43,6 +43,7 @@ class SketchPlan(Plan, LayerPlan):
     """A plan of the sketch that computes with its states."""
 
     stored_states: ClassVar[bool] = True
+    decodes_on: ClassVar[frozenset[str]] = frozenset({"cpu"})
 
     @property
     def compressor(self) -> SketchCompressor:
