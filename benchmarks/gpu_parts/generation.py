@@ -31,7 +31,7 @@ def run(session: Session) -> None:
     """Measure the dense and the packed model of each shape, every figure for itself, and the ratios."""
     device = prepare(session)
     models = SMALL if session.dry_run else MODELS
-    sketches = SMALL_SKETCHES if session.dry_run else {k: SKETCHES[k] for k in ("absmaxmin-r3", "waterfill")}
+    sketches = SMALL_SKETCHES if session.dry_run else {k: SKETCHES[k] for k in ("sign", "absmaxmin-r3")}
     for name, shape in models.items():
         for kind in ("dense", *sketches):
             held: list[Any] = []

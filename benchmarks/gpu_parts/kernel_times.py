@@ -21,6 +21,8 @@ from benchmarks.gpu_parts.session import Session
 from benchmarks.gpu_parts.timing import Clock
 from benchmarks.gpu_parts.tuning import tune
 from usllm_kernels import project, project_query, query, sketch_linear
+from usllm_kernels.ops.plane_linear.op import plane_linear
+from usllm_kernels.sketch_planes import sketch_planes, sketch_planes_bytes
 
 TOKENS = (1, 8, 256)
 BACKWARD_TOKENS = 2048
@@ -55,9 +57,9 @@ def run(session: Session) -> None:
 
 
 def _cases(dry_run: bool, sketches: list[str]) -> Iterator[tuple[str, tuple[int, int], str]]:
-    """Name, shape and sketch; large layers first, and the paper's sketch before the others."""
+    """Name, shape and sketch; large layers first, and the recipe's sketch and the paper's before the others."""
     models = SMALL if dry_run else SHAPES
-    order = [sketch for sketch in ("absmaxmin-r3", "waterfill", "absmaxmin-r1") if sketch in sketches]
+    order = [sketch for sketch in ("sign", "absmaxmin-r3", "waterfill", "absmaxmin-r1") if sketch in sketches]
     for kinds in (("gate", "down"), ("q", "k")):
         for model in reversed(list(models)):
             for sketch in order:
@@ -102,13 +104,26 @@ def codec(layer: Layer, clock: Clock) -> dict[str, Any]:
 
 
 def product(layer: Layer, tokens: int, clock: Clock) -> dict[str, Any]:
-    """``y = x Ŵᵀ`` from packed states over the dense bf16 product, in CUDA graphs: some are shorter than a launch."""
+    """``y = x Ŵᵀ`` from packed states, and from planes where there are some, over the dense bf16 product.
+
+    In CUDA graphs: some are shorter than a launch.
+    """
     plan, packed, dense = layer.plan, layer.packed, layer.dense
     x = torch.randn(tokens, plan.shape[1], device=clock.device, dtype=torch.bfloat16)
     with torch.no_grad():
         ours = clock.in_graph_if_possible(lambda i: sketch_linear(x, packed[i], plan), len(packed))
         theirs = clock.in_graph_if_possible(lambda i: functional.linear(x, dense[i]), len(dense))
+        expanded: dict[str, Any] = {}
+        if sketch_planes_bytes(plan) is not None:
+            planes = [sketch_planes(states, plan) for states in layer.states]
+            from_planes = clock.in_graph_if_possible(lambda i: plane_linear(x, planes[i]), len(planes))
+            expanded = {
+                "planes_us": 1e6 * from_planes.seconds,
+                "planes_faster_than_dense": theirs.seconds / from_planes.seconds,
+                "planes_in_graph": from_planes.in_graph,
+            }
     return {
+        **expanded,
         "us": 1e6 * ours.seconds,
         "dense_us": 1e6 * theirs.seconds,
         "over_dense": ours.seconds / theirs.seconds,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,14 +19,30 @@ SHAPES: dict[str, dict[str, tuple[int, int]]] = {
 }
 SMALL: dict[str, dict[str, tuple[int, int]]] = {"small": {"gate": (40, 16), "down": (16, 40)}}
 
-# The paper's sketch, its cheapest form, and the sketch of least error that we know.
+SIGN = SketchConfig(
+    bits_per_weight=0.5,
+    operator="mean",
+    rows=1,
+    state_bits=1,
+    allocation="waterfill",
+    price_list="trained",
+    output_scale=True,
+    train_output_scale=True,
+    straight_through="state",
+    rounding="nearest",
+)
+# The recipe's sketch, the paper's and its cheapest form, and the one of least error untrained.
 SKETCHES = {
+    "sign": SIGN,
     "absmaxmin-r1": SketchConfig(bits_per_weight=0.5, rows=1),
     "absmaxmin-r3": SketchConfig(bits_per_weight=0.5, rows=3),
     "waterfill": SketchConfig(bits_per_weight=0.5, allocation="waterfill", output_scale=True, rounding="nearest"),
 }
 # On small layers the tables alone take more than half a bit; the interpreter is slow with every row.
-SMALL_SKETCHES = {"absmaxmin-r3": SketchConfig(bits_per_weight=12.0, rows=2, allocation="uniform")}
+SMALL_SKETCHES = {
+    "sign": replace(SIGN, bits_per_weight=12.0),
+    "absmaxmin-r3": SketchConfig(bits_per_weight=12.0, rows=2, allocation="uniform"),
+}
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,9 @@ def sketch_(model: Any, sketch: SketchConfig, dry_run: bool = False) -> None:
             bits = int(sketch.bits_per_weight * layer.out_features * layer.in_features)
             shared[layer.shape] = compressor.plan(layer.shape, name, Statistics(energy=importance), bits), importance
         plan, importance = shared[layer.shape]
-        layer.set_plan(compressor.restore(plan.to_tensors(), layer.shape, name), importance)
+        own = compressor.restore(plan.to_tensors(), layer.shape, name)
+        statistics = Statistics(energy=importance.to(layer.importance.device))
+        layer.set_plan(own, importance, own.start(layer.latent_weight(), statistics))
         layer.reproject()
 
 
