@@ -15,12 +15,6 @@ from benchmarks.scaling_stages import OBJECTIVES, Setup, measured_as, stages
 TOLERANCE = 0.1
 SETUPS = {"auto": 1, "ddp": 2, "fsdp2": 2}
 """Ranks by strategy."""
-RUNS = 3
-"""Of each strategy with ranks; each stage's least is taken.
-
-The profiler is not told of what a thread of gloo releases when it is the last to hold it, and counts it as held for the
-rest of the run: an embedding or several, in two of three runs, while no object of Python's holds one. It only adds.
-"""
 
 
 def setup_of(strategy: str) -> Setup:
@@ -44,15 +38,7 @@ def expected(strategy: str, objective: str) -> dict[str, int]:
 
 
 def measured(strategy: str) -> dict[str, dict[str, int]]:
-    """Bytes by objective and stage, of rank 0, the least of :data:`RUNS`; all ranks are processes of their own."""
-    runs = [_run(strategy) for _ in range(RUNS if SETUPS[strategy] > 1 else 1)]
-    return {
-        objective: {stage: min(run[objective][stage] for run in runs) for stage in runs[0][objective]}
-        for objective in runs[0]
-    }
-
-
-def _run(strategy: str) -> dict[str, dict[str, int]]:
+    """Bytes by objective and stage, of rank 0; all ranks are processes of their own."""
     script, ranks = str(Path(__file__).with_name("scaling_peaks.py")), SETUPS[strategy]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     line = [sys.executable, *launcher, script, strategy]

@@ -105,10 +105,10 @@ class Spans:
 
 
 def held_over_time(events: list[Any]) -> tuple[Tensor, Tensor]:
-    """Nanoseconds of all changes, and the bytes held behind each, int64 [changes] both.
+    """Nanoseconds of all changes, and the bytes held behind each, int64 [changes] both, of what was seen released.
 
-    The profiler sees no release by a thread that it did not start in, and gloo's threads sometimes are the last to hold
-    what they sent: a place that is given out again was released by then.
+    Everything is, at the latest when the run is given back. But the profiler sees no release by a thread that it did
+    not start in, and a thread of gloo is sometimes the last to hold what it has sent: that would count to the end.
 
     Args:
         events: Of the profiler, as a tree.
@@ -120,36 +120,23 @@ def held_over_time(events: list[Any]) -> tuple[Tensor, Tensor]:
         waiting += event.children
         if event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
             changes.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
-    places: dict[int, int] = {}
-    now, found = 0, []
+    held: dict[int, tuple[int, int]] = {}
+    seen: list[tuple[int, int]] = []
     for at, place, size in sorted(changes):
-        known = places.pop(place, 0)
         if size > 0:
-            places[place] = size
-            now += size - known
-        else:
-            now -= known
-        found.append((at, now))
-    times, held = torch.tensor(found).T.contiguous()
-    return times, held
+            held[place] = (at, size)
+        elif place in held:
+            seen += [held.pop(place), (at, size)]
+    times, sizes = torch.tensor(sorted(seen)).T.contiguous()
+    return times, sizes.cumsum(0)
 
 
-def run(strategy: str, objective: str) -> dict[str, int]:
-    """Peaks in bytes by stage, of this rank."""
-    gc.collect()  # of the run before
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    spans = Spans()
-    for stage in (Calibrate, Start, Reconstruct):
-        spans.around(stage, "run", stage.name)
-    spans.around(Trainer, "_run_stage", "finetune")
+def _fit(strategy: str, objective: str, ranks: int) -> None:
     reconstruct = Reconstruct(
         sequences=SEQUENCES, steps=STEPS, batch_size=BATCH, warmup_steps=1, calibration_sequences=8
     )
     chosen = {"kl_weight": 1.0, "hidden_weight": 0.0} if objective == "distill" else {}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen,
-    ):
+    with tempfile.TemporaryDirectory() as folder:
         module = SketchFinetuner(
             load_model=load_model,
             sketch=SKETCH,
@@ -171,6 +158,19 @@ def run(strategy: str, objective: str) -> dict[str, int]:
             enable_model_summary=False,
         )
         trainer.fit(module, datamodule=Tokens())
+
+
+def run(strategy: str, objective: str) -> dict[str, int]:
+    """Peaks in bytes by stage, of this rank."""
+    gc.collect()  # of the run before
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    spans = Spans()
+    for stage in (Calibrate, Start, Reconstruct):
+        spans.around(stage, "run", stage.name)
+    spans.around(Trainer, "_run_stage", "finetune")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        _fit(strategy, objective, ranks)
+        gc.collect()  # all of it is given back while the profiler looks
     assert seen.profiler is not None
     times, held = held_over_time(seen.profiler.kineto_results.experimental_event_tree())
     peaks = {}

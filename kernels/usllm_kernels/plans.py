@@ -70,7 +70,7 @@ def flatten(plan: Plan) -> FlatPlan:
         found = _flat_plan(plan.handle)
         return FlatPlan(found.tensors, found.numbers)  # a constant of torch 2.11 is not unpacked
     flat = _flatten(plan)
-    _known.setdefault(tuple(flat.numbers), plan)
+    _known[tuple(flat.numbers)] = plan  # the very one: another of equal content may be gone before it, with its tables
     return flat
 
 

@@ -56,3 +56,27 @@ def test_every_forward_pass_is_that_of_the_latents_after_each_step(
             seen.append(computed(layer, trains))
             assert torch.equal(seen[-1], computed(fresh, trains))
     assert not torch.equal(seen[0], seen[-1])
+
+
+@cases
+@pytest.mark.parametrize("keeps", [True, False])
+def test_off_its_devices_a_decoded_weight_is_multiplied_where_one_is_kept_anyway(
+    name: str, options: dict[str, Any], keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, weight, statistics = planned(compressor_of(name, options), (33, 41))
+    decodes, stored = bool(plan.decodes_on), plan.stored_states
+    monkeypatch.setattr(type(plan), "decodes_on", frozenset({"elsewhere"}) if decodes else frozenset())
+    layer = CompressedLinear(nn.Linear(41, 33, bias=False), "layer")
+    layer.set_plan(plan, statistics.energy, plan.start(weight, statistics))
+    layer.keeps_decoded = keeps
+    layer.reproject()
+    given: list[bool] = []
+    linear = type(plan).linear
+
+    def noted(self: Any, *args: Any, decoded: Tensor | None = None) -> Tensor:
+        given.append(decoded is not None)
+        return linear(self, *args, decoded=decoded)
+
+    monkeypatch.setattr(type(plan), "linear", noted)
+    layer(random(5, 41, seed=3))
+    assert given == [decodes and stored and keeps]

@@ -1,8 +1,9 @@
-"""Projection replayed as a CUDA graph, on a card: each time what launches one by one give, bit for bit."""
+"""Projection replayed as a CUDA graph, on a card: states and decoded weights are those of launches, bit for bit."""
 
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -108,4 +109,22 @@ def test_a_graph_is_made_anew_when_a_tensor_moves() -> None:
         for each in compressed_layers(plain).values():
             each.reproject()
         compare(graphed, plain)
-    assert graph_of(graphed) is not before
+    known = graph_of(graphed)
+    assert known is not None and known is not before and known.captured
+
+
+def test_a_graph_holds_the_tables_that_its_kernels_read() -> None:
+    graphed = model(CONFIGS["sign"])
+    reproject_(graphed)
+    copied = copy.deepcopy(graphed)  # plans of equal content: the first ones that were seen are those of the original
+    for _ in range(3):
+        reproject_(copied)
+    del graphed
+    gc.collect()
+    torch.empty(1 << 24, device="cuda").fill_(float("nan"))  # where freed tables were
+    plain = copy.deepcopy(copied)
+    for _ in range(2):
+        reproject_(copied)
+        for layer in compressed_layers(plain).values():
+            layer.reproject()
+        compare(copied, plain)

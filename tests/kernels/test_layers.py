@@ -1,4 +1,4 @@
-"""Layers whose products are made straight from the states, as they are off the CPU, on every backend."""
+"""Layers whose products are made straight from the states, as those of shards are on a card, on every backend."""
 
 from __future__ import annotations
 

@@ -57,6 +57,13 @@ def test_model_is_the_dense_one_until_it_is_calibrated() -> None:
     assert all(layer.plan is None for layer in compressed_layers(finetuner.network).values())
 
 
+def test_model_is_loaded_on_the_host_whatever_the_device_of_new_tensors_is() -> None:
+    finetuner = module()
+    with torch.device("meta"):  # as Lightning asks for new tensors on the card
+        finetuner.configure_model()
+    assert {tensor.device.type for tensor in (*finetuner.parameters(), *finetuner.network.buffers())} == {"cpu"}
+
+
 def test_model_is_loaded_once_and_trains() -> None:
     loaded = []
 

@@ -53,6 +53,15 @@ class LayerPlan(ABC):
     def to_tensors(self) -> dict[str, Tensor]:
         """The plan itself for a checkpoint: tensors only (:meth:`Compressor.restore` reads them)."""
 
+    def multiplies_decoded(self, device: str, *, kept: bool) -> bool:
+        """Whether forward passes multiply a decoded weight on a kind of device.
+
+        Args:
+            device: Such as ``cuda``.
+            kept: Whether one that stored states decode to is kept, so that it is there anyway.
+        """
+        return device in self.decodes_on or (kept and self.stored_states and bool(self.decodes_on))
+
     def latent_specs(self) -> dict[str, Spec]:
         """The parameters that carry the layer through training, known before anything is loaded.
 

@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from usllm.compress.layer import CompressedLinear, Reprojection
 
+_LAUNCHED_BEFORE = 2  # projections that found all in place: kernels are compiled and loaded, what is kept has its place
+
 
 class GraphedProjection:
     """The projection of a model's layers, captured once and replayed while all tensors that it reads stay in place.
 
-    What it gives is overwritten by the next replay.
+    What it gives, decoded weights too, is overwritten by the next replay. It holds the layers' plans, whose tables the
+    kernels read, and no layer.
 
     Args:
-        layers: Just projected, so that kernels are compiled and tables are there.
+        layers: On one card, just projected.
 
     Attributes:
         captured: Whether there is a graph to replay.
@@ -28,40 +31,56 @@ class GraphedProjection:
     def __init__(self, layers: Mapping[str, CompressedLinear]) -> None:
         self.captured, self.possible = False, True
         self._places = [layer.places() for layer in layers.values()]
+        self._launched = 1
+        self._device = next(iter(layers.values())).importance.device
         self._graph: torch.cuda.CUDAGraph | None = None
         self._found: dict[str, Reprojection] = {}
-        self._kept: list[tuple[CompressedLinear, Tensor | None]] = []
+        self._kept: dict[str, Tensor | None] = {}
 
     def fits(self, layers: Mapping[str, CompressedLinear]) -> bool:
         """Whether all that the projection reads and writes is where it was."""
         return self.possible and self._places == [layer.places() for layer in layers.values()]
 
-    def capture(self, layers: Mapping[str, CompressedLinear]) -> bool:
-        """Record the work without doing it; false, and a warning, where something in it cannot be."""
-        before = [(layer, layer.kept_decoded) for layer in layers.values()]
-        try:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._found = {name: layer.reproject() for name, layer in layers.items()}
-        except RuntimeError as error:
-            self.possible, self._found = False, {}
-            for layer, decoded in before:
-                layer.kept_decoded = decoded
-            reason = str(error).strip().splitlines()[0]
-            warnings.warn(
-                f"states are projected launch by launch: no CUDA graph could be made ({reason})", stacklevel=2
-            )
-            return False
-        self._kept = [(layer, layer.kept_decoded) for layer in layers.values()]
-        self.captured = True
-        return True
+    def project(self, layers: Mapping[str, CompressedLinear]) -> dict[str, Reprojection]:
+        """Project layers that fit, in whatever way is possible by now; what changed, by layer name."""
+        if not self.captured and self._launched >= _LAUNCHED_BEFORE:
+            self._capture(layers)
+        if self.captured:
+            return self._replay(layers)
+        self._launched += 1
+        return launched(layers)
 
-    def replay(self) -> dict[str, Reprojection]:
-        """Project all layers anew; what changed, by layer name."""
+    def _capture(self, layers: Mapping[str, CompressedLinear]) -> None:
+        """Record the work without doing it; a warning where something in it cannot be."""
+        for layer in layers.values():  # makes room; where this fails, launches or forward passes decode anew
+            layer.kept_decoded = None
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream()
+            try:
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                    self._found = launched(layers)
+                self._kept = {name: layer.kept_decoded for name, layer in layers.items()}
+                self.captured = True
+            except Exception as error:
+                cause = error.__context__ or error  # ending a capture that has failed says only that it has
+                reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+                self.possible, self._graph, self._found = False, None, {}
+                for layer in layers.values():  # what was being captured was never computed
+                    layer.kept_decoded = None
+                words = f"states are projected launch by launch: no CUDA graph could be made ({reason})"
+                warnings.warn(words, stacklevel=4)
+            finally:  # an end that fails leaves the stream of the capture behind
+                torch.cuda.set_stream(stream)
+
+    def _replay(self, layers: Mapping[str, CompressedLinear]) -> dict[str, Reprojection]:
         assert self._graph is not None
-        self._graph.replay()
-        for layer, decoded in self._kept:
-            layer.kept_decoded = decoded
+        with torch.cuda.device(self._device):
+            self._graph.replay()
+        for name, layer in layers.items():
+            layer.kept_decoded = decoded = self._kept[name]
+            if decoded is not None:  # a backward pass of before must not take it for what it saved
+                torch.autograd.graph.increment_version(decoded)
         return dict(self._found)
 
 
@@ -69,10 +88,10 @@ _graphs: WeakKeyDictionary[nn.Module, GraphedProjection] = WeakKeyDictionary()
 
 
 def reproject_graphed(model: nn.Module, layers: Mapping[str, CompressedLinear]) -> dict[str, Reprojection]:
-    """Project layers that are on a card, from the third time on in one graph; what changed, by layer name.
+    """Project layers that are on one card, sooner or later in one graph; what changed, by layer name.
 
-    The first two go launch by launch: kernels are compiled, and what is kept from one to the next gets its place. So do
-    those after anything has changed its place, and all of them where no graph can be made, which is said once.
+    That is once two projections in a row, launch by launch, have found everything where it was. After anything has
+    changed its place it begins anew; where no graph can be made it is said once, and all go launch by launch.
 
     Args:
         model: Whose layers these are; its graph lives as long as it does.
@@ -80,13 +99,20 @@ def reproject_graphed(model: nn.Module, layers: Mapping[str, CompressedLinear]) 
     """
     known = _graphs.get(model)
     if known is not None and known.fits(layers):
-        if known.captured or known.capture(layers):
-            return known.replay()
-        return {name: layer.reproject() for name, layer in layers.items()}
-    found = {name: layer.reproject() for name, layer in layers.items()}
-    if known is None or known.possible:
+        return known.project(layers)
+    possible = known is None or known.possible
+    if possible:
+        _graphs.pop(model, None)  # with all that it keeps
+        known = None
+    found = launched(layers)
+    if possible:
         _graphs[model] = GraphedProjection(layers)
     return found
+
+
+def launched(layers: Mapping[str, CompressedLinear]) -> dict[str, Reprojection]:
+    """Project layer after layer; what changed, by layer name."""
+    return {name: layer.reproject() for name, layer in layers.items()}
 
 
 def graph_of(model: nn.Module) -> GraphedProjection | None:

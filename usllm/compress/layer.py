@@ -64,6 +64,7 @@ class CompressedLinear(nn.Module):
         self._state_names: tuple[str, ...] = ()
         self.keeps_decoded, self.ramp = True, 1.0
         self._decoded: Tensor | None = None
+        self._decoded_as = torch.float32
         self._decoded_at: tuple[int, ...] = ()
         self._memory: Tensor | None = None
         self._projected = False
@@ -94,13 +95,11 @@ class CompressedLinear(nn.Module):
 
     def places(self) -> tuple[object, ...]:
         """Where a projection reads and writes, and in which types: what must stay for it to be replayed as a graph."""
-        decoded, memory = self._decoded, self._memory
-        kept = None if decoded is None else decoded.dtype, None if memory is None else memory.data_ptr()
         latents = (self._parameters[name] for name in self._latent_names)
         states = (self._buffers[f"state_{name}"] for name in self._state_names)
-        tensors = (*latents, *states, self.importance)
-        addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-        return id(self.plan), *addresses, *kept, self._projected, self.keeps_decoded
+        tensors = (*latents, *states, self.importance, self._memory)
+        where = (None if each is None else (each.data_ptr(), each.dtype, each.stride()) for each in tensors)
+        return self.plan, *where, self._decoded_as, self._projected, self.keeps_decoded
 
     def set_plan(
         self, plan: LayerPlan, importance: Tensor | None = None, latents: Mapping[str, Tensor] | None = None
@@ -162,10 +161,8 @@ class CompressedLinear(nn.Module):
         plan = self._planned()
         latents = self.latents if latents is None else latents
         device = self.importance.device
-        kept = self.keeps_decoded and self._multiplies_decoded(device)
-        dtype = None
-        if kept:  # what the next forward pass will ask for
-            dtype = torch.float32 if self._decoded is None else self._decoded.dtype
+        kept = self.keeps_decoded and plan.multiplies_decoded(device.type, kept=True)
+        dtype = self._decoded_as if kept else None  # what the next forward pass will ask for
         self._decoded = None  # makes room for the next one
         before, memory = (self.states, self._memory) if self._projected else (None, None)
         encoded = plan.encode(latents, self.importance, decode_dtype=dtype, before=before, memory=memory)
@@ -226,15 +223,11 @@ class CompressedLinear(nn.Module):
         if self.plan is None:
             return functional.linear(x, self.weight, self.bias)
         ramping = self.ramp < 1 and "weight" in self._latent_names
-        decoded = self._decoded_for(self.plan, x) if ramping or self._multiplies_decoded(x.device) else None
+        decodes = ramping or self.plan.multiplies_decoded(x.device.type, kept=self.keeps_decoded)
+        decoded = self._decoded_for(self.plan, x) if decodes else None
         if ramping and decoded is not None:
             decoded = self.weight.detach().lerp(decoded.float(), self.ramp).to(decoded.dtype)
         return self.plan.linear(x, self.states, self.latents, self.bias, decoded=decoded)
-
-    def _multiplies_decoded(self, device: torch.device) -> bool:
-        plan = self._planned()
-        kept = self.keeps_decoded and plan.stored_states and bool(plan.decodes_on)  # there is one anyway
-        return kept or device.type in plan.decodes_on
 
     def _decoded_for(self, plan: LayerPlan, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
@@ -255,7 +248,7 @@ class CompressedLinear(nn.Module):
                 kept = plan.decode(self.states) if stored else plan.decode_latents(self.latents, self.importance)
             decoded = kept.to(dtype)
         if self.keeps_decoded and not moving:
-            self._decoded, self._decoded_at = decoded, version
+            self._decoded, self._decoded_as, self._decoded_at = decoded, dtype, version
         return decoded
 
     def _latents_version(self) -> tuple[int, ...]:

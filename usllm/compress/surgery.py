@@ -171,11 +171,15 @@ def allocate_(model: nn.Module, config: Any, importance: Mapping[str, Tensor | S
 
 
 def reproject_(model: nn.Module) -> dict[str, Reprojection]:
-    """Project all layers that store states; what changed, by layer name."""
+    """Project all layers that store states; what changed, by layer name.
+
+    On a card the next call writes over what this one gave.
+    """
     layers = _with_stored_states(model)
     if is_sharded(layers):
         return reproject_sharded(layers)
-    if layers and all(layer.importance.is_cuda for layer in layers.values()):
+    devices = {layer.importance.device for layer in layers.values()}
+    if len(devices) == 1 and devices.pop().type == "cuda":
         return reproject_graphed(model, layers)
     return over_layers(CompressedLinear.reproject, layers)
 

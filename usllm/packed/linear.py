@@ -145,7 +145,7 @@ class PackedLinear(nn.Linear):
             return self.expanded.linear(x, self.bias)
         if self.layout == "decoded":
             return functional.linear(x, self.decoded_weight(dtype), self.bias)
-        if torch.is_grad_enabled() and x.requires_grad and device in plan.decodes_on:
+        if torch.is_grad_enabled() and x.requires_grad and plan.multiplies_decoded(device, kept=dtype == torch.float32):
             product: Tensor = _DecodedAgain.apply(x.to(dtype), self.bias, self)
             return product
         return self.compact(x, dtype)
@@ -153,7 +153,7 @@ class PackedLinear(nn.Linear):
     def compact(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The product of the compact layout, computed in ``dtype``."""
         plan = self.plan
-        if x.device.type in plan.decodes_on and dtype == torch.float32:
+        if dtype == torch.float32 and plan.multiplies_decoded(x.device.type, kept=True):
             return functional.linear(x, self.decoded_weight(dtype), self.bias)
         return plan.linear(x, plan.unpack(self.packed), {}, self.bias)
 
