@@ -6,7 +6,7 @@ A new way to go wrong is one more row. Every row is tried through the real comma
 from __future__ import annotations
 
 from input_row import DONE, FAILED, USER, Row, evaluate, export, generate, report, train
-from wrong_texts import CHATS, STREAMS
+from wrong_texts import CHATS, SHARED, STREAMS
 
 EVERY_COMMAND = [
     Row(command, typed, USER, words)
@@ -260,4 +260,4 @@ HARNESS = [
     ),
 ]
 
-ROWS = [*EVERY_COMMAND, *COMPOSITION, *VALUES, *PLACES, *STREAMS, *CHATS, *BLOCK_BY_BLOCK, *ACCEPTED, *HARNESS]
+ROWS = [*EVERY_COMMAND, *COMPOSITION, *VALUES, *PLACES, *STREAMS, *CHATS, *SHARED, *BLOCK_BY_BLOCK, *ACCEPTED, *HARNESS]

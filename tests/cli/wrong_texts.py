@@ -34,7 +34,7 @@ STREAMS = [
     stream(["model=FOREIGN"], "holds token", "but the model has 264 tokens"),
     stream(
         "data.validation_documents=1000",
-        "hold no text to train on besides the 40 documents that are held out (data.validation_documents)",
+        "hold no text to train on besides the 40 documents held out; set data.validation_documents below that",
     ),
     stream(["data.train.kind=hub", "+data.train.name=HERE/none"], "cannot be found on the Hugging Face hub"),
     stream(
@@ -63,7 +63,7 @@ CHATS = [
     chat("data.train.path=ALONE", "ALONE, line 1 has no turn of the assistant: there is nothing to learn from it"),
     chat("data.train.path=BOT", "BOT, line 1, message 2 has the role 'bot', which is unknown; known are system, user"),
     chat("data.train.path=TEXT", "data.train: TEXT is plain text by its name"),
-    chat("model=DENSE", "data.train.messages_field: the tokenizer of DENSE has no chat template"),
+    chat("model=DENSE", "data.train.messages_field: the model's tokenizer (DENSE) has no chat template"),
     chat("data.context_length=2000", "tokens, fewer than one sequence of data.context_length=2000"),
     chat("data.train.kind=hub", "data.train.kind=hub needs data.train.name"),
     chat(
@@ -73,3 +73,13 @@ CHATS = [
     chat([], "Next, try", status=DONE),
     chat("data.loss_on=all", "Next, try", status=DONE),
 ]
+
+TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+SHARED = [
+    train("data.batch_size=100000", "data.batch_size=100000: the text has ", " sequences; give at most that"),
+    train(
+        ["stages=[default,reconstruct]", "stages.reconstruct.batch_size=1", *TWO],
+        "stages.reconstruct.batch_size=1: 2 devices share the sequences of a step; give at least as many",
+    ),
+]
+"""What several devices, or the sequences of a step, are too many for."""

@@ -20,7 +20,7 @@ from usllm.models.loading import check_context_length, load_config, load_tokeniz
 from usllm.models.skeleton import skeleton
 from usllm.runs.inputs import build_data, shared_documents, token_streams, with_window_starts
 from usllm.runs.report import print_coverage
-from usllm.runs.trainer import build_nodes
+from usllm.runs.trainer import build_nodes, devices_in
 from usllm.stages import Allocate, Stage, refuse_wrong_order
 
 
@@ -66,6 +66,9 @@ def begin(config: TrainConfig, plain: Mapping[str, Any], console: Console) -> Be
     compressor = compressor_of(config.sketch, config.allocation)
     stages = list(build_nodes("stages", config.stages).values())
     refuse_wrong_order(stages)
+    if not str(config.trainer.get("strategy")).startswith("fsdp2"):  # there one rank runs them for the others
+        for stage in stages:
+            stage.refuse_devices(devices_in(config.trainer))
     described = skeleton(model_config)
     covered = coverage(described, config.model.patterns)
     if any(isinstance(stage, Allocate) for stage in stages):

@@ -22,6 +22,7 @@ from usllm.eval.perplexity import tokenise_test_sets
 from usllm.eval.windows import check_long_enough
 from usllm.models.loading import check_vocabulary
 from usllm.runs.trainer import devices_in
+from usllm.system.errors import UserError
 
 VALIDATION_SET = "validation"
 """Name of the held-out split among the test sets."""
@@ -39,7 +40,7 @@ def build_data(
         model: configuration of the model, whose family says what stands at the start of a window.
 
     Raises:
-        UserError: a source is missing, empty or too short.
+        UserError: a source is missing, empty or too short, or a batch is larger than it.
     """
     size = getattr(model.get_text_config(), "vocab_size", None)
     too_large = max(tokenizer.get_vocab().values()) >= (size or math.inf)
@@ -64,6 +65,9 @@ def build_data(
         largest_token=size - 1 if size and too_large else None,
     )
     data.setup()
+    streamed = any(source.streaming for source in (section.train, *section.mixture.values()))
+    if not streamed and section.batch_size > (held := len(data.train_sequences)):
+        raise UserError(f"data.batch_size={section.batch_size}: the text has {held:,} sequences; give at most that")
     if too_large:
         for key, sequences in data.tables().items():
             check_vocabulary(model, max(max(row) for row in sequences["input_ids"]), key)

@@ -131,6 +131,13 @@ class Stage(ABC):
     after: ClassVar[tuple[str, ...]] = ("start",)
     later_options: ClassVar[Mapping[str, Any]] = {}
 
+    def refuse_devices(self, devices: int) -> None:  # noqa: B027 - most share nothing out
+        """Refuse a number of devices that share its work; asked before anything is read, and where there is work.
+
+        Raises:
+            UserError: There are too many.
+        """
+
     @abstractmethod
     def run(self, work: Work) -> None:
         """Do the work, or what a killed run has left of it; the result depends on ``work`` alone.

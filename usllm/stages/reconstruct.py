@@ -123,14 +123,17 @@ class Reconstruct(Stage):
         for key, value in {"blocks": self.blocks or 1, "window": self.window}.items():
             if value > count:
                 raise UserError(f"stages.reconstruct.{key}={value}: the model has {count} blocks; give at most that")
-        if self.batch_size < (devices := ranks().world_size if work.together else 1):
+        self.refuse_devices(ranks().world_size if work.together else 1)
+        source = work.blocks or LoadedBlocks(work)
+        with evaluating(work.model):  # the streams are those of a model that is measured, without dropout
+            self._run_blocks(work, source, text, self.states(work, text))
+
+    def refuse_devices(self, devices: int) -> None:
+        if self.batch_size < devices:
             raise UserError(
                 f"stages.reconstruct.batch_size={self.batch_size}: {devices} devices share the sequences of a "
                 "step; give at least as many"
             )
-        source = work.blocks or LoadedBlocks(work)
-        with evaluating(work.model):  # the streams are those of a model that is measured, without dropout
-            self._run_blocks(work, source, text, self.states(work, text))
 
     def text(self, work: Work) -> Batch:
         """What blocks learn from: ``input_ids`` int64 [sequences, context], and ``position_ids`` where it has them.

@@ -85,7 +85,7 @@ def test_answers_of_several_bytes_a_sign_are_whole() -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "words"),
     [
-        (None, turns("a", "b"), r"data\.train\.messages_field: the tokenizer of .* has no chat template"),
+        (None, turns("a", "b"), r"data\.train\.messages_field: the model's tokenizer \(.*\) has no chat template"),
         (
             STRICT,
             turns("a", "b", first="assistant"),

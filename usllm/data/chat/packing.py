@@ -90,8 +90,8 @@ def pack_conversations(
         if tokens < context_length:
             raise UserError(
                 f"{key} holds {tokens} tokens, fewer than one sequence of data.context_length="
-                f"{context_length}; give more conversations (or, if they were split off, a larger "
-                "data.validation_fraction) or a shorter context"
+                f"{context_length}; give more conversations (where they are split off, a larger "
+                "data.validation_fraction, such as 0.2) or a shorter context"
             )
         rows = packed(written, context_length, first)
         if not _write(rows, folder / "sequences.arrow"):

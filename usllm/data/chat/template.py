@@ -58,8 +58,8 @@ class ChatTemplate:
         name = tokenizer.name_or_path or type(tokenizer).__name__
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(
-                f"{key}.messages_field: the tokenizer of {name} has no chat template; take the instruct model of the "
-                "family, or give text_field a column of plain text"
+                f"{key}.messages_field: the model's tokenizer ({name}) has no chat template; choose an instruct model "
+                "with model=…, or another data=… with a column of plain text"
             )
         if not tokenizer.is_fast:
             raise UserError(f"{key}.messages_field: the tokenizer of {name} is a slow one, which tells no offsets")

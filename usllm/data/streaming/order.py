@@ -127,9 +127,10 @@ class Corpus:
                     yield at
             if at.documents == begun:
                 held = len(self.held_out)
+                besides = f" besides the {held} documents held out; set data.validation_documents below that"
                 raise UserError(
                     f"{self.key}: {len(self.shards)} files hold no text to train on"
-                    + (f" besides the {held} documents that are held out (data.validation_documents)" if held else "")
+                    + (besides if held else "")
                     + (f" (first of what was skipped: {at.after.examples[0]})" if at.after.examples else "")
                 )
             at = Window(turn=at.turn + 1, documents=at.documents, before=at.after)
