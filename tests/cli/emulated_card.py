@@ -182,7 +182,7 @@ def install() -> None:
         "max_memory_allocated": 0,
         "is_current_stream_capturing": False,
     }
-    silent = ("set_device", "synchronize", "empty_cache", "manual_seed", "manual_seed_all", "_lazy_init")
+    silent = ("set_device", "set_stream", "synchronize", "empty_cache", "manual_seed", "manual_seed_all", "_lazy_init")
     for name, answer in {**answers, **dict.fromkeys((*silent, "reset_peak_memory_stats"))}.items():
         setattr(cuda, name, lambda *_, answer=answer, **__: answer)
     cuda.device = cuda.stream = lambda *_: nullcontext()
