@@ -10,8 +10,6 @@ from usllm.data.sources.files import existing, opened
 from usllm.data.sources.spec import SourceSpec
 from usllm.system.errors import UserError
 
-_PASSED_OVER = "; mend it, or have it passed over in a stream: data.train.streaming=true data.on_bad=skip"
-
 
 def documents(spec: SourceSpec) -> list[str]:
     """The text field of every object, in the order of the files; joined where ``spec.document_start`` says so."""
@@ -34,7 +32,7 @@ def _rows(spec: SourceSpec) -> list[str]:
                 try:
                     record = json.loads(line)
                 except (json.JSONDecodeError, RecursionError) as error:
-                    raise UserError(f"{path}, line {number} is not JSON ({error}){_PASSED_OVER}") from error
+                    raise UserError(f"{path}, line {number} is not JSON ({error}); mend it") from error
                 value = record.get(spec.field) if isinstance(record, dict) else None
                 rows.append(document(value, spec, f"{path}, line {number}"))
     return rows
