@@ -18,7 +18,13 @@ from usllm.data.datamodule import TextDataModule
 from usllm.data.overlap import SharedDocuments
 from usllm.models.loading import check_context_length, load_config, load_tokenizer
 from usllm.models.skeleton import skeleton
-from usllm.runs.inputs import build_data, shared_documents, token_streams, with_window_starts
+from usllm.runs.inputs import (
+    build_data,
+    refuse_batch_beyond_text,
+    shared_documents,
+    token_streams,
+    with_window_starts,
+)
 from usllm.runs.report import print_coverage
 from usllm.runs.trainer import build_nodes, devices_in
 from usllm.stages import Allocate, Stage, refuse_wrong_order
@@ -85,6 +91,8 @@ def begin(config: TrainConfig, plain: Mapping[str, Any], console: Console) -> Be
         console.print("Compressing nothing: there are no stages (stages=none), the dense model is finetuned")
     console.print("Reading and tokenising text …")
     data = build_data(config.data, tokenizer, config.seed, model_config)
+    if steps != 0 and not config.resume:  # stages have batches of their own, and what was begun goes on
+        refuse_batch_beyond_text(config.data, data)
     return Beginning(
         config=config,
         plain=dict(plain),

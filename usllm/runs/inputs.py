@@ -40,7 +40,7 @@ def build_data(
         model: configuration of the model, whose family says what stands at the start of a window.
 
     Raises:
-        UserError: a source is missing, empty or too short, or a batch is larger than it.
+        UserError: a source is missing, empty or too short.
     """
     size = getattr(model.get_text_config(), "vocab_size", None)
     too_large = max(tokenizer.get_vocab().values()) >= (size or math.inf)
@@ -65,13 +65,22 @@ def build_data(
         largest_token=size - 1 if size and too_large else None,
     )
     data.setup()
-    streamed = any(source.streaming for source in (section.train, *section.mixture.values()))
-    if not streamed and section.batch_size > (held := len(data.train_sequences)):
-        raise UserError(f"data.batch_size={section.batch_size}: the text has {held:,} sequences; give at most that")
     if too_large:
         for key, sequences in data.tables().items():
             check_vocabulary(model, max(max(row) for row in sequences["input_ids"]), key)
     return data
+
+
+def refuse_batch_beyond_text(section: DataConfig, data: TextDataModule) -> None:
+    """Refuse to train on batches that hold more sequences than the text; nobody counts those of a stream.
+
+    Raises:
+        UserError: Names the batch and the text's sequences.
+    """
+    if any(source.streaming for source in (section.train, *section.mixture.values())):
+        return
+    if section.batch_size > (held := len(data.train_sequences)):
+        raise UserError(f"data.batch_size={section.batch_size}: the text has {held:,} sequences; give at most that")
 
 
 def with_window_starts(
