@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import case, every_case
 
-from usllm.sketch import Plan, query
+from usllm.sketch import Plan, SketchConfig, build_plan, query
 from usllm_kernels import plans
 from usllm_kernels.plans import flatten, list_states, name_states, unflatten
 from usllm_kernels.tables import tables
@@ -103,3 +103,11 @@ def test_a_copy_of_a_plan_is_flattened_for_itself() -> None:
     for copied in (copy.deepcopy(layer.plan), pickle.loads(pickle.dumps(layer.plan))):
         again = flatten(copied)
         assert again is not flat and again.numbers == flat.numbers
+
+
+def test_a_call_computes_with_its_own_plan_beside_another_of_equal_content() -> None:
+    config = SketchConfig(bits_per_weight=3.0, group_size=16)
+    first, second = (build_plan((40, 24), None, config, "layer") for _ in range(2))
+    assert first is not second and flatten(first).numbers == flatten(second).numbers
+    for own in (first, second, first):
+        assert unflatten(*flatten(own)) is own  # whose tables live as long as it does
