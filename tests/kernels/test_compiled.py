@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ast
+import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 numba = pytest.importorskip("numba")
+
+from numba.core.caching import IndexDataCacheFile  # noqa: E402
 
 from usllm_kernels.cpu import compiled, stream  # noqa: E402  # needs numba
 
@@ -49,6 +53,34 @@ def test_code_is_kept_in_the_folder_of_these_sources() -> None:
     assert (codes == -1).all()
     folder = compiled.code_folder(Path(compiled.__file__).parent, numba.config.CACHE_DIR)
     assert folder is not None and Path(stream.unpack_run.stats.cache_path).is_relative_to(folder)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of files")
+def test_one_process_at_a_time_reads_and_writes_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one would take the same number for another signature: the index of one, the code of the other."""
+    import fcntl
+
+    monkeypatch.setattr(compiled, "code_folder", lambda sources, asked: tmp_path)
+    seen = []
+
+    def watched(name: str) -> None:
+        before = getattr(IndexDataCacheFile, name)
+
+        def watching(self: Any, *arguments: Any) -> Any:
+            with (tmp_path / ".twice.lock").open("ab") as other, pytest.raises(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            seen.append(name)
+            return before(self, *arguments)
+
+        monkeypatch.setattr(IndexDataCacheFile, name, watching)
+
+    def twice(number: int) -> int:
+        return 2 * number
+
+    for name in ("load", "_load_index", "_save_index", "_save_data"):
+        watched(name)
+    assert compiled.compiled(twice)(4) == 8
+    assert seen == ["load", "_load_index", "_load_index", "_save_index", "_save_data"]
 
 
 def test_other_functions_of_the_user_are_kept_where_they_were() -> None:

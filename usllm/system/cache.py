@@ -37,7 +37,7 @@ def published(folder: Path, build: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _sole_builder(folder):
+    with alone_with(folder):
         if folder.is_dir():
             return folder
         scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
@@ -56,12 +56,15 @@ def published(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 @contextlib.contextmanager
-def _sole_builder(folder: Path) -> Iterator[None]:
-    """Wait until no other process builds ``folder``. The system frees the lock of a process that dies."""
+def alone_with(entry: Path) -> Iterator[None]:
+    """Wait until no other thread or process is in this block for ``entry``, a path in a folder that is there.
+
+    The system frees the lock of a process that dies. Where the file system has no locks, nobody waits.
+    """
     if fcntl is None:
         yield
         return
-    path = folder.with_name(f".{folder.name}.lock")
+    path = entry.with_name(f".{entry.name}.lock")
     file: IO[bytes] | None = None
     try:
         while True:

@@ -17,7 +17,7 @@ from numba import config as _config
 from numba import njit
 
 from usllm.sketch import quantize, scale
-from usllm.system.cache import cache_root
+from usllm.system.cache import alone_with, cache_root
 from usllm_kernels import blocks, compiled_operators, planes
 
 numba_settings: Any = _config  # its names are made at run time
@@ -32,9 +32,30 @@ def compiled(function: Callable[..., Any]) -> Any:
     folder = code_folder(_HERE, before)
     numba_settings.CACHE_DIR = str(folder or before)
     try:
-        return njit(nogil=True, cache=folder is not None, error_model="numpy")(function)
+        found: Any = njit(nogil=True, cache=folder is not None, error_model="numpy")(function)
     finally:
         numba_settings.CACHE_DIR = before
+    if folder is not None:
+        _read_and_write_alone(found._cache, folder / function.__name__)
+    return found
+
+
+def _read_and_write_alone(cache: Any, entry: Path) -> None:
+    """Have numba's cache of one function be read and written by one process at a time.
+
+    It notes the next free number for a signature and then writes the code of that number. Of two processes that
+    compile two signatures at once both take the same number, and one signature may be left with the code of the other,
+    which reads and writes memory that is not its own.
+    """
+
+    def alone(work: Callable[..., Any]) -> Callable[..., Any]:
+        def waiting(*arguments: Any) -> Any:
+            with alone_with(entry):
+                return work(*arguments)
+
+        return waiting
+
+    cache.load_overload, cache.save_overload = alone(cache.load_overload), alone(cache.save_overload)
 
 
 @lru_cache(maxsize=8)
