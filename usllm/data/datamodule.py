@@ -113,7 +113,7 @@ class TextDataModule(LightningDataModule):
         self.loss_on = loss_on
         self.largest_token = largest_token
         self.identity: dict[str, dict[str, Any]] = {}
-        self.compared: dict[str, int] = {}
+        self.compared: dict[str, int | None] = {}
         self._text: TrainingText | None = None
         self._validation: Any = None
 

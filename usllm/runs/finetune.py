@@ -128,6 +128,8 @@ def _finetune(
     seed_everything(config.seed, workers=True, verbose=False)
     if checkpoint is not None:
         console.print(f"Continuing from {checkpoint}", markup=False)
+    elif config.resume and not (run_dir / STAGES_FOLDER).is_dir():
+        console.print(f"Nothing of an earlier run lies in {run_dir}: a new one begins", markup=False, soft_wrap=True)
     baseline = BaselinePerplexity(
         run_dir,
         tokenizer,

@@ -128,17 +128,17 @@ def shared_documents(evaluation: EvaluationConfig, data: TextDataModule) -> list
     return found
 
 
-def sharing(found: Sequence[SharedDocuments], compared: Mapping[str, int] | None = None) -> dict[str, Any]:
+def sharing(found: Sequence[SharedDocuments], compared: Mapping[str, int | None] | None = None) -> dict[str, Any]:
     """What a report says about shared documents: the numbers in ``shared_documents`` and lines in ``warnings``.
 
     Args:
         found: by test set.
-        compared: of streamed texts, by key, how many of their documents test sets were compared with.
+        compared: of streamed texts, by key, how many of their documents test sets were compared with; ``None``: all.
     """
     partly = [
         f"{key} is streamed: test sets were compared with its first {count:,} documents, not with what followed"
         for key, count in (compared or {}).items()
-        if found
+        if found and count is not None
     ]
     return {
         "shared_documents": [dataclasses.asdict(one) for one in found],

@@ -165,7 +165,7 @@ def _run_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _stream(seen: Mapping[str, Any]) -> str:
     """How much of a streamed text was read, and what of it was left out."""
     left_out = seen["skipped"]
-    words = f"{seen['documents']:,} documents, pass {seen['passes'] + 1}"
+    words = f"{seen['documents']:,} documents read, in pass {seen['passes'] + 1} over its files"
     if left_out["rows"] or left_out["files"]:
         words += f"; skipped {left_out['rows']:,} rows and {left_out['files']:,} files or parts, first: "
         words += str(left_out["examples"][0])

@@ -224,6 +224,15 @@ def test_sequences_begin_as_their_rule_says_also_after_a_resume(tmp_path: Path, 
     assert (starts == {first.tokenizer.bos_token_id}) == (rule == "each")
 
 
+@pytest.mark.parametrize(("buffer", "compared"), [(32, 32), (4096, None)])
+def test_test_sets_are_compared_with_all_of_a_corpus_that_fits_a_window(
+    tmp_path: Path, buffer: int, compared: int | None
+) -> None:
+    data = module(tmp_path, shuffle_buffer=buffer)
+    data.setup()
+    assert data.compared == {"data.train": compared}
+
+
 def test_order_depends_on_the_seed_alone(tmp_path: Path) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()

@@ -12,7 +12,7 @@ from usllm.data.packing import Encoder, tokenizer_digest
 from usllm.data.sources.files import is_remote
 from usllm.data.sources.spec import SourceSpec
 from usllm.data.streaming.loader import StreamedPart
-from usllm.data.streaming.order import RAISE, Corpus
+from usllm.data.streaming.order import RAISE, WINDOW_CHARACTERS, Corpus
 from usllm.data.streaming.rows import Bad, Place, read_rows
 from usllm.data.streaming.shards import Shard, find_shards, shards_identity
 from usllm.data.windows import start_token
@@ -62,15 +62,19 @@ def corpus_identity(part: StreamedPart) -> dict[str, object]:
     return shards_identity(corpus.shards, repr([*settings, spec, corpus.seed, corpus.shuffle_buffer, held_out]))
 
 
-def first_hashes(part: StreamedPart) -> tuple[NDArray[np.uint64], int]:
-    """Hashes of the paragraphs, sorted ``[n]``, of the documents that training begins with, and how many those are.
+def first_hashes(part: StreamedPart) -> tuple[NDArray[np.uint64], int | None]:
+    """Hashes of the paragraphs, sorted ``[n]``, of the documents that training begins with.
+
+    Returns:
+        Beside the hashes how many documents those are; ``None`` if there are no others.
 
     Raises:
         UserError: there is no document.
     """
     first = next(part.corpus.windows()).texts
     hashes = [number for row in paragraph_hashes(first) for number in row]
-    return np.unique(np.array(hashes, dtype=np.uint64)), len(first)
+    full = len(first) >= part.corpus.shuffle_buffer or sum(map(len, first)) > WINDOW_CHARACTERS
+    return np.unique(np.array(hashes, dtype=np.uint64)), len(first) if full else None
 
 
 def _refuse_unreadable(shard: Shard, spec: SourceSpec, key: str) -> None:
