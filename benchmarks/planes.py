@@ -1,6 +1,7 @@
 """Products from codes in output order over dense bf16 ones, without and with the dispatch of operators.
 
     python benchmarks/planes.py [--tokens 1 8 32 256] [--shares 0.6 1.0]
+    python benchmarks/planes.py --decode       instead: decoding as written down, over that of codes in output order
 
 Signs of a share of the inputs, as the sign sketch stores at half a bit and at one bit. Weights are as many as do not
 stay in a cache. Times are of this thread alone, so that other work disturbs little; ``block`` sums the products of a
@@ -11,16 +12,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.nn import functional
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds only its own folder there
+
+from benchmarks.baselines import naive_query
+from usllm.sketch import SketchConfig, build_plan
 from usllm.system.machine import machine, machine_line
-from usllm_kernels import Codes, make_planes, plane_linear
+from usllm_kernels import Codes, make_planes, plane_linear, plane_weight, project
 from usllm_kernels.cpu import plane_linear as implementation
 from usllm_kernels.planes import SIGNS
+from usllm_kernels.sketch_planes import sketch_planes
 
 MODELS = {
     "SmolLM2-135M": [(576, 576), (192, 576), (192, 576), (1536, 576), (1536, 576), (576, 1536)],
@@ -65,13 +73,49 @@ def measure(shape: tuple[int, int], share: float, tokens: list[int]) -> dict[str
     return found
 
 
+def decode_times(shape: tuple[int, int], rate: float) -> tuple[float, float]:
+    """Seconds to decode a layer of the sign sketch: each weight hashed and gathered, and from codes in output order."""
+    config = SketchConfig(
+        bits_per_weight=rate,
+        operator="mean",
+        rows=1,
+        state_bits=1,
+        rounding="nearest",
+        allocation="waterfill",
+        price_list="trained",
+    )
+    generator = torch.Generator().manual_seed(0)  # a few inputs hold most of the energy, as in real activations
+    plan = build_plan(shape, torch.rand(shape[1], generator=generator) ** 8 + 1e-3, config, f"{shape}")
+    states = project(torch.randn(shape, generator=generator), plan)
+    planes = sketch_planes(states, plan)
+    written_down = naive_query(states, plan, torch.bfloat16)  # of one row: the mean of all is that one
+    if not torch.equal(plane_weight(planes, torch.bfloat16), written_down):
+        raise AssertionError(f"{shape}: decoded in two ways, and not alike")
+    naive = seconds(lambda: naive_query(states, plan, torch.bfloat16))
+    return naive, seconds(lambda: plane_weight(planes, torch.bfloat16))
+
+
+def print_decodes() -> None:
+    """The ratio of both, summed over a block."""
+    for model, shapes in MODELS.items():
+        for rate in (0.5, 1.0):
+            times = {shape: decode_times(shape, rate) for shape in set(shapes)}
+            naive, ours = (sum(times[shape][way] for shape in shapes) for way in (0, 1))
+            each = ", ".join(f"{o}x{i} {1e3 * a:.1f}/{1e3 * b:.2f}" for (o, i), (a, b) in sorted(times.items()))
+            print(f"{model}, {rate:g} bits: naive decode {naive / ours:.0f} times as long (milliseconds: {each})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32, 256])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.6, 1.0], help="of the inputs that are stored")
+    parser.add_argument("--decode", action="store_true", help="times of decoding instead of products")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{machine_line(machine())}; one thread")
+    if arguments.decode:
+        print_decodes()
+        return
     for model, shapes in MODELS.items():
         for share in arguments.shares:
             measured = {shape: measure(shape, share, arguments.tokens) for shape in set(shapes)}

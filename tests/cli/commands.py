@@ -7,6 +7,7 @@ computations is lost in a fork.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -14,7 +15,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,11 @@ class Outcome(NamedTuple):
 
     status: int
     output: str
+
+
+def told(outcomes: Sequence[Outcome]) -> str:
+    """All that commands printed, uncut, for the message of a test that fails."""
+    return "".join(f"\n--- ended with {status}:\n{output}" for status, output in outcomes)
 
 
 def command(name: str, *arguments: str, folder: Path, before: Callable[[], None] | None = None) -> Outcome:
@@ -97,6 +103,7 @@ def _child(
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    faulthandler.enable(output)  # what crashes says where
     os.chdir(folder)
     os.environ["USLLM_CACHE"] = str(folder / "cache")
     if environment is not None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from chats import chat_run
-from commands import Outcome, command, command_on_ranks, killed_after
+from commands import Outcome, command, command_on_ranks, killed_after, told
 from killing import STAGES
 from torch import Tensor
 
@@ -86,7 +86,7 @@ def whole(texts: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory)
                 done = [command("train", *RECIPE, *texts[source], folder=known[key])]
             else:
                 done = on_two(texts[source], known[key], strategy)
-            assert [status for status, _ in done] == [0] * len(done), done
+            assert [status for status, _ in done] == [0] * len(done), told(done)
         return known[key]
 
     return get
@@ -127,10 +127,10 @@ def test_ranks_killed_in_a_stage_continue_bit_for_bit(
 ) -> None:
     text = texts[source]
     killed = on_two(text, tmp_path, strategy, before=killed_after(*STAGES[place]))
-    assert killed[0].status == -signal.SIGKILL, killed
+    assert killed[0].status == -signal.SIGKILL, told(killed)
     assert killed[1].status != 0
     resumed = on_two(text, tmp_path, strategy, "resume=true")
-    assert [status for status, _ in resumed] == [0, 0], resumed
+    assert [status for status, _ in resumed] == [0, 0], told(resumed)
     ours, theirs = final(tmp_path), final(whole(strategy, source))
     assert ours.keys() == theirs.keys()
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
