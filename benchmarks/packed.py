@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds only its own folder there
 
 from benchmarks.scaling import MODELS
+from benchmarks.token_profile import profile, profile_line
 from usllm.sketch import SketchConfig
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ LAYOUTS = ("compact", "expanded", "decoded")
 RESTS = {"16": (16, 16), "8": (8, 8), "4": (4, 4)}
 
 
-def generate(folder: str, dtype: str, layout: str, tokens: int) -> dict[str, float]:
-    """Load, generate greedily, and report tokens a second and peak resident bytes of this process."""
+def generate(folder: str, dtype: str, layout: str, tokens: int) -> dict[str, Any]:
+    """Load and generate greedily: tokens a second, peak resident bytes of this process, and where a token's time goes."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import usllm
@@ -57,7 +58,9 @@ def generate(folder: str, dtype: str, layout: str, tokens: int) -> dict[str, flo
     started = time.perf_counter()
     model.generate(ids, min_new_tokens=tokens, max_new_tokens=tokens, **options)
     seconds = time.perf_counter() - started - prompt
-    return {"tokens_per_second": (tokens - 1) / seconds, "peak": peak_resident()}
+    peak = peak_resident()
+    parts = profile(model, {"inputs": ids, **options}, tokens)
+    return {"tokens_per_second": (tokens - 1) / seconds, "peak": peak, "profile": parts}
 
 
 def peak_resident() -> int:
@@ -230,11 +233,11 @@ def main() -> None:
         above = (run["peak"] - baseline) / 1e6
         print(
             f"{name:52} peak {run['peak'] / 1e6:7.0f} MB, {above:7.0f} MB above the tiny model's"
-            f", {speed:6.2f} tokens/s, {ratio:.3f} of dense bf16"
+            f", {speed:6.2f} tokens/s, {ratio:.3f} of dense bf16\n    {profile_line(run['profile'])}"
         )
 
 
-def _measure(folder: str, dtype: str, layout: str, tokens: int) -> dict[str, float]:
+def _measure(folder: str, dtype: str, layout: str, tokens: int) -> dict[str, Any]:
     names = {"bf16": "bfloat16", "fp32": "float32"}
     command = [
         sys.executable,
@@ -247,7 +250,7 @@ def _measure(folder: str, dtype: str, layout: str, tokens: int) -> dict[str, flo
         layout,
     ]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    result: dict[str, float] = json.loads(printed.splitlines()[-1])
+    result: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return result
 
 

@@ -17,19 +17,28 @@ from usllm.packed.linear import packed_layers
 pytestmark = [needs_vllm, pytest.mark.timeout(3600)]
 
 TOKENS = 32
-LEAST_SHARE = 0.99
-"""Of choices. Measured: 98.98 % (2026-11-27, 292 of 295; transformers in bf16 and in fp32 agree in 97.97 %)."""
-LEAST_SHARE_EXPANDED = 0.97
-"""Of choices of expanded layers, where no aim was set: set below what was measured. It was: 97.63 % and, of LittleBit,
-98.01 % (2026-11-27), where the layouts of ``usllm.load`` agree with each other in 97.01 to 100 %."""
+PASSAGES, PASSAGE = 56, 12
+"""Beginnings of texts beside the prompts, and tokens of each: of so few choices as the prompts' one is a third of a
+percent."""
+MOST_STEPS = {WRITES: 2, "littlebit": 8}
+"""Numbers of bf16 that a choice may be below the largest. Layouts of ``usllm.load`` are up to six apart (LittleBit)."""
+LEAST_SHARE = 0.97
+"""Of choices in bf16 that are equal. 99 % was the aim, and is more than rounding leaves: the *dense* model agrees
+between vLLM and transformers in 98.47 % of 2,945 choices (2026-11-27; docs/log.md)."""
 
 
 class Model(NamedTuple):
-    """A folder, prompts for it, and what ``usllm.load`` answers in fp32."""
+    """A folder, prompts for it, what ``usllm.load`` answers in fp32, and how it goes on after passages."""
 
     folder: Path
     prompts: list[list[int]]
     answers: list[list[int]]
+    passages: list[list[int]]
+
+    @property
+    def texts(self) -> list[list[int]]:
+        """All that was asked and answered."""
+        return [ids + answer for ids, answer in zip(self.prompts, self.answers, strict=True)] + self.passages
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +54,11 @@ def model_of(folder_of: Callable[[str], Path]) -> Callable[[str], Model]:
             model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=TOKENS)[0].tolist()  # type: ignore[operator]
             for ids in prompts
         ]
-        return Model(folder, prompts, [text[len(ids) :] for text, ids in zip(whole, prompts, strict=True)])
+        begun = torch.tensor([ids[:PASSAGE] for ids in tokens_of(folder, passages())])
+        options = {"do_sample": False, "min_new_tokens": TOKENS, "max_new_tokens": TOKENS}
+        passed = model.generate(begun, attention_mask=torch.ones_like(begun), **options)  # type: ignore[operator]
+        answers = [text[len(ids) :] for text, ids in zip(whole, prompts, strict=True)]
+        return Model(folder, prompts, answers, passed.tolist())
 
     return made
 
@@ -59,47 +72,66 @@ def test_fp32_answers_are_those_of_load(model_of: Callable[[str], Model], method
     assert [output["tokens"] for output in answered(request, tmp_path).outputs] == model.answers
 
 
-def test_bf16_choices_are_those_of_load(model_of: Callable[[str], Model], tmp_path: Path) -> None:
-    """Logits in bf16 are so coarse that the two largest are often equal: then either is a right choice."""
-    found = compared(model_of(WRITES), "auto", tmp_path)
-    assert found.layouts == {"compact"}  # of 4 bits, which are too many to be expanded unasked
-    assert (found.gaps == 0).float().mean().item() >= LEAST_SHARE
-    assert bool((found.gaps <= 2 * found.steps).all())
-
-
-@pytest.mark.parametrize(("method", "layout"), [(WRITES, "expanded"), ("littlebit", "auto")])
-def test_expanded_layers_choose_as_those_of_load(
-    model_of: Callable[[str], Model], method: str, layout: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("method", "layout", "given"),
+    [(WRITES, "auto", "compact"), (WRITES, "expanded", "expanded"), ("littlebit", "auto", "expanded")],
+)
+def test_bf16_choices_are_those_of_load(
+    model_of: Callable[[str], Model], method: str, layout: str, given: str, tmp_path: Path
 ) -> None:
+    """Logits in bf16 are so coarse that the two largest are often equal: then either is a right choice."""
     found = compared(model_of(method), layout, tmp_path)
-    assert found.layouts == {"expanded"}
-    assert (found.gaps == 0).float().mean().item() >= LEAST_SHARE_EXPANDED
+    assert found.layouts == {given}
+    assert (found.gaps == 0).float().mean().item() >= LEAST_SHARE
+    assert bool((found.gaps <= MOST_STEPS[method] * found.steps).all())
+    # Rounding moves choices from those of fp32: in vLLM no more of them than in transformers.
+    assert found.theirs_exact >= found.ours_exact
 
 
 class Compared(NamedTuple):
-    """Layouts in place, how far each choice is below ``usllm.load``'s own, and a step of bf16 there."""
+    """Layouts in place, how far each choice is below ``usllm.load``'s own, and a step of bf16 there.
+
+    And how many choices in bf16 are those of ``usllm.load`` in fp32, of vLLM and of ``usllm.load``.
+    """
 
     layouts: set[str]
     gaps: torch.Tensor
     steps: torch.Tensor
+    theirs_exact: int
+    ours_exact: int
 
 
 @torch.no_grad()
 def compared(model: Model, layout: str, work: Path) -> Compared:
     """vLLM in bf16 beside ``usllm.load``, teacher-forced: at each place of a text both are asked for the next token."""
-    texts = [ids + answer for ids, answer in zip(model.prompts, model.answers, strict=True)]
     engine: dict[str, Any] = {"model": str(model.folder), "dtype": "bfloat16"}
     engine["additional_config"] = {"usllm": {"layout": layout}}
     sampling = {"max_tokens": 1, "prompt_logprobs": 1}
-    answers = answered({"engine": engine, "prompts": texts, "sampling": sampling}, work)
-    ours = usllm.load(model.folder, dtype=torch.bfloat16, layout=layout)
-    assert answers.layouts == {name: layer.layout for name, layer in packed_layers(ours).items()}
-    logits = torch.cat([ours(torch.tensor([text])).logits[0, :-1].float() for text in texts])
+    answers = answered({"engine": engine, "prompts": model.texts, "sampling": sampling}, work)
+
+    def logits(dtype: torch.dtype, layout: str) -> torch.Tensor:
+        ours = usllm.load(model.folder, dtype=dtype, layout=layout)
+        if dtype == torch.bfloat16:
+            assert answers.layouts == {name: layer.layout for name, layer in packed_layers(ours).items()}
+        return torch.cat([ours(torch.tensor([text])).logits[0, :-1].float() for text in model.texts])
+
+    rounded, exact = logits(torch.bfloat16, layout), logits(torch.float32, "decoded").argmax(-1)
     theirs = torch.tensor([token for output in answers.outputs for token in output["choices"]])
-    largest = logits.amax(-1)
-    gaps = largest - logits.gather(1, theirs[:, None])[:, 0]
-    share, same = (gaps == 0).float().mean().item(), (logits.argmax(-1) == theirs).float().mean().item()
+    largest = rounded.amax(-1)
+    gaps = largest - rounded.gather(1, theirs[:, None])[:, 0]
+    share, same = (gaps == 0).float().mean().item(), (rounded.argmax(-1) == theirs).float().mean().item()
     told = ", ".join(f"{gap:.3f}" for gap in gaps[gaps > 0].tolist())
+    theirs_exact, ours_exact = int((exact == theirs).sum()), int((exact == rounded.argmax(-1)).sum())
     print(f"\n{share:.2%} of {len(gaps)} choices are equal ({same:.2%} without ties); gaps of the others: {told}")
+    print(f"as in fp32: {theirs_exact} of vLLM's, {ours_exact} of usllm.load's")
     steps = 2.0 ** (largest.log2().floor() - 7)  # from a number of bf16 to the next
-    return Compared(set(answers.layouts.values()), gaps, steps)
+    return Compared(set(answers.layouts.values()), gaps, steps, theirs_exact, ours_exact)
+
+
+def passages() -> list[str]:
+    """Texts of Python's documentation, from its beginning, middle and end."""
+    from pydoc_data.topics import topics
+
+    long = [" ".join(text.split()) for _, text in sorted(topics.items()) if len(text) > 20 * PASSAGE]
+    assert len(long) >= PASSAGES
+    return [long[number * len(long) // PASSAGES] for number in range(PASSAGES)]
