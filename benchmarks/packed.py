@@ -38,7 +38,7 @@ RESTS = {"16": (16, 16), "8": (8, 8), "4": (4, 4)}
 
 
 def generate(folder: str, dtype: str, layout: str, tokens: int) -> dict[str, Any]:
-    """Load and generate greedily: tokens a second, peak resident bytes of this process, and where a token's time goes."""
+    """Load and generate greedily: tokens a second, peak resident bytes of this process, and the profile of a token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import usllm
