@@ -82,8 +82,9 @@ def test_bf16_choices_are_those_of_load(
     assert found.layouts == {given}
     assert (found.gaps == 0).float().mean().item() >= LEAST_SHARE
     assert bool((found.gaps <= 2 * torch.maximum(found.steps, found.moved)).all())
-    # Rounding moves choices from those of fp32: in vLLM no more of them than in transformers.
-    assert found.theirs_exact >= found.ours_exact
+    # Rounding moves choices from those of fp32: in vLLM no more of them than in transformers, chance apart.
+    better, worse = found.theirs_alone_exact, found.ours_alone_exact
+    assert worse - better <= 3 * (worse + better) ** 0.5
 
 
 class Compared(NamedTuple):
@@ -95,16 +96,16 @@ class Compared(NamedTuple):
         steps: From one number of bf16 to the next, there.
         moved: By how much ``usllm.load``'s logits differ from those in fp32, there: much at the first tokens of a text,
             whose activations are large.
-        theirs_exact: How many of vLLM's are those of ``usllm.load`` in fp32.
-        ours_exact: How many of ``usllm.load``'s are.
+        theirs_alone_exact: How many of vLLM's are those of ``usllm.load`` in fp32 where its own in bf16 are not.
+        ours_alone_exact: The other way round.
     """
 
     layouts: set[str]
     gaps: torch.Tensor
     steps: torch.Tensor
     moved: torch.Tensor
-    theirs_exact: int
-    ours_exact: int
+    theirs_alone_exact: int
+    ours_alone_exact: int
 
 
 @torch.no_grad()
@@ -128,11 +129,12 @@ def compared(model: Model, layout: str, work: Path) -> Compared:
     gaps = largest - rounded.gather(1, theirs[:, None])[:, 0]
     share, same = (gaps == 0).float().mean().item(), (rounded.argmax(-1) == theirs).float().mean().item()
     told = ", ".join(f"{gap:.3f}" for gap in gaps[gaps > 0].tolist())
-    theirs_exact, ours_exact = int((exact == theirs).sum()), int((exact == rounded.argmax(-1)).sum())
+    theirs_exact, ours_exact = exact == theirs, exact == rounded.argmax(-1)
     print(f"\n{share:.2%} of {len(gaps)} choices are equal ({same:.2%} without ties); gaps of the others: {told}")
-    print(f"as in fp32: {theirs_exact} of vLLM's, {ours_exact} of usllm.load's")
+    print(f"as in fp32: {int(theirs_exact.sum())} of vLLM's, {int(ours_exact.sum())} of usllm.load's")
+    alone = int((theirs_exact & ~ours_exact).sum()), int((ours_exact & ~theirs_exact).sum())
     steps = 2.0 ** (largest.log2().floor() - 7)  # from a number of bf16 to the next
-    return Compared(set(answers.layouts.values()), gaps, steps, moved, theirs_exact, ours_exact)
+    return Compared(set(answers.layouts.values()), gaps, steps, moved, *alone)
 
 
 def passages() -> list[str]:
