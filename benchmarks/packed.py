@@ -37,8 +37,17 @@ LAYOUTS = ("compact", "expanded", "decoded")
 RESTS = {"16": (16, 16), "8": (8, 8), "4": (4, 4)}
 
 
-def generate(folder: str, dtype: str, layout: str, tokens: int) -> dict[str, Any]:
-    """Load and generate greedily: tokens a second, peak resident bytes of this process, and the profile of a token."""
+def generate(folder: str, dtype: str, layout: str, tokens: int, batch: int, length: int | None) -> dict[str, Any]:
+    """Load and generate greedily: tokens a second, peak resident bytes of this process, and the profile of a token.
+
+    Args:
+        folder: Of the model.
+        dtype: That is computed in.
+        layout: Of a packed model.
+        tokens: To generate behind the prompt.
+        batch: Sequences at once.
+        length: Tokens of the prompt, which is repeated up to there; as it is by default.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import usllm
@@ -50,6 +59,8 @@ def generate(folder: str, dtype: str, layout: str, tokens: int) -> dict[str, Any
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
     ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"]
+    length = length or ids.shape[1]
+    ids = ids.repeat(batch, -(-length // ids.shape[1]))[:, :length]
     options = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
     model.generate(ids, max_new_tokens=1, **options)  # compiles what is compiled at first use
     started = time.perf_counter()
@@ -60,7 +71,12 @@ def generate(folder: str, dtype: str, layout: str, tokens: int) -> dict[str, Any
     seconds = time.perf_counter() - started - prompt
     peak = peak_resident()
     parts = profile(model, {"inputs": ids, **options}, tokens)
-    return {"tokens_per_second": (tokens - 1) / seconds, "peak": peak, "profile": parts}
+    return {
+        "tokens_per_second": batch * (tokens - 1) / seconds,
+        "prompt_tokens_per_second": batch * length / prompt,
+        "peak": peak,
+        "profile": parts,
+    }
 
 
 def peak_resident() -> int:
@@ -199,11 +215,15 @@ def main() -> None:
     parser.add_argument("--shapes", choices=list(MODELS), help="random weights of these shapes instead of SmolLM2")
     parser.add_argument("--folder", type=Path, help="where random models are kept; a temporary one by default")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--batch", type=int, default=1, help="sequences at once")
+    parser.add_argument("--prompt", type=int, help="tokens of the prompt; a sentence by default")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of names of what is measured")
     parser.add_argument("--generate", nargs=3, metavar=("FOLDER", "DTYPE", "LAYOUT"), help="measure one, print JSON")
     arguments = parser.parse_args()
     if arguments.generate:
         folder, dtype, layout = arguments.generate
-        print(json.dumps(generate(folder, dtype, layout, arguments.tokens)))
+        found = generate(folder, dtype, layout, arguments.tokens, arguments.batch, arguments.prompt)
+        print(json.dumps(found))
         return
     from usllm.system.machine import machine, machine_line
 
@@ -225,25 +245,25 @@ def main() -> None:
         for name, size in sizes.items():
             if name.startswith("packed"):
                 runs += [(f"{name}, {layout}", size["folder"], "bf16", layout) for layout in arguments.layouts]
-        measured = {name: _measure(str(place), dtype, layout, arguments.tokens) for name, place, dtype, layout in runs}
-    reference, baseline = measured["dense bf16"], measured["a tiny model"]["peak"]
+        runs = [run for run in runs if "tiny" in run[0] or any(part in run[0] for part in arguments.only)]
+        measured = {name: _measure(str(place), dtype, layout, arguments) for name, place, dtype, layout in runs}
+    reference, baseline = measured.get("dense bf16"), measured["a tiny model"]["peak"]
     for name, run in measured.items():
         speed = run["tokens_per_second"]
-        ratio = speed / reference["tokens_per_second"]
+        ratio = speed / reference["tokens_per_second"] if reference else float("nan")
         above = (run["peak"] - baseline) / 1e6
-        print(
-            f"{name:52} peak {run['peak'] / 1e6:7.0f} MB, {above:7.0f} MB above the tiny model's"
-            f", {speed:6.2f} tokens/s, {ratio:.3f} of dense bf16\n    {profile_line(run['profile'])}"
-        )
+        print(f"{name:52} peak {run['peak'] / 1e6:7.0f} MB, {above:7.0f} MB above the tiny model's", end="")
+        print(f", {speed:6.2f} tokens/s, {ratio:.3f} of dense bf16", end="")
+        print(f", prompt {run['prompt_tokens_per_second']:.0f} tokens/s\n    {profile_line(run['profile'])}")
 
 
-def _measure(folder: str, dtype: str, layout: str, tokens: int) -> dict[str, Any]:
+def _measure(folder: str, dtype: str, layout: str, arguments: argparse.Namespace) -> dict[str, Any]:
     names = {"bf16": "bfloat16", "fp32": "float32"}
     command = [
         sys.executable,
         __file__,
-        "--tokens",
-        str(tokens),
+        *("--tokens", str(arguments.tokens), "--batch", str(arguments.batch)),
+        *(("--prompt", str(arguments.prompt)) if arguments.prompt else ()),
         "--generate",
         folder,
         names.get(dtype, dtype),
