@@ -62,7 +62,9 @@ def generate(folder: str, dtype: str, layout: str, tokens: int, batch: int, leng
     length = length or ids.shape[1]
     ids = ids.repeat(batch, -(-length // ids.shape[1]))[:, :length]
     options = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
-    model.generate(ids, max_new_tokens=1, **options)  # compiles what is compiled at first use
+    model.generate(
+        ids[:1], max_new_tokens=1, **{**options, "attention_mask": options["attention_mask"][:1]}
+    )  # compiles
     started = time.perf_counter()
     model.generate(ids, max_new_tokens=1, **options)
     prompt = time.perf_counter() - started
@@ -70,7 +72,7 @@ def generate(folder: str, dtype: str, layout: str, tokens: int, batch: int, leng
     model.generate(ids, min_new_tokens=tokens, max_new_tokens=tokens, **options)
     seconds = time.perf_counter() - started - prompt
     peak = peak_resident()
-    parts = profile(model, {"inputs": ids, **options}, tokens)
+    parts = profile(model, {"inputs": ids, **options}, tokens) if batch == 1 else None
     return {
         "tokens_per_second": batch * (tokens - 1) / seconds,
         "prompt_tokens_per_second": batch * length / prompt,
@@ -254,7 +256,9 @@ def main() -> None:
         above = (run["peak"] - baseline) / 1e6
         print(f"{name:52} peak {run['peak'] / 1e6:7.0f} MB, {above:7.0f} MB above the tiny model's", end="")
         print(f", {speed:6.2f} tokens/s, {ratio:.3f} of dense bf16", end="")
-        print(f", prompt {run['prompt_tokens_per_second']:.0f} tokens/s\n    {profile_line(run['profile'])}")
+        print(f", prompt {run['prompt_tokens_per_second']:.0f} tokens/s")
+        if run["profile"]:
+            print(f"    {profile_line(run['profile'])}")
 
 
 def _measure(folder: str, dtype: str, layout: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -3,9 +3,9 @@
     .venv-vllm/bin/python benchmarks/serving.py packed [--tokens 64] [--repeats 3] [--eager]
 
 In the environment of ``make test-vllm``. Every engine has a process of its own, on the threads that OMP_NUM_THREADS
-says; the dense model is SmolLM2-135M-Instruct in bf16, so the packed one should be made from it. Engines take turns,
-``--repeats`` times: what else the machine does then meets all of them. Tokens a second leave out starting and the
-prompt.
+says. The dense model should be the one that the packed one was made of: SmolLM2-135M-Instruct in bf16, or that of
+``--dense`` (``packed.py --shapes Llama-3.2-1B --folder …`` makes both). Engines take turns, ``--repeats`` times: what
+else the machine does then meets all of them. Tokens a second leave out starting and the prompt.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ def measured(engine: str, folder: str, tokens: int, eager: bool) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("packed")
+    parser.add_argument("--dense", help="folder of the dense model; SmolLM2-135M-Instruct by default")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile")
@@ -107,8 +108,9 @@ def main() -> None:
         return
     found: dict[str, list[float]] = {engine: [] for engine in ENGINES}
     with tempfile.TemporaryDirectory() as root:
-        dense = Path(root) / "dense"
-        dense_folder(dense, given.packed)
+        dense = Path(given.dense) if given.dense else Path(root) / "dense"
+        if not given.dense:
+            dense_folder(dense, given.packed)
         for _ in range(given.repeats):
             for engine in ENGINES:
                 folder = str(dense) if engine == ENGINES[1] else given.packed
