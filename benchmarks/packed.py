@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds 
 
 from benchmarks.scaling import MODELS
 from benchmarks.token_profile import profile, profile_line
+from usllm.packed.attention import widen_attention_
 from usllm.sketch import SketchConfig
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 PROMPT = "The list method append adds an item to the end of the list. The list method extend"
 LAYOUTS = ("compact", "expanded", "decoded")
+WIDENED = "attention as in packed models"
+"""Of a dense model; by default it is transformers'."""
 RESTS = {"16": (16, 16), "8": (8, 8), "4": (4, 4)}
 
 
@@ -58,13 +61,14 @@ def generate(folder: str, dtype: str, layout: str, tokens: int, batch: int, leng
         model = usllm.load(folder, dtype=kind, layout=layout)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
+        if layout == WIDENED:
+            widen_attention_(model)
     ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"]
     length = length or ids.shape[1]
     ids = ids.repeat(batch, -(-length // ids.shape[1]))[:, :length]
-    options = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
-    model.generate(
-        ids[:1], max_new_tokens=1, **{**options, "attention_mask": options["attention_mask"][:1]}
-    )  # compiles
+    options: dict[str, Any] = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    warm = {**options, "attention_mask": options["attention_mask"][:1]}
+    model.generate(ids[:1], max_new_tokens=1, **warm)  # compiles what is compiled at first use
     started = time.perf_counter()
     model.generate(ids, max_new_tokens=1, **options)
     prompt = time.perf_counter() - started
@@ -244,6 +248,7 @@ def main() -> None:
             print(f"{name:44} {size['bytes']:>12,} bytes, {size['bytes'] / dense:.3f} of dense bf16{model}{export}")
         runs = [("a tiny model", sizes["tiny"]["folder"], "bf16", "auto")]
         runs += [(name, sizes[name]["folder"], name.split()[1], "auto") for name in sizes if name.startswith("dense")]
+        runs.append((f"dense bf16, {WIDENED}", sizes["dense bf16"]["folder"], "bf16", WIDENED))
         for name, size in sizes.items():
             if name.startswith("packed"):
                 runs += [(f"{name}, {layout}", size["folder"], "bf16", layout) for layout in arguments.layouts]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from usllm.packed.attention import widen_attention_
 from usllm.packed.folder import CONFIG_FILE, PackedFolder, open_folder
 from usllm.packed.layouts import CHOICES, asked
 from usllm.system.errors import PackedFormatError, UserError, first_line
@@ -42,7 +43,8 @@ def load(
             (:func:`usllm.packed.layouts.choose_layouts_`).
         layout_memory: Ceiling in bytes on what is held besides what is stored.
         revision: Branch, tag or commit on the hub.
-        options: Passed on to ``from_pretrained``.
+        options: Passed on to ``from_pretrained``. Where no ``attn_implementation`` is among them, ``sdpa`` is that of
+            :mod:`usllm.packed.attention`.
 
     Returns:
         The model in evaluation mode.
@@ -84,6 +86,8 @@ def load(
             first = next(iter(odd))
             raise PackedFormatError(f"{first}: is among the {kind.replace('_', ' ')} of {path}, {len(odd)} in all")
     model_loaded: PreTrainedModel = loaded
+    if options.get("attn_implementation") is None:
+        widen_attention_(model_loaded)
     return model_loaded
 
 
