@@ -67,8 +67,7 @@ def generate(folder: str, dtype: str, layout: str, tokens: int, batch: int, leng
     length = length or ids.shape[1]
     ids = ids.repeat(batch, -(-length // ids.shape[1]))[:, :length]
     options: dict[str, Any] = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
-    warm = {**options, "attention_mask": options["attention_mask"][:1]}
-    model.generate(ids[:1], max_new_tokens=1, **warm)  # compiles what is compiled at first use
+    model.generate(ids, max_new_tokens=1, **options)  # compiles what is compiled at first use
     started = time.perf_counter()
     model.generate(ids, max_new_tokens=1, **options)
     prompt = time.perf_counter() - started

@@ -16,8 +16,8 @@ PARTS = (
     "head",
     "attention",
     "norms",
-    "rest of the blocks",
-    "around the model",
+    "rest of the model",
+    "around it",
 )
 
 
