@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -113,6 +114,8 @@ def prepare_random(shapes: str, root: Path, rates: list[float]) -> dict[str, dic
     from usllm.packed.export import ModelFiles
     from usllm.packed.source import from_model
 
+    root = root / shapes
+    root.mkdir(exist_ok=True)
     dense, sizes = root / "dense", prepare_tiny(root)
     if not (dense / "model.safetensors.index.json").is_file():
         write_model(shapes, dense)
@@ -127,6 +130,8 @@ def prepare_random(shapes: str, root: Path, rates: list[float]) -> dict[str, dic
         # A few inputs carry most of the energy, as in trained models.
         importance = {name: torch.rand(layer.in_features, generator=draw) ** 8 + 1e-3 for name, layer in found.items()}
         for rate in missing:
+            for rest in RESTS:  # of a call that was stopped
+                shutil.rmtree(root / f"packed_{rate:g}_{rest}", ignore_errors=True)
             allocate_(model, sign_sketch(rate), importance)
             export_all(from_model(model), files, root, rate)
     for rate in rates:

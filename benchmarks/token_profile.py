@@ -24,7 +24,8 @@ PARTS = (
 def profile(model: Any, options: dict[str, Any], tokens: int) -> dict[str, float]:
     """Milliseconds of a token, by part, in the mean of some tokens behind a prompt.
 
-    A part has its Python and the calls of its operators in it. ``attention`` is what an attention layer does beside its
+    A part has its Python and the calls of its operators in it, and the hooks that watch it: about 2 ms a token of
+    SmolLM2 in all. ``attention`` is what an attention layer does beside its
     products (rotary embedding, cache, softmax), ``around it`` the loop of ``generate``.
 
     Args:

@@ -79,12 +79,12 @@ def test_killed_and_resumed_run_equals_the_one_never_killed(
     run_dir = tmp_path / "killed"
     killed = run_apart(*arguments(tiny_text, tmp_path, f"run_dir={run_dir}", "resume=true", *KILLER))
     assert killed.returncode == -9, killed.stderr
-    assert "a new one begins" in killed.stderr  # asked for, and not there
+    assert "a new run begins" in killed.stderr  # asked for, and not there
     assert not (run_dir / "report.json").exists()
     run_here(monkeypatch, *arguments(tiny_text, tmp_path, f"run_dir={run_dir}", "resume=true", KILLER[-1]))
     told = capsys.readouterr().err
     assert "step=00000003.ckpt" in told.replace("\n", "")
-    assert "a new one begins" not in told
+    assert "a new run begins" not in told
     expected, resumed = saved_state(finished), saved_state(run_dir)
     assert expected.keys() == resumed.keys()
     unequal = [name for name, tensor in expected.items() if not torch.equal(tensor, resumed[name])]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,7 +83,7 @@ def test_tokens_one_by_one_have_the_logits_of_a_prompt(architecture: str, tmp_pa
     assert (one_by_one - right)[kept].abs().mean() <= 1.2 * (whole.float() - right)[kept].abs().mean()
 
 
-def test_static_cache_and_sampled_batches_are_generated_from(tmp_path: Path) -> None:
+def test_static_cache_gives_the_tokens_of_one_that_grows(tmp_path: Path) -> None:
     model: Any = usllm.load(pack(sketched_model(), tmp_path / "packed"), dtype=torch.bfloat16)
     ids = torch.arange(12).view(2, 6)
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8}
@@ -95,6 +97,26 @@ def test_an_attention_that_the_caller_names_is_taken(tmp_path: Path) -> None:
         assert usllm.load(folder, attn_implementation=name).config._attn_implementation == name
     wanted = logits(usllm.load(folder, dtype=torch.bfloat16, attn_implementation="sdpa"))
     assert torch.equal(logits(usllm.load(folder, dtype=torch.bfloat16)), wanted)
+
+
+def test_a_pickled_model_attends_in_a_process_that_has_loaded_nothing(tmp_path: Path) -> None:
+    model: Any = usllm.load(pack(sketched_model(), tmp_path / "packed"), dtype=torch.bfloat16)
+    torch.save(model, tmp_path / "model.pt")
+    program = (
+        "import sys, torch\n"
+        "model = torch.load(sys.argv[1], weights_only=False)\n"
+        "print(model.generate(torch.arange(6)[None], do_sample=False, max_new_tokens=6)[0].tolist())"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "model.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[-2] == str(
+        model.generate(torch.arange(6)[None], do_sample=False, max_new_tokens=6)[0].tolist()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_types_keep_the_name_that_transformers_knows(dtype: torch.dtype, tmp_path: Path) -> None:
+    assert usllm.load(pack(sketched_model(), tmp_path / "packed"), dtype=dtype).config._attn_implementation == "sdpa"
 
 
 def test_it_is_not_saved(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from usllm.compress import Compressor, LayerPlan
+from usllm.packed.attention import register_attention
 from usllm.packed.config import PackedLayerEntry
 
 if TYPE_CHECKING:
@@ -166,6 +167,10 @@ class PackedLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_decoded": None, "_expanded": None}  # made again from the bytes
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        register_attention()  # the model around this layer may name it, in a process that has loaded nothing
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

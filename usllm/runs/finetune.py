@@ -129,7 +129,9 @@ def _finetune(
     if checkpoint is not None:
         console.print(f"Continuing from {checkpoint}", markup=False)
     elif config.resume and not (run_dir / STAGES_FOLDER).is_dir():
-        console.print(f"Nothing of an earlier run lies in {run_dir}: a new one begins", markup=False, soft_wrap=True)
+        console.print(
+            f"{run_dir} holds no checkpoint and no stage to go on from: a new run begins", markup=False, soft_wrap=True
+        )
     baseline = BaselinePerplexity(
         run_dir,
         tokenizer,
