@@ -20,7 +20,7 @@ TOKENS = 32
 PASSAGES, PASSAGE = 56, 12
 """Beginnings of texts beside the prompts, and tokens of each: of so few choices as the prompts' one is a third of a
 percent."""
-LEAST_SHARE = 0.97
+LEAST_SHARE = 0.965
 """Of choices in bf16 that are equal. 99 % was the aim, and is more than rounding leaves: the *dense* model agrees
 between vLLM and transformers in 98.47 % of 2,945 choices (2026-11-27; docs/log.md)."""
 
@@ -133,7 +133,7 @@ def compared(model: Model, layout: str, work: Path) -> Compared:
     print(f"\n{share:.2%} of {len(gaps)} choices are equal ({same:.2%} without ties); gaps of the others: {told}")
     print(f"as in fp32: {int(theirs_exact.sum())} of vLLM's, {int(ours_exact.sum())} of usllm.load's")
     alone = int((theirs_exact & ~ours_exact).sum()), int((ours_exact & ~theirs_exact).sum())
-    steps = 2.0 ** (largest.log2().floor() - 7)  # from a number of bf16 to the next
+    steps = 2.0 ** (largest.abs().clamp(min=1e-6).log2().floor() - 7)  # from a number of bf16 to the next
     return Compared(set(answers.layouts.values()), gaps, steps, moved, *alone)
 
 
