@@ -20,6 +20,9 @@ TOKENS = 32
 PASSAGES, PASSAGE = 56, 12
 """Beginnings of texts beside the prompts, and tokens of each: of so few choices as the prompts' one is a third of a
 percent."""
+MOST_STEPS = 6
+"""Numbers of bf16 that a choice may be below the largest logit, but at the first two tokens of a text, which have large
+activations: there it is twice what bf16 moves logits by. Measured: 4, and 10 at the first two (2026-11-27)."""
 LEAST_SHARE = 0.965
 """Of choices in bf16 that are equal. 99 % was the aim, and is more than rounding leaves: the *dense* model agrees
 between vLLM and transformers in 98.47 % of 2,945 choices (2026-11-27; docs/log.md)."""
@@ -81,7 +84,8 @@ def test_bf16_choices_are_those_of_load(
     found = compared(model_of(method), layout, tmp_path)
     assert found.layouts == {given}
     assert (found.gaps == 0).float().mean().item() >= LEAST_SHARE
-    assert bool((found.gaps <= 2 * torch.maximum(found.steps, found.moved)).all())
+    allowed = torch.where(found.begins, 2 * torch.maximum(found.steps, found.moved), MOST_STEPS * found.steps)
+    assert bool((found.gaps <= allowed).all())
     # Rounding moves choices from those of fp32: in vLLM no more of them than in transformers, chance apart.
     better, worse = found.theirs_alone_exact, found.ours_alone_exact
     assert worse - better <= 3 * (worse + better) ** 0.5
@@ -94,8 +98,8 @@ class Compared(NamedTuple):
         layouts: In place in both.
         gaps: How far each choice is below ``usllm.load``'s own.
         steps: From one number of bf16 to the next, there.
-        moved: By how much ``usllm.load``'s logits differ from those in fp32, there: much at the first tokens of a text,
-            whose activations are large.
+        moved: By how much ``usllm.load``'s logits differ from those in fp32 at most, there.
+        begins: Whether it is one of the first two of a text.
         theirs_alone_exact: How many of vLLM's are those of ``usllm.load`` in fp32 where its own in bf16 are not.
         ours_alone_exact: The other way round.
     """
@@ -104,6 +108,7 @@ class Compared(NamedTuple):
     gaps: torch.Tensor
     steps: torch.Tensor
     moved: torch.Tensor
+    begins: torch.Tensor
     theirs_alone_exact: int
     ours_alone_exact: int
 
@@ -134,7 +139,8 @@ def compared(model: Model, layout: str, work: Path) -> Compared:
     print(f"as in fp32: {int(theirs_exact.sum())} of vLLM's, {int(ours_exact.sum())} of usllm.load's")
     alone = int((theirs_exact & ~ours_exact).sum()), int((ours_exact & ~theirs_exact).sum())
     steps = 2.0 ** (largest.abs().clamp(min=1e-6).log2().floor() - 7)  # from a number of bf16 to the next
-    return Compared(set(answers.layouts.values()), gaps, steps, moved, *alone)
+    begins = torch.cat([torch.arange(len(text) - 1) < 2 for text in model.texts])
+    return Compared(set(answers.layouts.values()), gaps, steps, moved, begins, *alone)
 
 
 def passages() -> list[str]:
