@@ -23,7 +23,8 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds only its own folder there
 
 from benchmarks.baselines import naive_query
-from usllm.sketch import SketchConfig, build_plan
+from benchmarks.packed import sign_sketch
+from usllm.sketch import build_plan
 from usllm.system.machine import machine, machine_line
 from usllm_kernels import Codes, make_planes, plane_linear, plane_weight, project
 from usllm_kernels.cpu import plane_linear as implementation
@@ -75,15 +76,7 @@ def measure(shape: tuple[int, int], share: float, tokens: list[int]) -> dict[str
 
 def decode_times(shape: tuple[int, int], rate: float) -> tuple[float, float]:
     """Seconds to decode a layer of the sign sketch: each weight hashed and gathered, and from codes in output order."""
-    config = SketchConfig(
-        bits_per_weight=rate,
-        operator="mean",
-        rows=1,
-        state_bits=1,
-        rounding="nearest",
-        allocation="waterfill",
-        price_list="trained",
-    )
+    config = dataclasses.replace(sign_sketch(rate), output_scale=False)  # which the plain form leaves out
     generator = torch.Generator().manual_seed(0)  # a few inputs hold most of the energy, as in real activations
     plan = build_plan(shape, torch.rand(shape[1], generator=generator) ** 8 + 1e-3, config, f"{shape}")
     states = project(torch.randn(shape, generator=generator), plan)

@@ -20,12 +20,18 @@ TOKENS = 32
 PASSAGES, PASSAGE = 56, 12
 """Beginnings of texts beside the prompts, and tokens of each: of so few choices as the prompts' one is a third of a
 percent."""
+LEAST_SHARE = 0.99
+"""Of choices behind the prompts, which is the aim. It is more than rounding leaves: 98.98 % of 295 are equal, and the
+*dense* model agrees between vLLM and transformers in 98.47 % of 2,945 (2026-11-27; docs/log.md)."""
+LEAST_SHARE_EXPANDED = 0.97
+"""The same of expanded layers, where no aim was set: 97.63 % and, of LittleBit, 98.01 %."""
+LEAST_SHARE_OF_ALL = 0.965
+"""Of choices in all texts: 97.60 %, of LittleBit too; a standard deviation is a third of a percent."""
 MOST_STEPS = 6
-"""Numbers of bf16 that a choice may be below the largest logit, but at the first two tokens of a text, which have large
-activations: there it is twice what bf16 moves logits by. Measured: 4, and 10 at the first two (2026-11-27)."""
-LEAST_SHARE = 0.965
-"""Of choices in bf16 that are equal. 99 % was the aim, and is more than rounding leaves: the *dense* model agrees
-between vLLM and transformers in 98.47 % of 2,945 choices (2026-11-27; docs/log.md)."""
+"""Numbers of bf16 that a choice may be below the largest logit in all texts, but at the first two tokens of one, which
+have large activations: there it is twice what bf16 moves logits by. Measured: 4, and 10 at the first two."""
+LAYOUTS = [(WRITES, "auto", "compact"), (WRITES, "expanded", "expanded"), ("littlebit", "auto", "expanded")]
+"""Methods, what is asked for, and what is given: 4 bits are too many to be expanded unasked."""
 
 
 class Model(NamedTuple):
@@ -73,17 +79,48 @@ def test_fp32_answers_are_those_of_load(model_of: Callable[[str], Model], method
     assert [output["tokens"] for output in answered(request, tmp_path).outputs] == model.answers
 
 
-@pytest.mark.parametrize(
-    ("method", "layout", "given"),
-    [(WRITES, "auto", "compact"), (WRITES, "expanded", "expanded"), ("littlebit", "auto", "expanded")],
-)
-def test_bf16_choices_are_those_of_load(
-    model_of: Callable[[str], Model], method: str, layout: str, given: str, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def compared_of(
+    model_of: Callable[[str], Model], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Compared]:
+    """A method's choices in a layout, in vLLM and beside it, asked for once."""
+
+    @lru_cache
+    def made(method: str, layout: str) -> Compared:
+        return compared(model_of(method), layout, tmp_path_factory.mktemp("compared"))
+
+    return made
+
+
+@pytest.mark.xfail(reason="the aim is more than the dense model reaches between two engines", strict=False)
+def test_bf16_choices_behind_the_prompts_are_those_of_load(compared_of: Callable[[str, str], Compared]) -> None:
     """Logits in bf16 are so coarse that the two largest are often equal: then either is a right choice."""
-    found = compared(model_of(method), layout, tmp_path)
+    found = compared_of(WRITES, "auto")
+    assert (found.gaps[found.prompted] == 0).float().mean().item() >= LEAST_SHARE
+
+
+def test_bf16_choices_behind_the_prompts_are_two_numbers_apart_at_most(
+    compared_of: Callable[[str, str], Compared],
+) -> None:
+    found = compared_of(WRITES, "auto")
+    assert bool((found.gaps <= 2 * found.steps)[found.prompted].all())
+
+
+@pytest.mark.parametrize(("method", "layout"), [each[:2] for each in LAYOUTS if each[2] == "expanded"])
+def test_expanded_layers_choose_as_those_of_load(
+    compared_of: Callable[[str, str], Compared], method: str, layout: str
+) -> None:
+    found = compared_of(method, layout)
+    assert (found.gaps[found.prompted] == 0).float().mean().item() >= LEAST_SHARE_EXPANDED
+
+
+@pytest.mark.parametrize(("method", "layout", "given"), LAYOUTS)
+def test_bf16_choices_differ_by_rounding_alone(
+    compared_of: Callable[[str, str], Compared], method: str, layout: str, given: str
+) -> None:
+    found = compared_of(method, layout)
     assert found.layouts == {given}
-    assert (found.gaps == 0).float().mean().item() >= LEAST_SHARE
+    assert (found.gaps == 0).float().mean().item() >= LEAST_SHARE_OF_ALL
     allowed = torch.where(found.begins, 2 * torch.maximum(found.steps, found.moved), MOST_STEPS * found.steps)
     assert bool((found.gaps <= allowed).all())
     # Rounding moves choices from those of fp32: in vLLM no more of them than in transformers, chance apart.
@@ -100,6 +137,7 @@ class Compared(NamedTuple):
         steps: From one number of bf16 to the next, there.
         moved: By how much ``usllm.load``'s logits differ from those in fp32 at most, there.
         begins: Whether it is one of the first two of a text.
+        prompted: Whether the text is a prompt with its answer.
         theirs_alone_exact: How many of vLLM's are those of ``usllm.load`` in fp32 where its own in bf16 are not.
         ours_alone_exact: The other way round.
     """
@@ -109,6 +147,7 @@ class Compared(NamedTuple):
     steps: torch.Tensor
     moved: torch.Tensor
     begins: torch.Tensor
+    prompted: torch.Tensor
     theirs_alone_exact: int
     ours_alone_exact: int
 
@@ -132,15 +171,18 @@ def compared(model: Model, layout: str, work: Path) -> Compared:
     theirs = torch.tensor([token for output in answers.outputs for token in output["choices"]])
     largest = rounded.amax(-1)
     gaps = largest - rounded.gather(1, theirs[:, None])[:, 0]
+    prompted = torch.arange(len(gaps)) < sum(len(text) - 1 for text in model.texts[: len(model.prompts)])
     share, same = (gaps == 0).float().mean().item(), (rounded.argmax(-1) == theirs).float().mean().item()
     told = ", ".join(f"{gap:.3f}" for gap in gaps[gaps > 0].tolist())
     theirs_exact, ours_exact = exact == theirs, exact == rounded.argmax(-1)
     print(f"\n{share:.2%} of {len(gaps)} choices are equal ({same:.2%} without ties); gaps of the others: {told}")
+    of_prompts = (gaps[prompted] == 0).float().mean().item()
+    print(f"{of_prompts:.2%} of the {int(prompted.sum())} behind the prompts")
     print(f"as in fp32: {int(theirs_exact.sum())} of vLLM's, {int(ours_exact.sum())} of usllm.load's")
     alone = int((theirs_exact & ~ours_exact).sum()), int((ours_exact & ~theirs_exact).sum())
     steps = 2.0 ** (largest.abs().clamp(min=1e-6).log2().floor() - 7)  # from a number of bf16 to the next
     begins = torch.cat([torch.arange(len(text) - 1) < 2 for text in model.texts])
-    return Compared(set(answers.layouts.values()), gaps, steps, moved, begins, *alone)
+    return Compared(set(answers.layouts.values()), gaps, steps, moved, begins, prompted, *alone)
 
 
 def passages() -> list[str]:

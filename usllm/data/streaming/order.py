@@ -135,6 +135,10 @@ class Corpus:
                 )
             at = Window(turn=at.turn + 1, documents=at.documents, before=at.after)
 
+    def fills(self, documents: int, characters: int) -> bool:
+        """Whether a window holds no more: one that is not full ends with its pass."""
+        return documents >= self.shuffle_buffer or characters > WINDOW_CHARACTERS
+
     def _pass(self, start: Window, order: Sequence[int]) -> Iterator[Window]:
         """Windows of one pass; the last one is empty, and says how far it came."""
         window, texts, characters, skipped = start, list[str](), 0, start.before
@@ -153,7 +157,7 @@ class Corpus:
                 else:
                     texts += [found[begin : begin + LONGEST] for begin in range(0, len(found), LONGEST)]
                     characters += len(found)
-                if len(texts) >= self.shuffle_buffer or characters > WINDOW_CHARACTERS:
+                if self.fills(len(texts), characters):
                     yield self._shuffled(window, texts, skipped)
                     window = replace(window, documents=window.documents + len(texts))
                     texts, characters = [], 0

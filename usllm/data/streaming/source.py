@@ -12,7 +12,7 @@ from usllm.data.packing import Encoder, tokenizer_digest
 from usllm.data.sources.files import is_remote
 from usllm.data.sources.spec import SourceSpec
 from usllm.data.streaming.loader import StreamedPart
-from usllm.data.streaming.order import RAISE, WINDOW_CHARACTERS, Corpus
+from usllm.data.streaming.order import RAISE, Corpus
 from usllm.data.streaming.rows import Bad, Place, read_rows
 from usllm.data.streaming.shards import Shard, find_shards, shards_identity
 from usllm.data.windows import start_token
@@ -73,7 +73,7 @@ def first_hashes(part: StreamedPart) -> tuple[NDArray[np.uint64], int | None]:
     """
     first = next(part.corpus.windows()).texts
     hashes = [number for row in paragraph_hashes(first) for number in row]
-    full = len(first) >= part.corpus.shuffle_buffer or sum(map(len, first)) > WINDOW_CHARACTERS
+    full = part.corpus.fills(len(first), sum(map(len, first)))
     return np.unique(np.array(hashes, dtype=np.uint64)), len(first) if full else None
 
 
