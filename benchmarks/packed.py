@@ -6,39 +6,35 @@
 The models are packed without training (the sign sketch): sizes, memory and speed do not depend on it. Random models are
 kept in the folder, where a second call finds them.
 Every generation runs in a process of its own, so that peak resident memory is its own; the same process with a
-model of 0.1 million weights is measured beside them. Tokens per second leave out loading and the prompt.
+model of 0.1 million weights is measured beside them. Tokens per second leave out loading and the prompt. With
+``--rounds`` models take turns, so that what else the machine does meets all of them, and medians are shown.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds only its own folder there
 
+from benchmarks.packed_models import prepare, prepare_random
 from benchmarks.scaling import MODELS
 from benchmarks.token_profile import profile, profile_line
 from usllm.packed.attention import widen_attention_
-from usllm.sketch import SketchConfig
-
-if TYPE_CHECKING:
-    from usllm.packed.export import ModelFiles
-    from usllm.packed.source import PackingSource
 
 PROMPT = "The list method append adds an item to the end of the list. The list method extend"
 LAYOUTS = ("compact", "expanded", "decoded")
 WIDENED = "attention as in packed models"
 """Of a dense model; by default it is transformers'."""
-RESTS = {"16": (16, 16), "8": (8, 8), "4": (4, 4)}
 
 
 def generate(folder: str, dtype: str, layout: str, tokens: int, batch: int, length: int | None) -> dict[str, Any]:
@@ -91,133 +87,6 @@ def peak_resident() -> int:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def sign_sketch(rate: float) -> SketchConfig:
-    """The sign sketch of the recipe."""
-    return SketchConfig(
-        bits_per_weight=rate,
-        operator="mean",
-        rows=1,
-        state_bits=1,
-        rounding="nearest",
-        output_scale=True,
-        allocation="waterfill",
-        price_list="trained",
-    )
-
-
-def prepare_random(shapes: str, root: Path, rates: list[float]) -> dict[str, dict[str, Any]]:
-    """The same variants of a model of random weights, as far as they are not there yet."""
-    from benchmarks.block_by_block import write_model
-    from usllm.compress import allocate_, compressed_layers, swap_linears_
-    from usllm.models import ModelSpec
-    from usllm.models.loading import load_config, load_dense, load_tokenizer
-    from usllm.packed.export import ModelFiles
-    from usllm.packed.source import from_model
-
-    root = root / shapes
-    root.mkdir(exist_ok=True)
-    dense, sizes = root / "dense", prepare_tiny(root)
-    if not (dense / "model.safetensors.index.json").is_file():
-        write_model(shapes, dense)
-    sizes["dense bf16"] = {"bytes": _weights(dense), "folder": dense}
-    missing = [rate for rate in rates if not all((root / f"packed_{rate:g}_{rest}").is_dir() for rest in RESTS)]
-    if missing:
-        spec = ModelSpec(kind="folder", name=str(dense))
-        model, files = load_dense(spec), ModelFiles(load_config(spec), load_tokenizer(spec))
-        swap_linears_(model)
-        draw = torch.Generator().manual_seed(0)
-        found = compressed_layers(model)
-        # A few inputs carry most of the energy, as in trained models.
-        importance = {name: torch.rand(layer.in_features, generator=draw) ** 8 + 1e-3 for name, layer in found.items()}
-        for rate in missing:
-            for rest in RESTS:  # of a call that was stopped
-                shutil.rmtree(root / f"packed_{rate:g}_{rest}", ignore_errors=True)
-            allocate_(model, sign_sketch(rate), importance)
-            export_all(from_model(model), files, root, rate)
-    for rate in rates:
-        for rest in RESTS:
-            folder = root / f"packed_{rate:g}_{rest}"
-            sizes[f"packed {rate:g} bpw, rest {rest} bit"] = {"bytes": _weights(folder), "folder": folder}
-    return sizes
-
-
-def prepare_tiny(root: Path) -> dict[str, dict[str, Any]]:
-    """A packed model whose weights are nothing: what stands in a process before any model."""
-    from usllm.compress import compress_
-    from usllm.models import ModelSpec
-    from usllm.models.loading import load_config, load_dense, load_tokenizer
-    from usllm.packed.export import ModelFiles, export
-    from usllm.packed.source import from_model
-
-    folder, tiny = root / "tiny", ModelSpec(kind="random", name="llama")
-    if not folder.is_dir():
-        small = load_dense(tiny)
-        compress_(small, SketchConfig(bits_per_weight=2.0, rows=1, group_size=64))
-        export(from_model(small), ModelFiles(load_config(tiny), load_tokenizer(tiny)), folder)
-    return {"tiny": {"folder": folder}}
-
-
-def export_all(source: PackingSource, files: ModelFiles, root: Path, rate: float) -> dict[str, dict[str, Any]]:
-    """A model with its rest in 16, 8 and 4 bits."""
-    from usllm.packed.export import RestStorage, export
-
-    sizes: dict[str, dict[str, Any]] = {}
-    for rest, (embeddings, linears) in RESTS.items():
-        folder = root / f"packed_{rate:g}_{rest}"
-        started = time.perf_counter()
-        inspection = export(source, files, folder, rest=RestStorage("bfloat16", embeddings, linears))
-        sizes[f"packed {rate:g} bpw, rest {rest} bit"] = {
-            "bytes": inspection.weight_bytes,
-            "sketched": inspection.sketched_bytes,
-            "model_bpw": inspection.model_bits_per_weight,
-            "export_seconds": time.perf_counter() - started,
-            "folder": folder,
-        }
-    return sizes
-
-
-def _weights(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def prepare(root: Path, rates: list[float]) -> dict[str, dict[str, Any]]:
-    """Pack all variants; what each takes on disk, and the seconds of the export itself."""
-    from usllm.calibration.measure import measure_importance
-    from usllm.compress import allocate_, swap_linears_
-    from usllm.config import DataConfig
-    from usllm.data import SourceSpec
-    from usllm.models import ModelSpec
-    from usllm.models.gguf_package import packaged_gguf
-    from usllm.models.loading import load_config, load_dense, load_tokenizer
-    from usllm.packed.export import ModelFiles
-    from usllm.packed.source import from_model
-    from usllm.runs.inputs import build_data
-
-    spec = ModelSpec()
-    model = load_dense(spec)
-    tokenizer = load_tokenizer(spec)
-    files = ModelFiles(load_config(spec), tokenizer)
-    sizes: dict[str, dict[str, Any]] = {}
-    for name, dtype in (("dense fp32", torch.float32), ("dense bf16", torch.bfloat16)):
-        folder = root / name.replace(" ", "_")
-        copy: Any = load_dense(spec)
-        copy.to(dtype)
-        copy.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        sizes[name] = {"bytes": _weights(folder), "folder": folder}
-        del copy
-    gguf = packaged_gguf(str(spec.name))
-    sizes[f"4-bit GGUF ({gguf.name})"] = {"bytes": gguf.stat().st_size}
-    sizes |= prepare_tiny(root)
-    data = build_data(DataConfig(train=SourceSpec(kind="pydoc"), context_length=256), tokenizer, 0, load_config(spec))
-    swap_linears_(model)
-    importance = measure_importance(model, data.calibration_batches(8), 8)
-    for rate in rates:
-        allocate_(model, sign_sketch(rate), importance)
-        sizes |= export_all(from_model(model), files, root, rate)
-    return sizes
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=64)
@@ -227,6 +96,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--batch", type=int, default=1, help="sequences at once")
     parser.add_argument("--prompt", type=int, help="tokens of the prompt; a sentence by default")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each model is measured")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of names of what is measured")
     parser.add_argument("--generate", nargs=3, metavar=("FOLDER", "DTYPE", "LAYOUT"), help="measure one, print JSON")
     arguments = parser.parse_args()
@@ -257,7 +127,11 @@ def main() -> None:
             if name.startswith("packed"):
                 runs += [(f"{name}, {layout}", size["folder"], "bf16", layout) for layout in arguments.layouts]
         runs = [run for run in runs if "tiny" in run[0] or any(part in run[0] for part in arguments.only)]
-        measured = {name: _measure(str(place), dtype, layout, arguments) for name, place, dtype, layout in runs}
+        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name, *_ in runs}
+        for _ in range(arguments.rounds):
+            for name, place, dtype, layout in runs:
+                rounds[name].append(_measure(str(place), dtype, layout, arguments))
+    measured = {name: _median(found) for name, found in rounds.items()}
     reference, baseline = measured.get("dense bf16"), measured["a tiny model"]["peak"]
     for name, run in measured.items():
         speed = run["tokens_per_second"]
@@ -265,9 +139,17 @@ def main() -> None:
         above = (run["peak"] - baseline) / 1e6
         print(f"{name:52} peak {run['peak'] / 1e6:7.0f} MB, {above:7.0f} MB above the tiny model's", end="")
         print(f", {speed:6.2f} tokens/s, {ratio:.3f} of dense bf16", end="")
-        print(f", prompt {run['prompt_tokens_per_second']:.0f} tokens/s")
+        print(f", prompt {run['prompt_tokens_per_second']:.0f} tokens/s", end="")
+        every = ", ".join(f"{one['tokens_per_second']:.2f}" for one in rounds[name])
+        print(f"; rounds: {every}" if arguments.rounds > 1 else "")
         if run["profile"]:
             print(f"    {profile_line(run['profile'])}")
+
+
+def _median(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each figure; the profile is that of the last round."""
+    figures = [key for key in found[-1] if key != "profile"]
+    return found[-1] | {key: statistics.median(one[key] for one in found) for key in figures}
 
 
 def _measure(folder: str, dtype: str, layout: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds only its own folder there
 
 from benchmarks.baselines import naive_query
-from benchmarks.packed import sign_sketch
+from benchmarks.packed_models import sign_sketch
 from usllm.sketch import build_plan
 from usllm.system.machine import machine, machine_line
 from usllm_kernels import Codes, make_planes, plane_linear, plane_weight, project

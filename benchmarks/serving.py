@@ -25,6 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds only its own folder there
 
+from benchmarks.side_by_side_measure import VLLM_ALONE
 from usllm.system.machine import machine, machine_line
 
 PROMPT = "The list method append adds an item to the end of the list. The list method extend"
@@ -79,11 +80,10 @@ def dense_folder(folder: Path, tokenizer_of: str) -> None:
 
 def measured(engine: str, folder: str, tokens: int, eager: bool) -> float:
     """Tokens a second of an engine in a process of its own."""
-    quiet = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     command = [sys.executable, __file__, folder, "--engine", engine, "--tokens", str(tokens)]
     done = subprocess.run(
         [*command, *(["--eager"] if eager else [])],
-        env={"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, **quiet},
+        env={"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, **VLLM_ALONE},
         capture_output=True,
         text=True,
     )

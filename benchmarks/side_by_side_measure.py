@@ -18,6 +18,8 @@ import numpy as np
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 LONG = 512
 """Tokens of the prompt whose speed is measured."""
+VLLM_ALONE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+"""Surroundings in which vLLM computes in the process that asks it, with the threads that OMP_NUM_THREADS says."""
 
 
 def peak_resident() -> int:
@@ -32,7 +34,7 @@ def measured(
     """Figures of one model.
 
     Args:
-        engine: ``transformers`` or ``llama.cpp``.
+        engine: A key of ``ENGINES``.
         path: Folder or file.
         windows: ``.npy`` file of token numbers, ``[windows, 512]``; the first is the prompt too.
         threads: To compute with.
@@ -42,9 +44,9 @@ def measured(
 
     Returns:
         ``tokens_per_second`` behind a prompt of 16, ``prompt_tokens_per_second`` of one of 512, ``peak`` resident bytes
-        after these, ``perplexity`` of the windows and ``greedy``, the tokens generated.
+        after these (vLLM's with what it compiles), ``perplexity`` of the windows and ``greedy``, the tokens generated.
     """
-    model: Any = (_Transformers if engine == "transformers" else _LlamaCpp)(path, threads)
+    model: Any = ENGINES[engine](path, threads)
     ids = np.load(windows)
     seconds = CLOCKS[clock]
     model.prompt(ids[0, :LONG])  # compiles what is compiled at first use
@@ -110,6 +112,45 @@ class _Transformers:
         return float(self._torch.nn.functional.cross_entropy(logits, ids[0, 1:]).double())
 
 
+class _Vllm:
+    """In this very process, so that its memory and its computing are counted, with a cache for one sequence."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        from vllm import LLM
+
+        self._model: Any = LLM(
+            path,
+            dtype="bfloat16",
+            max_model_len=LONG + 128,
+            max_num_seqs=1,
+            kv_cache_memory_bytes=1 << 26,
+            enable_prefix_caching=False,  # a prompt is computed each time that it is measured
+        )
+        import torch
+
+        if torch.get_num_threads() != threads:
+            raise SystemExit(f"vLLM computes with {torch.get_num_threads()} threads, {threads} were asked for")
+
+    def _asked(self, ids: Any, **options: Any) -> Any:
+        from vllm import SamplingParams
+
+        given = {"prompt_token_ids": [int(number) for number in ids]}
+        options = {"temperature": 0.0, "ignore_eos": True, **options}
+        return self._model.generate(given, SamplingParams(**options), use_tqdm=False)[0]
+
+    def prompt(self, ids: Any) -> None:
+        self._asked(ids, max_tokens=1)
+
+    def generate(self, ids: Any, count: int) -> list[int]:
+        return list(self._asked(ids, max_tokens=count).outputs[0].token_ids)
+
+    def loss(self, window: Any) -> float:
+        """Mean cross-entropy of a window."""
+        listed = self._asked(window, max_tokens=1, prompt_logprobs=0).prompt_logprobs[1:]
+        chosen = [of[int(number)].logprob for of, number in zip(listed, window[1:], strict=True)]
+        return -math.fsum(chosen) / len(chosen)
+
+
 class _LlamaCpp:
     def __init__(self, path: str, threads: int) -> None:
         from benchmarks.llama_cpp import LlamaCpp
@@ -126,3 +167,7 @@ class _LlamaCpp:
     def loss(self, window: Any) -> float:
         """Mean cross-entropy of a window."""
         return float(self._model.losses(window).mean())
+
+
+ENGINES: dict[str, Callable[[str, int], Any]] = {"transformers": _Transformers, "vLLM": _Vllm, "llama.cpp": _LlamaCpp}
+"""What runs a model, by its name in the table: made of a path and a number of threads."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class Model:
 
     Attributes:
         name: In the table.
-        engine: ``transformers`` or ``llama.cpp``.
+        engine: What runs it, a key of ``side_by_side_measure.ENGINES``.
         path: Folder or file.
         make: Makes it there, where it is not there yet.
         ours: Whether it is compressed by this package.
@@ -39,6 +39,11 @@ class Model:
     path: Path
     make: Callable[[Path], None]
     ours: bool = False
+
+    @property
+    def key(self) -> str:
+        """What tells it from all others."""
+        return f"{self.engine}: {self.name}"
 
     def made(self) -> int:
         """Make it if need be; bytes of the weights."""
@@ -61,6 +66,7 @@ def models(root: Path, runs: Sequence[str]) -> list[Model]:
         for rest, bits in RESTS.items():
             out = root / f"{Path(run).name}-{rest.replace(' ', '')}"
             found.append(Model(f"{called}, rest {rest}", "transformers", out, partial(_packed, run, bits), ours=True))
+    found += [replace(model, engine="vLLM") for model in found]
     shipped = packaged_gguf(str(ModelSpec().name))
     found.append(Model("Q4_1, the file on PyPI", "llama.cpp", shipped, _refuse))
     for kind in GGUF_KINDS:

@@ -33,14 +33,15 @@ _CLOCKS = {
 def table(result: Mapping[str, Any]) -> str:
     """The table, with what it stands on before it."""
     rows = result["rows"]
-    dense = next(row for row in rows if row["name"] == DENSE)
+    dense = next(row for row in rows if row["name"] == DENSE and row["engine"] == "transformers")
     threads = result["threads"]
     # Of the sorted keys the first is when a call began.
     calls = [json.loads(call) for call in sorted({json.dumps(row["call"], sort_keys=True) for row in rows})]
     lines = [
         f"{result['machine']['cpu']}, {threads} thread{'s' * (threads != 1)}, batch 1, "
-        f"{_CLOCKS[result['clock']]}; {result['llama_cpp'] or 'without llama.cpp'}. Perplexity on the first "
-        f"{result['windows']} windows of {result['window']} tokens of `{result['text']}`.",
+        f"{_CLOCKS[result['clock']]}; {result['llama_cpp'] or 'without llama.cpp'}, "
+        f"{result['vllm'] or 'without vLLM'}. Perplexity on the first {result['windows']} windows of "
+        f"{result['window']} tokens of `{result['text']}`.",
         "",
         "| model | in | MB | perplexity | tokens/s | over dense | prompt tokens/s | peak MB | call |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -83,20 +84,24 @@ def picture(result: Mapping[str, Any]) -> bytes:
     figure, axes = new_figure(10, 4.6, columns=2)
     heights = [row["perplexity"] for row in result["rows"]]
     ticks = [tick for tick in _TICKS if 0.8 * min(heights) < tick < 1.5 * max(heights)]
+    ours, gguf = ALLOCATION_COLOURS["waterfill"], ALLOCATION_COLOURS["proportional"]
     kinds = {
-        "packed, in transformers": (ALLOCATION_COLOURS["waterfill"], "o"),
-        "dense, in transformers": (DENSE_COLOUR, "s"),
-        "GGUF, in llama.cpp": (ALLOCATION_COLOURS["proportional"], "^"),
+        "packed, in transformers": (ours, "o", ours),
+        "packed, in vLLM": (ours, "o", "none"),
+        "dense, in transformers": (DENSE_COLOUR, "s", DENSE_COLOUR),
+        "dense, in vLLM": (DENSE_COLOUR, "s", "none"),
+        "GGUF, in llama.cpp": (gguf, "^", gguf),
     }
     for axis, key, label, scale in zip(
         axes, ("bytes", "tokens_per_second"), ("MB of weight files", "tokens/s, batch 1"), (1e6, 1), strict=True
     ):
-        for name, (colour, marker) in kinds.items():
+        for name, (colour, marker, inside) in kinds.items():
             rows = [row for row in result["rows"] if _kind(row) == name]
             points = [(row[key] / scale, row["perplexity"]) for row in rows]
-            axis.scatter(
-                [x for x, _ in points], [y for _, y in points], color=colour, marker=marker, label=name, zorder=3
-            )
+            across, up = zip(*points, strict=True) if points else ((), ())
+            axis.scatter(across, up, edgecolors=colour, facecolors=inside, marker=marker, label=name, zorder=3)
+            if key == "bytes" and "vLLM" in name:
+                continue  # the files are those of transformers, which have their names there
             for at, (row, point) in enumerate(zip(rows, points, strict=True)):
                 place = (5, (4, -11, 14)[at % 3])  # neighbours of nearly equal perplexity
                 axis.annotate(_short(row["name"]), point, place, textcoords="offset points", fontsize=7)
@@ -116,7 +121,7 @@ def picture(result: Mapping[str, Any]) -> bytes:
 def _kind(row: Mapping[str, Any]) -> str:
     if row["engine"] == "llama.cpp":
         return "GGUF, in llama.cpp"
-    return "packed, in transformers" if row["ours"] else "dense, in transformers"
+    return f"{'packed' if row['ours'] else 'dense'}, in {row['engine']}"
 
 
 def _short(name: str) -> str:

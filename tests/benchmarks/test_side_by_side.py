@@ -19,12 +19,12 @@ CALL = {
     "began": "2026-11-27 10:00",
     "code": {"usllm": "0.1.0", "commit": "0123456789abcdef", "changed": True},
 }
-MODELS = ("dense, bf16", "sign sketch at 0.5 bits, rest bf16", "Q8_0")
+MODELS = ("dense, bf16", "sign sketch at 0.5 bits, rest bf16", "sign sketch at 0.5 bits, rest bf16", "Q8_0")
 
 
 def result(**changed: Any) -> dict[str, Any]:
-    """A result of three rows."""
-    names = dict(zip(MODELS, ("transformers", "transformers", "llama.cpp"), strict=True))
+    """A result of four rows."""
+    names = zip(MODELS, ("transformers", "transformers", "vLLM", "llama.cpp"), strict=True)
     rows = [
         {
             "name": name,
@@ -37,7 +37,7 @@ def result(**changed: Any) -> dict[str, Any]:
             "prompt_tokens_per_second": 200.0,
             "peak": 700_000_000,
         }
-        for place, (name, engine) in enumerate(names.items())
+        for place, (name, engine) in enumerate(names)
     ]
     return {
         "machine": {"cpu": "a processor"},
@@ -49,6 +49,7 @@ def result(**changed: Any) -> dict[str, Any]:
         "tokens": 6,
         "rounds": 1,
         "llama_cpp": None,
+        "vllm": None,
         "tokens_as_transformers": None,
         "not_measured": [],
         "rows": rows,
@@ -58,11 +59,12 @@ def result(**changed: Any) -> dict[str, Any]:
 
 def test_table_has_a_line_for_each_model_and_its_ratio_to_the_dense_one() -> None:
     lines = side_by_side_table.table(result()).splitlines()
-    (ours,) = [line for line in lines if "sign sketch" in line]
+    ours, in_vllm = [line for line in lines if "sign sketch" in line]
     name, engine, *figures = (cell.strip() for cell in ours.strip("|").split("|"))
     assert (name, engine) == ("**sign sketch at 0.5 bits, rest bf16**", "transformers")
     assert figures == ["134.5", "1,500", "20.0", "2.00", "200", "700", "1"]
-    assert "without llama.cpp" in lines[0]
+    assert [cell.strip() for cell in in_vllm.strip("|").split("|")][:6:5] == [name, "3.00"]
+    assert "without llama.cpp, without vLLM" in lines[0]
     assert "1 thread," in lines[0]
     assert lines[-1] == "1. 2026-11-27 10:00, commit 0123456789 and changes: `python benchmarks/side_by_side.py`"
     assert not any("Not measured" in line or "different calls" in line for line in lines)
@@ -72,17 +74,16 @@ def test_table_says_which_rows_are_missing_and_which_are_of_which_call() -> None
     given = result(not_measured=["Q2_0", "Q4_0"])
     given["rows"][0]["call"] = {**CALL, "began": "2026-11-28 09:00", "code": {"usllm": "0.1.0"}}
     lines = side_by_side_table.table(given).splitlines()
-    assert [line.strip("| ").rpartition("|")[2].strip() for line in lines if line.endswith("|")][2:] == ["2", "1", "1"]
+    assert [line.strip("| ").rpartition("|")[2].strip() for line in lines if line.endswith("|")][2:] == ["2", *"111"]
     assert "Not measured: Q2_0; Q4_0." in lines
     assert [line.partition(":")[0] for line in lines[-2:]] == ["1. 2026-11-27 10", "2. 2026-11-28 09"]
     assert "no commit known" in lines[-1]
 
 
-def test_picture_is_drawn_with_and_without_llama_cpp() -> None:
-    whole = side_by_side_table.picture(result())
-    ours = side_by_side_table.picture(result(rows=result()["rows"][:2]))
-    assert whole.startswith(b"\x89PNG")
-    assert whole != ours
+def test_picture_is_drawn_with_and_without_the_other_engines() -> None:
+    pictures = [side_by_side_table.picture(result(rows=result()["rows"][:rows])) for rows in (2, 3, 4)]
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert len(set(pictures)) == 3
 
 
 def test_page_is_what_the_kept_result_gives() -> None:
@@ -117,7 +118,7 @@ class TestOnly:
 
     @pytest.fixture(autouse=True)
     def kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        """A kept result of three rows on this machine, and models that are measured in no time."""
+        """A kept result of four rows on this machine, and models that are measured in no time."""
         path = tmp_path / "side_by_side.json"
         listed = [
             side_by_side_models.Model(row["name"], row["engine"], tmp_path, lambda out: None)
@@ -132,8 +133,9 @@ class TestOnly:
         return path
 
     def measured_again(self, tmp_path: Path, *options: str) -> None:
+        """A call for one row: that of our model in transformers."""
         words = ["--text", "text.txt", "--models", str(tmp_path), "--clock", "cpu", "--windows", "4", "--tokens", "6"]
-        side_by_side.main([*words, "--rounds", "1", "--only", "sketch", *options])
+        side_by_side.main([*words, "--rounds", "1", "--only", "transformers: sign", *options])
 
     def test_a_row_that_is_measured_again_says_its_own_call_and_the_others_stay(
         self, kept: Path, tmp_path: Path
@@ -142,9 +144,9 @@ class TestOnly:
         self.measured_again(tmp_path)
         after = json.loads(kept.read_text(encoding="utf-8"))
         assert [row["name"] for row in after["rows"]] == list(MODELS)
-        assert after["rows"][0] == before["rows"][0] and after["rows"][2] == before["rows"][2]
+        assert [after["rows"][stays] == before["rows"][stays] for stays in range(4)] == [True, False, True, True]
         assert after["rows"][1]["call"]["code"] == code_version() and after["rows"][1]["call"]["began"] > "2026-11-27"
-        assert after["not_measured"] == ["Q2_0"]
+        assert after["not_measured"] == ["llama.cpp: Q2_0"]
         assert "2. " in side_by_side_table.table(after)
 
     @pytest.mark.parametrize(
@@ -168,4 +170,4 @@ def test_kept_result_names_its_command_and_machine() -> None:
     kept = json.loads(side_by_side.RESULT.read_text(encoding="utf-8"))
     assert all(row["call"]["command"].startswith("python benchmarks/side_by_side.py") for row in kept["rows"])
     assert kept["machine"]["cpu"]
-    assert {row["engine"] for row in kept["rows"]} == {"transformers", "llama.cpp"}
+    assert {row["engine"] for row in kept["rows"]} == {"transformers", "vLLM", "llama.cpp"}
