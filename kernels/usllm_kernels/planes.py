@@ -79,12 +79,12 @@ class Planes:
     @property
     def columns(self) -> int:
         """Those that fill up words included."""
-        return len(self.channels)
+        return self.channels.shape[0]
 
     @property
     def groups(self) -> int:
         """Of columns that share a factor for each output."""
-        return len(self.factors)
+        return self.factors.shape[0]
 
     @property
     def nbytes(self) -> int:
@@ -100,6 +100,12 @@ class Planes:
     def arrays(self) -> tuple[Any, Any, Any, Any, Any, Any]:
         """The same as NumPy arrays over the same memory, of planes on the CPU."""
         channels, starts, scales, offsets, words, factors = (tensor.numpy() for tensor in self.tensors)
+        return channels, starts, scales, offsets, words, factors
+
+    @cached_property
+    def addresses(self) -> tuple[int, int, int, int, int, int]:
+        """Where they begin; each is contiguous."""
+        channels, starts, scales, offsets, words, factors = (tensor.data_ptr() for tensor in self.tensors)
         return channels, starts, scales, offsets, words, factors
 
 

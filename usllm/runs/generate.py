@@ -27,6 +27,7 @@ from usllm.runs.saved_run import find_checkpoint, load_sketched_
 from usllm.system.errors import PackedFormatError, RunError, UserError, first_line
 from usllm.system.files import expanded
 from usllm.system.finite import refuse_nonfinite
+from usllm.system.frames import with_room
 from usllm.training import load_checkpoint
 from usllm.training.checkpoint_section import CHECKPOINT_KEY
 
@@ -60,7 +61,7 @@ def generate(config: GenerateConfig) -> str:
     if config.temperature > 0:
         sampling |= {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    output = model.generate(  # type: ignore[operator]
+    output = with_room(model.generate)(  # type: ignore[arg-type]
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=config.max_new_tokens,

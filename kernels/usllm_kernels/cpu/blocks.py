@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import carray
 
 from usllm_kernels.blocks import BLOCK, BLOCK_BYTES, SCALE_BYTES
 from usllm_kernels.cpu.compiled import compiled
 from usllm_kernels.cpu.lanes import LANES, add, fill, high_half, load, low_half, multiply, store
+from usllm_kernels.cpu.team import my_share, part_of_a_job, pointer
 from usllm_kernels.cpu.tiles import as_floats
 
 _WIDE, _NARROW = BLOCK_BYTES[8], BLOCK_BYTES[4]
@@ -69,3 +71,20 @@ def multiply_blocks(
             store(sums, 0, total)
             whole = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]))
             found[token, row] = whole - taken
+
+
+@part_of_a_job
+def multiply_blocks_part(job: Any) -> None:
+    """:func:`multiply_blocks` of this thread's share of the rows.
+
+    A job's numbers: tokens, inputs, rows, bytes of a row, bits; addresses of ``x``, ``packed`` and ``found``.
+    """
+    given = carray(job, (10,))
+    tokens, inputs, rows, row_bytes, bits = given[2:7]
+    x, packed = (
+        carray(pointer(given[7]), (tokens, inputs), np.float32),
+        carray(pointer(given[8]), (rows, row_bytes), np.uint8),
+    )
+    found = carray(pointer(given[9]), (tokens, rows), np.float32)
+    first, last = my_share(given[0], given[1], rows)
+    multiply_blocks(x, packed, bits, found, first, last)

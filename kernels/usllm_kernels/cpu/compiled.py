@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from numba import cfunc, njit
 from numba import config as _config
-from numba import njit
 
 from usllm.sketch import quantize, scale
 from usllm.system.cache import alone_with, cache_root
@@ -28,16 +29,34 @@ ELSEWHERE = (scale, quantize, compiled_operators, planes, blocks)
 
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile a function at its first call, without the interpreter's lock; divisions are not checked."""
+    with _cached_in() as folder:
+        found: Any = njit(nogil=True, cache=folder is not None, error_model="numpy")(function)
+    if folder is not None:
+        _read_and_write_alone(found._cache, folder / function.__name__)
+    return found
+
+
+def compiled_callback(function: Callable[..., Any], kind: Any) -> Any:
+    """Compile a function now to what C code can call; its ``address`` is valid as long as the result lives.
+
+    Args:
+        function: Of numbers and pointers.
+        kind: Its signature, of numba's types.
+    """
+    with _cached_in() as folder, nullcontext() if folder is None else alone_with(folder / function.__name__):
+        return cfunc(kind, cache=folder is not None, error_model="numpy")(function)
+
+
+@contextmanager
+def _cached_in() -> Iterator[Path | None]:
+    """Numba's cache where the code of these sources is; the folder, or ``None`` where nothing can be kept."""
     before = numba_settings.CACHE_DIR
     folder = code_folder(_HERE, before)
     numba_settings.CACHE_DIR = str(folder or before)
     try:
-        found: Any = njit(nogil=True, cache=folder is not None, error_model="numpy")(function)
+        yield folder
     finally:
         numba_settings.CACHE_DIR = before
-    if folder is not None:
-        _read_and_write_alone(found._cache, folder / function.__name__)
-    return found
 
 
 def _read_and_write_alone(cache: Any, entry: Path) -> None:

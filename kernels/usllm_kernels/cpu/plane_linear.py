@@ -7,20 +7,25 @@ or groups of inputs have factors of their own, weights are decoded instead.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from usllm_kernels.cpu.parallel import side_by_side
-from usllm_kernels.cpu.planes import decode_channels, gather_inputs, look_up, sign_columns
+from usllm_kernels.cpu.planes import decode_channels, gather_inputs, look_up, look_up_part, sign_columns
+from usllm_kernels.cpu.team import team_of_torch
 from usllm_kernels.planes import COLUMNS, OUTPUTS, Planes
 
 FEW_TOKENS = 24
 """Beyond, a matrix and torch's product are faster."""
 _MATRIX = 1 << 19
 """Elements of the matrix that is made at a time; at least a block of outputs for each thread."""
+_LEAST_ON_TEAM = 1 << 18
+"""Signs times tokens; below, torch's other threads save less than it takes to ask them."""
 _LEAST_SHARED = 1 << 21
-"""Signs; below, starting a second thread takes longer than it saves."""
+"""The same for threads that have to be woken, where torch's are not at hand."""
 _MOST_COLUMNS = 1.5
 """Of a channel, in the mean, that are multiplied as signs."""
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,24 +49,18 @@ def plane_linear(x: Tensor, planes: Planes) -> Tensor:
     if x.dtype not in _COMPUTED:
         return x @ plane_weight(planes).to(x.dtype).t()
     if tokens <= FEW_TOKENS:
-        return _looked_up(x, planes)
-    channels, blocks = planes.starts.shape[0] - 1, planes.words.shape[0]
-    exact = planes.groups == 1 and planes.columns <= _MOST_COLUMNS * channels and x.dtype in _SIGNED
-    rows = planes.columns if exact else channels
-    found, held = x.new_empty(tokens, outputs), _inputs(x, planes, exact)
-    added = _offsets(x, planes) if exact else None
-    width = max(_MATRIX // (rows * OUTPUTS), torch.get_num_threads())
-    for first in range(0, blocks, width):
-        part = range(first, min(first + width, blocks))
-        start, stop = first * OUTPUTS, min(part.stop * OUTPUTS, outputs)
-        matrix = _signs(planes, part, x.dtype) if exact else _decoded(planes, part, x.dtype)
-        product = held @ matrix[:, : stop - start]
-        if exact:
-            product = product if added is None else (product + added).to(product.dtype)
-            torch.mul(product, planes.factors[0, start:stop], out=found[:, start:stop])
+        held = (x if x.dtype == torch.bfloat16 else x.float()).contiguous()
+        found, team = held.new_empty(tokens, outputs), team_of_torch()
+        if team is None:
+            _look_up(held, planes, found)
         else:
-            found[:, start:stop] = product
-    return found
+            blocks, columns = planes.words.shape[0], planes.columns
+            channels, _, *others = planes.addresses
+            shape = tokens, x.shape[1], outputs, columns, blocks, planes.groups, held.element_size()
+            threads = torch.get_num_threads() if blocks * OUTPUTS * columns * tokens >= _LEAST_ON_TEAM else 1
+            team.run(look_up_part, (*shape, held.data_ptr(), found.data_ptr(), channels, *others), threads)
+        return found
+    return _by_matrix(x, planes)
 
 
 def plane_weight(planes: Planes, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -74,23 +73,38 @@ def plane_weight(planes: Planes, dtype: torch.dtype = torch.float32) -> Tensor:
     return weight.t()
 
 
-def _looked_up(x: Tensor, planes: Planes) -> Tensor:
-    channels, _, scales, offsets, words, factors = planes.arrays
-    blocks, bits = words.shape[0], x.dtype == torch.bfloat16
-    held = x if bits else x.float()
-    found = held.new_empty(x.shape[0], planes.shape[0])
-    values = (held.contiguous().view(torch.int16) if bits else held.contiguous()).numpy()
-    into = (found.view(torch.int16) if bits else found).numpy()
-    threads = torch.get_num_threads() if words.size * COLUMNS * x.shape[0] >= _LEAST_SHARED else 1
-    if threads == 1:
-        look_up(values, channels, scales, offsets, words, factors, into, 0, blocks)
-    else:
+def _look_up(x: Tensor, planes: Planes, found: Tensor) -> None:
+    """Products of a few tokens where torch's threads are not at hand."""
+    of_channels, _, scales, offsets, words, factors = planes.arrays
+    values, into, blocks = _numbers(x), _numbers(found), words.shape[0]
+    parts = torch.get_num_threads() if words.size * COLUMNS * x.shape[0] >= _LEAST_SHARED else 1
 
-        def work(part: int) -> None:
-            span = blocks * part // threads, blocks * (part + 1) // threads
-            look_up(values, channels, scales, offsets, words, factors, into, *span)
+    def part(number: int) -> None:
+        span = blocks * number // parts, blocks * (number + 1) // parts
+        look_up(values, of_channels, scales, offsets, words, factors, into, *span)
 
-        side_by_side(work, range(threads))
+    side_by_side(part, range(parts))
+
+
+def _by_matrix(x: Tensor, planes: Planes) -> Tensor:
+    """Products of many tokens: torch's, with some outputs' signs or weights at a time."""
+    outputs = planes.shape[0]
+    channels, blocks = planes.starts.shape[0] - 1, planes.words.shape[0]
+    exact = planes.groups == 1 and planes.columns <= _MOST_COLUMNS * channels and x.dtype in _SIGNED
+    rows = planes.columns if exact else channels
+    found, held = x.new_empty(len(x), outputs), _inputs(x, planes, exact)
+    added = _offsets(x, planes) if exact else None
+    width = max(_MATRIX // (rows * OUTPUTS), torch.get_num_threads())
+    for first in range(0, blocks, width):
+        part = range(first, min(first + width, blocks))
+        start, stop = first * OUTPUTS, min(part.stop * OUTPUTS, outputs)
+        matrix = _signs(planes, part, x.dtype) if exact else _decoded(planes, part, x.dtype)
+        product = held @ matrix[:, : stop - start]
+        if exact:
+            product = product if added is None else (product + added).to(product.dtype)
+            torch.mul(product, planes.factors[0, start:stop], out=found[:, start:stop])
+        else:
+            found[:, start:stop] = product
     return found
 
 
@@ -147,3 +161,8 @@ def _signs(planes: Planes, blocks: range, dtype: torch.dtype) -> Tensor:
 
     side_by_side(work, blocks)
     return signs
+
+
+def _numbers(tensor: Tensor) -> Any:
+    """Of float32, or the bits of bfloat16, over the same memory."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import carray
 
 from usllm_kernels.cpu.compiled import compiled
 from usllm_kernels.cpu.lanes import LANES, add, fill, load, multiply, shift_left, store_low, where_less
 from usllm_kernels.cpu.lookup import TABLE, TABLES, machine_instructions, table_sums
+from usllm_kernels.cpu.team import my_share, part_of_a_job, pointer
 from usllm_kernels.cpu.tiles import store_element, store_lanes
 from usllm_kernels.planes import COLUMNS, OUTPUTS
 
@@ -52,6 +54,37 @@ def look_up(
                 store_lanes(found, to + i, load(whole, i))
             for i in range(count // LANES * LANES, count):
                 store_element(found, to + i, whole[i])
+
+
+@part_of_a_job
+def look_up_part(job: Any) -> None:
+    """:func:`look_up` of this thread's share of the blocks.
+
+    A job's numbers: tokens, inputs, outputs, columns, blocks, groups, bytes of an element of ``x``; addresses of ``x``
+    and of what is written; of channels, scales, offsets, words and factors.
+    """
+    given = carray(job, (16,))
+    tokens, inputs, outputs, columns, blocks, groups, size = given[2:9]
+    channels = carray(pointer(given[11]), (columns,), np.int32)
+    scales, offsets = (
+        carray(pointer(given[12]), (columns,), np.float32),
+        carray(pointer(given[13]), (columns,), np.float32),
+    )
+    words = carray(pointer(given[14]), (blocks, columns // COLUMNS, OUTPUTS), np.int32)
+    factors = carray(pointer(given[15]), (groups, blocks * OUTPUTS), np.float32)
+    first, last = my_share(given[0], given[1], blocks)
+    if size == 2:
+        x, found = (
+            carray(pointer(given[9]), (tokens, inputs), np.int16),
+            carray(pointer(given[10]), (tokens, outputs), np.int16),
+        )
+        look_up(x, channels, scales, offsets, words, factors, found, first, last)
+    else:
+        row, into = (
+            carray(pointer(given[9]), (tokens, inputs), np.float32),
+            carray(pointer(given[10]), (tokens, outputs), np.float32),
+        )
+        look_up(row, channels, scales, offsets, words, factors, into, first, last)
 
 
 @compiled

@@ -95,8 +95,12 @@ class Parts(nn.Module):
         return [part for part in self.linears if isinstance(part, PackedLinear)]
 
     def forward(self, x: Tensor) -> Tensor:
-        first, *others = (part(x) for part in self.linears)
-        return torch.cat([first, *others], -1) if others else first
+        found = []
+        for (
+            part
+        ) in self.linears:  # without what modules do around a call: of one token that takes as long as the product
+            found.append(part.forward(x))
+        return torch.cat(found, -1) if len(found) > 1 else found[0]
 
 
 class BlockPart(nn.Module):

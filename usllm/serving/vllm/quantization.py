@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from usllm.packed.config import QUANT_METHOD, PackedConfig
 from usllm.packed.layouts import choose_layouts_
@@ -23,6 +25,7 @@ from usllm.serving.vllm.folder import ServedFolder, checked_folder
 from usllm.serving.vllm.linear import PackedLinearMethod
 from usllm.serving.vllm.parts import Parts, entry_of
 from usllm.serving.vllm.settings import Settings
+from usllm.system.frames import with_room
 
 _log = init_logger("vllm.usllm")  # below vLLM's own logger, the only one that it shows
 
@@ -132,6 +135,13 @@ class PackedQuantization(QuantizationConfig):
         counts = Counter(chosen.values())
         told = ", ".join(f"{count} {layout}" for layout, count in sorted(counts.items()))
         _log.info("usllm: layout=%s, of %d compressed layers %s", settings.layout, len(chosen), told)
+        _step_with_room()
+
+
+@lru_cache(maxsize=1)
+def _step_with_room() -> None:
+    """Let vLLM's worker call the model with room for its frames: with hundreds of calls a token it pays."""
+    WorkerWrapperBase.execute_model = with_room(WorkerWrapperBase.execute_model)
 
 
 class _Layers(nn.ModuleList):

@@ -26,11 +26,16 @@ def plane_linear(x: Tensor, planes: Planes, *, backend: str | None = None) -> Te
         ValueError: ``x`` is not [..., in], or the back end cannot run.
     """
     outputs, inputs = planes.shape
-    if x.shape[-1] != inputs:
-        raise ValueError(f"the input has {x.shape[-1]} channels, the layer {inputs}")
+    device, dtype, (*rows, width) = x.device, x.dtype, x.shape
+    if width != inputs:
+        raise ValueError(f"the input has {width} channels, the layer {inputs}")
     if torch.compiler.is_compiling():
         return plane_linear_op(x, list(planes.tensors), outputs, backend or "")
-    return _computed(x, planes, backend)
+    # Of one token, each call takes as long as a part of the product: there are no more of them than needed.
+    with running_on(device):
+        computing = implementation("plane_linear", planes, device, backend)
+        y: Tensor = computing.plane_linear((x.detach() if x.requires_grad else x).reshape(-1, inputs), planes)
+    return (y if y.dtype == dtype else y.to(dtype)).view(*rows, outputs)
 
 
 def plane_weight(planes: Planes, dtype: torch.dtype = torch.float32, *, backend: str | None = None) -> Tensor:
@@ -47,17 +52,10 @@ def plane_weight(planes: Planes, dtype: torch.dtype = torch.float32, *, backend:
     return weight
 
 
-def _computed(x: Tensor, planes: Planes, backend: str | None) -> Tensor:
-    with running_on(x.device):
-        computing = implementation("plane_linear", planes, x.device, backend)
-        y: Tensor = computing.plane_linear(x.detach().reshape(-1, x.shape[-1]), planes)
-    return y.to(x.dtype).view(*x.shape[:-1], planes.shape[0])
-
-
 @torch.library.custom_op("usllm::plane_linear", mutates_args=())
 def plane_linear_op(x: Tensor, planes: list[Tensor], outputs: int, backend: str) -> Tensor:
     """``x Ŵᵀ`` for compiled callers, with the tensors of the planes."""
-    y = _computed(x, Planes((outputs, x.shape[-1]), *planes), backend)
+    y = plane_linear(x, Planes((outputs, x.shape[-1]), *planes), backend=backend)
     return y if y.is_contiguous() else y.contiguous()
 
 

@@ -1,0 +1,112 @@
+"""Parts of one product on the very threads that torch computes with.
+
+A product of one token takes less time than waking a thread. Torch's own threads (OpenMP's) go on looking for work for a
+while after each of its operations, and take up in a microsecond what they are given; threads beside them would have to
+share their cores with them. So parts are given to OpenMP in the library that torch itself is linked with.
+
+OpenMP calls a C function with one address and no array. What a part works on is therefore written as numbers, a *job*:
+int64, of which the first two are OpenMP's functions that tell a thread its number and how many there are, and the
+others addresses and sizes that its function knows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from array import array
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from llvmlite import ir
+from numba import types
+
+from usllm_kernels.cpu.compiled import compiled, compiled_callback
+from usllm_kernels.cpu.lanes import intrinsic
+
+_forked: list[bool] = []
+os.register_at_fork(after_in_child=lambda: _forked.append(True))
+
+
+class Team(NamedTuple):
+    """OpenMP's call, and the addresses of the functions that begin every job."""
+
+    call: Any
+    who: tuple[int, int]
+
+    def run(self, part: Callable[[], Any], numbers: Iterable[int], threads: int) -> None:
+        """Do a job on some threads, each of which does its part; one of them is the caller's.
+
+        Args:
+            part: Gives the function, made by :func:`part_of_a_job`.
+            numbers: Of the job, behind the first two.
+            threads: At most; a part asks how many there are.
+        """
+        job = array("q", (*self.who, *numbers))
+        self.call(part().address, job.buffer_info()[0], threads, 0)
+
+
+def team_of_torch() -> Team | None:
+    """Torch's threads; ``None`` where they are not OpenMP's, and in a forked process, where they are no more."""
+    return None if _forked else _found()
+
+
+@lru_cache(maxsize=1)
+def _found() -> Team | None:
+    library = next(iter(sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))), None)
+    if library is None or not torch.backends.openmp.is_available():
+        return None
+    try:
+        known = ctypes.CDLL(str(library))  # finds what torch is linked with, whatever else the process has loaded
+        call, who = known.GOMP_parallel, (known.omp_get_thread_num, known.omp_get_num_threads)
+    except (OSError, AttributeError):
+        return None
+    call.argtypes, call.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    number, count = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in who)
+    return Team(call, (number, count))
+
+
+def part_of_a_job(function: Callable[[Any], None]) -> Callable[[], Any]:
+    """Have ``function(job)`` be compiled, at its first use, to what :class:`Team` runs."""
+
+    @lru_cache(maxsize=1)
+    def compiled_part() -> Any:
+        return compiled_callback(function, types.void(types.CPointer(types.int64)))
+
+    return compiled_part
+
+
+@intrinsic
+def pointer(typing: Any, address: Any) -> Any:
+    """An address as what ``carray`` reads an array from."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), emit
+
+
+@intrinsic
+def _asked(typing: Any, address: Any) -> Any:
+    """What the C function at an address says, an int."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        return builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [])
+
+    return types.int32(types.int64), emit
+
+
+@compiled
+def my_share(number: int, count: int, things: int) -> Any:
+    """First and last of ``things`` that are this thread's.
+
+    Args:
+        number: First number of the job.
+        count: Second number of the job.
+        things: To be shared out.
+    """
+    part, parts = _asked(number), _asked(count)
+    return things * part // parts, things * (part + 1) // parts

@@ -1,0 +1,85 @@
+"""Parts on torch's own threads: the same bits as alone, with however many threads there are, and without them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from usllm_kernels import block_linear
+from usllm_kernels.blocks import BLOCK, BLOCK_BYTES
+from usllm_kernels.dispatch import installed
+
+if not installed("numba"):
+    pytest.skip("numba is not installed", allow_module_level=True)
+
+from test_planes import made  # needs nothing, but is of no use without
+
+from usllm_kernels.cpu import plane_linear as of_planes
+from usllm_kernels.cpu import team
+from usllm_kernels.ops.block_linear import numba as of_blocks
+from usllm_kernels.planes import SIGNS, Levels
+
+pytestmark = pytest.mark.skipif(team.team_of_torch() is None, reason="torch computes without OpenMP here")
+
+
+@pytest.fixture(autouse=True)
+def every_product_is_shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Also small ones; torch's number of threads is put back."""
+    for module in (of_planes, of_blocks):
+        monkeypatch.setattr(module, "_LEAST_ON_TEAM", 1)
+        monkeypatch.setattr(module, "_LEAST_SHARED", 1)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def products(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Of layers with codes in output order and in blocks, of one and of five tokens."""
+    found, draw = [], torch.Generator().manual_seed(0)
+    for shape in ((1, 33, SIGNS, None), (200, 150, SIGNS, None), (65, 96, Levels(-3, 3, 2), 32)):
+        planes, _ = made(*shape, backend="numba")
+        for tokens in (1, 5):
+            x = torch.randn(tokens, planes.shape[1], generator=draw).to(dtype)
+            found.append(of_planes.plane_linear(x, planes))
+    for bits in (8, 4) if dtype != torch.float32 else ():  # in fp32 it is torch that multiplies
+        packed = torch.randint(0, 256, (77, 3 * BLOCK_BYTES[bits]), generator=draw, dtype=torch.uint8)
+        packed.view(77, 3, -1)[..., 1] = 0x2C  # a scale that is a number
+        for tokens in (1, 5):
+            x = torch.randn(tokens, 3 * BLOCK, generator=draw).to(dtype)
+            found.append(block_linear(x, packed, bits, backend="numba"))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("threads", [2, 3, 64])
+def test_bits_are_those_of_one_thread(threads: int, dtype: torch.dtype) -> None:
+    torch.set_num_threads(1)
+    alone = products(dtype)
+    torch.set_num_threads(threads)
+    for one, many in zip(alone, products(dtype), strict=True):
+        assert torch.equal(one, many)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_without_torchs_threads_bits_are_the_same(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(threads)
+    with_team = products(torch.bfloat16)
+    for module in (of_planes, of_blocks):
+        monkeypatch.setattr(module, "team_of_torch", lambda: None)
+    for one, other in zip(with_team, products(torch.bfloat16), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_forked_process_does_without_them() -> None:
+    torch.set_num_threads(2)
+    expected = products(torch.bfloat16)
+    child = os.fork()
+    if not child:
+        torch.set_num_threads(1)  # torch's own operations hang there on more
+        same = team.team_of_torch() is None
+        same = same and all(torch.equal(*pair) for pair in zip(expected, products(torch.bfloat16), strict=True))
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
