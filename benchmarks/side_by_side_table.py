@@ -24,6 +24,8 @@ PICTURE = ROOT / "benchmarks" / "results" / "side_by_side.png"
 BEGIN, END = "<!-- side by side: benchmarks/side_by_side_table.py -->", "<!-- end of side by side -->"
 DENSE = "dense, bf16"
 _TICKS = (10, 20, 30, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+_MOST = 1e6
+"""Perplexity beyond which a point would push all others together; it is named instead."""
 _CLOCKS = {
     "wall": "seconds of the clock",
     "cpu": "seconds that the process computed, since other work shared the machine",
@@ -82,7 +84,9 @@ def _perplexity(value: float) -> str:
 def picture(result: Mapping[str, Any]) -> bytes:
     """Perplexity against bytes and against tokens per second, a point for each model: a PNG."""
     figure, axes = new_figure(10, 4.6, columns=2)
-    heights = [row["perplexity"] for row in result["rows"]]
+    shown = [row for row in result["rows"] if row["perplexity"] <= _MOST]
+    beyond = [f"{_short(row['name'])} ({row['perplexity']:,.0f})" for row in result["rows"] if row not in shown]
+    heights = [row["perplexity"] for row in shown]
     ticks = [tick for tick in _TICKS if 0.8 * min(heights) < tick < 1.5 * max(heights)]
     ours, gguf = ALLOCATION_COLOURS["waterfill"], ALLOCATION_COLOURS["proportional"]
     kinds = {
@@ -96,12 +100,12 @@ def picture(result: Mapping[str, Any]) -> bytes:
         axes, ("bytes", "tokens_per_second"), ("MB of weight files", "tokens/s, batch 1"), (1e6, 1), strict=True
     ):
         for name, (colour, marker, inside) in kinds.items():
-            rows = [row for row in result["rows"] if _kind(row) == name]
+            rows = [row for row in shown if _kind(row) == name]
             points = [(row[key] / scale, row["perplexity"]) for row in rows]
             across, up = zip(*points, strict=True) if points else ((), ())
             axis.scatter(across, up, edgecolors=colour, facecolors=inside, marker=marker, label=name, zorder=3)
-            if key == "bytes" and "vLLM" in name:
-                continue  # the files are those of transformers, which have their names there
+            if "vLLM" in name if key == "bytes" else "packed" in name:
+                continue  # a model has its name once, and by its file
             for at, (row, point) in enumerate(zip(rows, points, strict=True)):
                 place = (5, (4, -11, 14)[at % 3])  # neighbours of nearly equal perplexity
                 axis.annotate(_short(row["name"]), point, place, textcoords="offset points", fontsize=7)
@@ -112,7 +116,7 @@ def picture(result: Mapping[str, Any]) -> bytes:
         axis.minorticks_off()
         axis.margins(x=0.25, y=0.15)
         axis.grid(visible=True)
-    axes[0].set_title("Left and low is better")
+    axes[0].set_title("Left and low is better" + "".join(f"; not shown: {name}" for name in beyond))
     axes[1].set_title("Right and low is better")
     axes[1].legend(loc="center right")
     return png(figure, dpi=110)
