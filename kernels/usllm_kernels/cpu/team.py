@@ -27,7 +27,8 @@ from usllm_kernels.cpu.compiled import compiled, compiled_callback
 from usllm_kernels.cpu.lanes import intrinsic
 
 _forked: list[bool] = []
-os.register_at_fork(after_in_child=lambda: _forked.append(True))
+if hasattr(os, "register_at_fork"):  # elsewhere there is no fork
+    os.register_at_fork(after_in_child=lambda: _forked.append(True))
 
 
 class Team(NamedTuple):
