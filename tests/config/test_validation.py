@@ -51,7 +51,7 @@ def test_experiment_composes_and_is_valid(name: str, tiny_text: Path, data_folde
     ],
 )
 def test_option_composes_and_is_valid(choice: str, tiny_text: Path) -> None:
-    one_row = ["sketch.rows=1"] if choice in ("allocation=trained", "allocation=recipe", "allocation=demo") else []
+    one_row = ["sketch.rows=1"] if choice in ("allocation=trained", "allocation=recipe") else []
     check_train(composed(*tiny(tiny_text, choice), *one_row))
 
 
