@@ -30,7 +30,6 @@ def sign_sketch(rate: float) -> SketchConfig:
         output_scale=True,
         allocation="waterfill",
         price_list="trained",
-        price_exponent=2.0,
     )
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 OUTPUTS = 64
@@ -104,7 +105,15 @@ class Planes:
 
     @cached_property
     def addresses(self) -> tuple[int, int, int, int, int, int]:
-        """Where they begin; each is contiguous."""
+        """Where they begin, for code that is told no more of them.
+
+        Raises:
+            ValueError: One is not contiguous, or of another type.
+        """
+        whole_numbers, floats = (self.channels, self.starts, self.words), (self.scales, self.offsets, self.factors)
+        for kind, tensors in ((torch.int32, whole_numbers), (torch.float32, floats)):
+            if any(tensor.dtype != kind or not tensor.is_contiguous() for tensor in tensors):
+                raise ValueError(f"planes of {self.shape} have a tensor that is not contiguous or not {kind}")
         channels, starts, scales, offsets, words, factors = (tensor.data_ptr() for tensor in self.tensors)
         return channels, starts, scales, offsets, words, factors
 

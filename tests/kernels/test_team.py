@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 
@@ -15,7 +16,7 @@ from usllm_kernels.dispatch import installed
 if not installed("numba"):
     pytest.skip("numba is not installed", allow_module_level=True)
 
-from test_planes import made  # needs nothing, but is of no use without
+from test_planes import made
 
 from usllm_kernels.cpu import plane_linear as of_planes
 from usllm_kernels.cpu import team
@@ -71,6 +72,16 @@ def test_without_torchs_threads_bits_are_the_same(threads: int, monkeypatch: pyt
         monkeypatch.setattr(module, "team_of_torch", lambda: None)
     for one, other in zip(with_team, products(torch.bfloat16), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["words", "scales"])
+def test_planes_that_addresses_would_misread_are_refused(name: str) -> None:
+    planes, _ = made(200, 150, SIGNS, None, backend="numba")
+    tensor = getattr(planes, name)
+    apart = torch.stack([tensor, tensor], -1)[..., 0]
+    for wrong in (apart, tensor.double()):
+        with pytest.raises(ValueError, match="not contiguous or not"):
+            of_planes.plane_linear(torch.ones(1, planes.shape[1]), dataclasses.replace(planes, **{name: wrong}))
 
 
 def test_forked_process_does_without_them() -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from usllm.callbacks.inspection import Inspection
 from usllm.loggers import log_table
 from usllm.system.errors import UserError
+from usllm.system.frames import with_room
 from usllm.system.modes import evaluating
 from usllm.training.module import SketchFinetuner
 
@@ -86,7 +87,7 @@ def continuations(
             ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
             if room is not None:
                 ids = ids[:, -max(room - max_new_tokens, 1) :]
-            written = model.generate(
+            written = with_room(model.generate)(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,

@@ -81,10 +81,8 @@ def multiply_blocks_part(job: Any) -> None:
     """
     given = carray(job, (10,))
     tokens, inputs, rows, row_bytes, bits = given[2:7]
-    x, packed = (
-        carray(pointer(given[7]), (tokens, inputs), np.float32),
-        carray(pointer(given[8]), (rows, row_bytes), np.uint8),
-    )
+    x = carray(pointer(given[7]), (tokens, inputs), np.float32)
+    packed = carray(pointer(given[8]), (rows, row_bytes), np.uint8)
     found = carray(pointer(given[9]), (tokens, rows), np.float32)
     first, last = my_share(given[0], given[1], rows)
     multiply_blocks(x, packed, bits, found, first, last)

@@ -66,25 +66,19 @@ def look_up_part(job: Any) -> None:
     given = carray(job, (16,))
     tokens, inputs, outputs, columns, blocks, groups, size = given[2:9]
     channels = carray(pointer(given[11]), (columns,), np.int32)
-    scales, offsets = (
-        carray(pointer(given[12]), (columns,), np.float32),
-        carray(pointer(given[13]), (columns,), np.float32),
-    )
+    scales = carray(pointer(given[12]), (columns,), np.float32)
+    offsets = carray(pointer(given[13]), (columns,), np.float32)
     words = carray(pointer(given[14]), (blocks, columns // COLUMNS, OUTPUTS), np.int32)
     factors = carray(pointer(given[15]), (groups, blocks * OUTPUTS), np.float32)
     first, last = my_share(given[0], given[1], blocks)
     if size == 2:
-        x, found = (
-            carray(pointer(given[9]), (tokens, inputs), np.int16),
-            carray(pointer(given[10]), (tokens, outputs), np.int16),
-        )
-        look_up(x, channels, scales, offsets, words, factors, found, first, last)
+        bits = carray(pointer(given[9]), (tokens, inputs), np.int16)
+        rounded = carray(pointer(given[10]), (tokens, outputs), np.int16)
+        look_up(bits, channels, scales, offsets, words, factors, rounded, first, last)
     else:
-        row, into = (
-            carray(pointer(given[9]), (tokens, inputs), np.float32),
-            carray(pointer(given[10]), (tokens, outputs), np.float32),
-        )
-        look_up(row, channels, scales, offsets, words, factors, into, first, last)
+        x = carray(pointer(given[9]), (tokens, inputs), np.float32)
+        found = carray(pointer(given[10]), (tokens, outputs), np.float32)
+        look_up(x, channels, scales, offsets, words, factors, found, first, last)
 
 
 @compiled

@@ -25,3 +25,20 @@ def test_registered_by_vllm_and_once() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines()[-1] == "usllm.serving.vllm.quantization"
+
+
+ROOM = """
+from vllm.v1.worker.worker_base import WorkerWrapperBase
+before = WorkerWrapperBase.execute_model
+from usllm.serving.vllm.quantization import step_with_room
+step_with_room()
+step_with_room()
+assert WorkerWrapperBase.execute_model is not before
+print(WorkerWrapperBase.execute_model.__wrapped__ is before)
+"""
+
+
+def test_steps_find_room_for_frames_once() -> None:
+    done = subprocess.run([sys.executable, "-c", ROOM], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines()[-1] == "True"

@@ -96,9 +96,8 @@ class Parts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         found = []
-        for (
-            part
-        ) in self.linears:  # without what modules do around a call: of one token that takes as long as the product
+        # Without what modules do around a call: for one token that takes as long as the product.
+        for part in self.linears:
             found.append(part.forward(x))
         return torch.cat(found, -1) if len(found) > 1 else found[0]
 

@@ -135,11 +135,11 @@ class PackedQuantization(QuantizationConfig):
         counts = Counter(chosen.values())
         told = ", ".join(f"{count} {layout}" for layout, count in sorted(counts.items()))
         _log.info("usllm: layout=%s, of %d compressed layers %s", settings.layout, len(chosen), told)
-        _step_with_room()
+        step_with_room()
 
 
 @lru_cache(maxsize=1)
-def _step_with_room() -> None:
+def step_with_room() -> None:
     """Let vLLM's worker call the model with room for its frames: with hundreds of calls a token it pays."""
     WorkerWrapperBase.execute_model = with_room(WorkerWrapperBase.execute_model)
 
