@@ -13,9 +13,9 @@ from numba import carray
 
 from usllm_kernels.blocks import BLOCK, BLOCK_BYTES, SCALE_BYTES
 from usllm_kernels.cpu.compiled import compiled
-from usllm_kernels.cpu.lanes import LANES, add, fill, high_half, load, low_half, multiply, store
-from usllm_kernels.cpu.team import my_share, part_of_a_job, pointer
-from usllm_kernels.cpu.tiles import as_floats
+from usllm_kernels.cpu.lanes import LANES, add, fill, high_half, load, low_half, multiply, store, subtract
+from usllm_kernels.cpu.team import BEFORE, codes_of_bytes, floats, halves, my_share, part_of_a_job
+from usllm_kernels.cpu.tiles import as_floats, store_lanes
 
 _WIDE, _NARROW = BLOCK_BYTES[8], BLOCK_BYTES[4]
 _HALF = BLOCK // 2
@@ -79,10 +79,57 @@ def multiply_blocks_part(job: Any) -> None:
 
     A job's numbers: tokens, inputs, rows, bytes of a row, bits; addresses of ``x``, ``packed`` and ``found``.
     """
-    given = carray(job, (10,))
-    tokens, inputs, rows, row_bytes, bits = given[2:7]
-    x = carray(pointer(given[7]), (tokens, inputs), np.float32)
-    packed = carray(pointer(given[8]), (rows, row_bytes), np.uint8)
-    found = carray(pointer(given[9]), (tokens, rows), np.float32)
-    first, last = my_share(given[0], given[1], rows)
-    multiply_blocks(x, packed, bits, found, first, last)
+    given = carray(job, (BEFORE + 8,))
+    tokens, inputs, rows, row_bytes, bits, x, packed, found = given[BEFORE:]
+    first, last = my_share(given, rows)
+    values, into = floats(x, (tokens, inputs)), floats(found, (tokens, rows))
+    multiply_blocks(values, codes_of_bytes(packed, (rows, row_bytes)), bits, into, first, last)
+
+
+@compiled
+def decode_blocks(
+    packed: Any,  # uint8 [out, bytes of a row]
+    bits: int,  # 8 or 4
+    weight: Any,  # float32, or int16 for the bits of bfloat16, [out, in], written
+    first: int,  # row
+    last: int,
+) -> None:
+    """Weights of some rows: ``d * q``, which float32 holds, rounded to what is written."""
+    size = _WIDE if bits == 8 else _NARROW
+    blocks, columns, row_bytes = packed.shape[1] // size, weight.shape[1], packed.shape[1]
+    codes, signed = packed.reshape(-1), packed.reshape(-1).view(np.int8)
+    scale_bits, eights = np.empty(1, np.int32), np.full(LANES, 8.0, np.float32)
+    scale, eight = scale_bits.view(np.float32), load(eights, 0)
+    for row in range(first, last):
+        for block in range(blocks):
+            at, to = row * row_bytes + block * size, row * columns + block * BLOCK
+            half = np.int32(codes[at]) | (np.int32(codes[at + 1]) << 8)
+            scale_bits[0] = ((half & 0x7FFF) << 13) | ((half & 0x8000) << 16)
+            worth = fill(eights, scale[0] * np.float32(_FP16_BIAS))
+            at += SCALE_BYTES
+            if bits == 8:
+                for i in range(0, BLOCK, LANES):
+                    store_lanes(weight, to + i, multiply(as_floats(load(signed, at + i), eights), worth))
+            else:
+                for i in range(0, _HALF, LANES):
+                    both = load(codes, at + i)
+                    low, high = as_floats(low_half(both), eights), as_floats(high_half(both), eights)
+                    store_lanes(weight, to + i, multiply(subtract(low, eight), worth))
+                    store_lanes(weight, to + _HALF + i, multiply(subtract(high, eight), worth))
+
+
+@part_of_a_job
+def decode_blocks_part(job: Any) -> None:
+    """:func:`decode_blocks` of this thread's share of the rows.
+
+    A job's numbers: inputs, rows, bytes of a row, bits, bytes of an element of what is written; addresses of ``packed``
+    and of that.
+    """
+    given = carray(job, (BEFORE + 7,))
+    inputs, rows, row_bytes, bits, size, packed, weight = given[BEFORE:]
+    first, last = my_share(given, rows)
+    codes = codes_of_bytes(packed, (rows, row_bytes))
+    if size == 2:
+        decode_blocks(codes, bits, halves(weight, (rows, inputs)), first, last)
+    else:
+        decode_blocks(codes, bits, floats(weight, (rows, inputs)), first, last)

@@ -177,6 +177,7 @@ minimum = _joined(lambda b, x, y, floating: b.select(_less(b, x, y, floating), x
 maximum = _joined(lambda b, x, y, floating: b.select(_less(b, y, x, floating), x, y))
 largest_bits = _joined(lambda b, x, y, floating: y if floating else b.select(b.icmp_unsigned(">", x, y), x, y))
 add = _joined(lambda b, x, y, floating: b.fadd(x, y) if floating else b.add(x, y))
+subtract = _joined(lambda b, x, y, floating: b.fsub(x, y) if floating else b.sub(x, y))
 multiply = _joined(lambda b, x, y, floating: b.fmul(x, y) if floating else b.mul(x, y))
 divide = _joined(lambda b, x, y, floating: b.fdiv(x, y) if floating else y)
 smaller_magnitude = _joined(

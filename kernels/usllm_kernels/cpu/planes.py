@@ -1,8 +1,4 @@
-"""Compiled loops over codes in output order: sums of table entries for a few tokens, matrices for many.
-
-Must stay bit-equal to ``ops/plane_linear/reference.py`` in what is decoded: a channel's signs times scales, added up
-one after another, times factor, each rounded, then bfloat16 to nearest, ties to even.
-"""
+"""Compiled loops that make codes in output order, and multiply them with a few tokens by sums of table entries."""
 
 from __future__ import annotations
 
@@ -12,9 +8,9 @@ import numpy as np
 from numba import carray
 
 from usllm_kernels.cpu.compiled import compiled
-from usllm_kernels.cpu.lanes import LANES, add, fill, load, multiply, shift_left, store_low, where_less
+from usllm_kernels.cpu.lanes import LANES, load
 from usllm_kernels.cpu.lookup import TABLE, TABLES, machine_instructions, table_sums
-from usllm_kernels.cpu.team import my_share, part_of_a_job, pointer
+from usllm_kernels.cpu.team import BEFORE, floats, halves, my_share, part_of_a_job, whole_numbers
 from usllm_kernels.cpu.tiles import store_element, store_lanes
 from usllm_kernels.planes import COLUMNS, OUTPUTS
 
@@ -39,7 +35,7 @@ def look_up(
     tables, totals = np.empty(columns * TABLES * TABLE, np.float32), np.empty(groups, np.float32)
     row, one, whole = np.empty(x.shape[1], np.float32), np.empty(OUTPUTS, np.float32), np.empty(OUTPUTS, np.float32)
     for token in range(x.shape[0]):
-        _read_row(x, token, row)
+        read_row(x, token, row)
         _fill_tables(row, channels, scales, offsets, each * COLUMNS, tables, totals)
         for block in range(first_block, last_block):
             first = block * OUTPUTS
@@ -63,26 +59,25 @@ def look_up_part(job: Any) -> None:
     A job's numbers: tokens, inputs, outputs, columns, blocks, groups, bytes of an element of ``x``; addresses of ``x``
     and of what is written; of channels, scales, offsets, words and factors.
     """
-    given = carray(job, (16,))
-    tokens, inputs, outputs, columns, blocks, groups, size = given[2:9]
-    channels = carray(pointer(given[11]), (columns,), np.int32)
-    scales = carray(pointer(given[12]), (columns,), np.float32)
-    offsets = carray(pointer(given[13]), (columns,), np.float32)
-    words = carray(pointer(given[14]), (blocks, columns // COLUMNS, OUTPUTS), np.int32)
-    factors = carray(pointer(given[15]), (groups, blocks * OUTPUTS), np.float32)
-    first, last = my_share(given[0], given[1], blocks)
+    given = carray(job, (BEFORE + 14,))
+    tokens, inputs, outputs, columns, blocks, groups, size = given[BEFORE : BEFORE + 7]
+    x, found, channels, scales, offsets, words, factors = given[BEFORE + 7 :]
+    stored = (
+        whole_numbers(channels, (columns,)),
+        floats(scales, (columns,)),
+        floats(offsets, (columns,)),
+        whole_numbers(words, (blocks, columns // COLUMNS, OUTPUTS)),
+        floats(factors, (groups, blocks * OUTPUTS)),
+    )
+    first, last = my_share(given, blocks)
     if size == 2:
-        bits = carray(pointer(given[9]), (tokens, inputs), np.int16)
-        rounded = carray(pointer(given[10]), (tokens, outputs), np.int16)
-        look_up(bits, channels, scales, offsets, words, factors, rounded, first, last)
+        look_up(halves(x, (tokens, inputs)), *stored, halves(found, (tokens, outputs)), first, last)
     else:
-        x = carray(pointer(given[9]), (tokens, inputs), np.float32)
-        found = carray(pointer(given[10]), (tokens, outputs), np.float32)
-        look_up(x, channels, scales, offsets, words, factors, found, first, last)
+        look_up(floats(x, (tokens, inputs)), *stored, floats(found, (tokens, outputs)), first, last)
 
 
 @compiled
-def _read_row(x: Any, token: int, row: Any) -> None:
+def read_row(x: Any, token: int, row: Any) -> None:
     """One token's inputs in float32."""
     if x.itemsize == 2:
         bits = row.view(np.int32)
@@ -113,27 +108,6 @@ def _fill_tables(
 
 
 @compiled
-def gather_inputs(
-    x: Any,  # float32 [tokens, in], or int16 for the bits of bfloat16
-    channels: Any,  # int32 [columns]
-    scales: Any,  # float32 [columns]
-    found: Any,  # of the type of x, [tokens, columns], written
-    first: int,  # token
-    last: int,
-) -> None:
-    """What codes are multiplied with: inputs in the order of columns, times scales."""
-    row = np.empty(x.shape[1], np.float32)
-    kept = np.empty(channels.size + LANES, np.float32)
-    for token in range(first, last):
-        _read_row(x, token, row)
-        for column in range(channels.size):
-            kept[column] = row[channels[column]] * scales[column]
-        whole = channels.size // LANES * LANES
-        for column in range(0, whole, LANES):
-            store_lanes(found, token * channels.size + column, load(kept, column))
-
-
-@compiled
 def join_bits(
     bits: Any,  # uint8 [out, columns]
     words: Any,  # int32 [blocks, columns / 32, 64], written
@@ -147,54 +121,3 @@ def join_bits(
                 bit = bits[block * OUTPUTS + i, word * COLUMNS + place]
                 joined |= np.uint32(bit) << np.uint32(place)
             words[block, word, i] = np.int32(joined)
-
-
-@compiled
-def sign_columns(
-    words: Any,  # int32 [blocks, columns / 32, 64]
-    positive: int,  # bits of what a positive sign stands for
-    negative: int,
-    signs: Any,  # int16 or int32, [columns, outputs from first_block on], written
-    first_block: int,
-    block: int,
-) -> None:
-    """Signs of all columns and one block of outputs, as whatever number's bits they are to be."""
-    columns = words.shape[1]
-    nothing, plus, minus = fill(words, 0), fill(words, positive), fill(words, negative)
-    for word in range(columns):
-        at_word = (block * columns + word) * OUTPUTS
-        for place in range(COLUMNS):
-            up = COLUMNS - 1 - place
-            to = (word * COLUMNS + place) * signs.shape[1] + (block - first_block) * OUTPUTS
-            for i in range(0, OUTPUTS, LANES):
-                bits = shift_left(load(words, at_word + i), up)  # the sign bit is the column's
-                store_low(signs, to + i, where_less(bits, nothing, plus, minus))
-
-
-@compiled
-def decode_channels(
-    words: Any,  # int32 [blocks, columns / 32, 64]
-    starts: Any,  # int32 [channels + 1]
-    scales: Any,  # float32 [columns]
-    offsets: Any,  # float32 [columns]
-    factors: Any,  # float32 [groups, blocks * 64]
-    weights: Any,  # float32, or int16 for the bits of bfloat16, [channels, outputs from first_block on], written
-    first_block: int,
-    block: int,
-) -> None:
-    """Decoded weights of all channels and one block of outputs."""
-    blocks, columns, _ = words.shape
-    each = columns * COLUMNS // factors.shape[0]
-    nothing = fill(words, 0)
-    for channel in range(starts.size - 1):
-        to = channel * weights.shape[1] + (block - first_block) * OUTPUTS
-        at_factor = (starts[channel] // each) * blocks * OUTPUTS + block * OUTPUTS
-        for i in range(0, OUTPUTS, LANES):
-            total = fill(scales, np.float32(0.0))
-            for column in range(starts[channel], starts[channel + 1]):
-                at_word = (block * columns + column // COLUMNS) * OUTPUTS
-                bits = shift_left(load(words, at_word + i), COLUMNS - 1 - column % COLUMNS)
-                worth = scales[column]
-                sign = where_less(bits, nothing, fill(scales, worth), fill(scales, -worth))
-                total = add(total, add(sign, fill(scales, offsets[column])))
-            store_lanes(weights, to + i, multiply(total, load(factors, at_factor + i)))

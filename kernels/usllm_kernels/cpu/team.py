@@ -5,8 +5,8 @@ while after each of its operations, and take up in a microsecond what they are g
 share their cores with them. So parts are given to OpenMP in the library that torch itself is linked with.
 
 OpenMP calls a C function with one address and no array. What a part works on is therefore written as numbers, a *job*:
-int64, of which the first two are OpenMP's functions that tell a thread its number and how many there are, and the
-others addresses and sizes that its function knows.
+int64, of which the first three say who does which part, and the others are addresses and sizes that its function knows.
+Where torch has no such threads, a pool of Python's does the same jobs (:mod:`usllm_kernels.cpu.parallel`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,22 @@ from array import array
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 
 from usllm_kernels.cpu.compiled import compiled, compiled_callback
 from usllm_kernels.cpu.lanes import intrinsic
+
+T = TypeVar("T")
+
+CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+"""What a part is to C."""
+BEFORE = 3
+"""Numbers of a job that say who does which part: whether the others are functions to ask, or the part and how many."""
 
 _forked: list[bool] = []
 if hasattr(os, "register_at_fork"):  # elsewhere there is no fork
@@ -32,21 +40,51 @@ if hasattr(os, "register_at_fork"):  # elsewhere there is no fork
 
 
 class Team(NamedTuple):
-    """OpenMP's call, and the addresses of the functions that begin every job."""
+    """OpenMP's call, and the addresses of the functions that tell a thread its number and how many there are."""
 
-    call: Any
+    begin: Any
     who: tuple[int, int]
+
+    def threads(self, size: int, least: int) -> int:
+        """As many as torch uses in this one for work of at least that size; below, asking them takes longer."""
+        return torch.get_num_threads() if size >= least else 1
 
     def run(self, part: Callable[[], Any], numbers: Iterable[int], threads: int) -> None:
         """Do a job on some threads, each of which does its part; one of them is the caller's.
 
         Args:
             part: Gives the function, made by :func:`part_of_a_job`.
-            numbers: Of the job, behind the first two.
+            numbers: Of the job, behind those that say who does which part.
             threads: At most; a part asks how many there are.
         """
-        job = array("q", (*self.who, *numbers))
-        self.call(part().address, job.buffer_info()[0], threads, 0)
+        job = array("q", (1, *self.who, *numbers))
+        self.begin(part().address, job.buffer_info()[0], threads, 0)
+
+    def call(self, work: Callable[[T], object], tasks: Iterable[T], threads: int) -> None:
+        """Do ``work`` on every task, each on the next thread that is free. For what is worth some 50 microseconds.
+
+        Args:
+            work: Python that gives the interpreter's lock back in what it compiled.
+            tasks: In any order.
+            threads: At most.
+
+        Raises:
+            BaseException: The first that ``work`` raised; tasks that nobody had begun are left then.
+        """
+        left, raised = iter(tasks), list[BaseException]()
+
+        def part(_: int | None) -> None:
+            try:
+                for task in left:
+                    if raised:
+                        return
+                    work(task)
+            except BaseException as error:  # C code cannot pass it on
+                raised.append(error)
+
+        self.begin(CALLBACK(part), None, threads, 0)
+        if raised:
+            raise raised[0]
 
 
 def team_of_torch() -> Team | None:
@@ -61,12 +99,12 @@ def _found() -> Team | None:
         return None
     try:
         known = ctypes.CDLL(str(library))  # finds what torch is linked with, whatever else the process has loaded
-        call, who = known.GOMP_parallel, (known.omp_get_thread_num, known.omp_get_num_threads)
+        begin, who = known.GOMP_parallel, (known.omp_get_thread_num, known.omp_get_num_threads)
     except (OSError, AttributeError):
         return None
-    call.argtypes, call.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    begin.argtypes, begin.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
     number, count = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in who)
-    return Team(call, (number, count))
+    return Team(begin, (number, count))
 
 
 def part_of_a_job(function: Callable[[Any], None]) -> Callable[[], Any]:
@@ -101,13 +139,38 @@ def _asked(typing: Any, address: Any) -> Any:
 
 
 @compiled
-def my_share(number: int, count: int, things: int) -> Any:
-    """First and last of ``things`` that are this thread's.
+def my_share(job: Any, things: int) -> Any:
+    """First and last of ``things`` that are for the thread that does this part.
 
     Args:
-        number: First number of the job.
-        count: Second number of the job.
+        job: Its numbers.
         things: To be shared out.
     """
-    part, parts = _asked(number), _asked(count)
+    part, parts = job[1], job[2]
+    if job[0]:
+        part, parts = np.int64(_asked(part)), np.int64(_asked(parts))
     return things * part // parts, things * (part + 1) // parts
+
+
+@compiled
+def floats(address: int, shape: Any) -> Any:
+    """An array of float32."""
+    return carray(pointer(address), shape, np.float32)
+
+
+@compiled
+def whole_numbers(address: int, shape: Any) -> Any:
+    """An array of int32."""
+    return carray(pointer(address), shape, np.int32)
+
+
+@compiled
+def halves(address: int, shape: Any) -> Any:
+    """An array of int16, the bits of bfloat16."""
+    return carray(pointer(address), shape, np.int16)
+
+
+@compiled
+def codes_of_bytes(address: int, shape: Any) -> Any:
+    """An array of uint8."""
+    return carray(pointer(address), shape, np.uint8)

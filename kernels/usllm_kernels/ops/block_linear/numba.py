@@ -1,23 +1,26 @@
-"""Products of a few tokens with blocks on the CPU, in compiled loops; of more by the reference."""
+"""Products with blocks on the CPU: of a few tokens from the codes, of more with weights decoded some rows at a time."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from usllm_kernels.cpu.blocks import multiply_blocks, multiply_blocks_part
-from usllm_kernels.cpu.parallel import side_by_side
-from usllm_kernels.cpu.team import team_of_torch
+from usllm_kernels.blocks import blocks_of
+from usllm_kernels.cpu.blocks import decode_blocks_part, multiply_blocks_part
+from usllm_kernels.cpu.parallel import workers
 from usllm_kernels.ops.block_linear import reference
 
 FEW_TOKENS = 6
 """Beyond, decoding once and torch's product are faster."""
+_DECODED = 1 << 19
+"""Weights that are decoded at a time, while they stay in the second cache."""
 _HALVES = (torch.bfloat16, torch.float16)
-"""Types that are computed with here; in wider ones the bits are those of a product with the decoded weight."""
-_LEAST_ON_TEAM = 1 << 16
-"""Weights; below, torch's other threads save less than it takes to ask them."""
-_LEAST_SHARED = 1 << 20
-"""The same for threads that have to be woken, where torch's are not at hand."""
+"""Types that few tokens are computed in here; in wider ones the bits are those of a product with the decoded weight."""
+_WRITTEN = (torch.bfloat16, torch.float32)
+"""Types that weights are decoded to here."""
+_LEAST_SHARED = 1 << 16
+"""Weights; below, other threads save less than it takes to ask them."""
 
 
 def supports(packed: Tensor) -> None:
@@ -27,20 +30,31 @@ def supports(packed: Tensor) -> None:
 def block_linear(x: Tensor, packed: Tensor, bits: int, bias: Tensor | None = None) -> Tensor:
     """``x Ŵᵀ + b``, [tokens, rows]: fp32 for a few tokens in 16 bits, the same bits for every number of threads."""
     rows, tokens = packed.shape[0], x.shape[0]
-    if not 0 < tokens <= FEW_TOKENS or x.dtype not in _HALVES or not packed.is_contiguous():
+    if not tokens or not packed.is_contiguous():
         return reference.block_linear(x, packed, bits, bias)
-    values, found = x.float().contiguous(), torch.empty(tokens, rows)
-    weights, team = rows * x.shape[1], team_of_torch()
-    if team is not None:
-        shape = tokens, x.shape[1], rows, packed.shape[1], bits
-        threads = torch.get_num_threads() if weights >= _LEAST_ON_TEAM else 1
-        team.run(multiply_blocks_part, (*shape, values.data_ptr(), packed.data_ptr(), found.data_ptr()), threads)
-    else:
-        inputs, codes, into = values.numpy(), packed.numpy(), found.numpy()
-        parts = torch.get_num_threads() if weights >= _LEAST_SHARED else 1
-
-        def part(number: int) -> None:
-            multiply_blocks(inputs, codes, bits, into, rows * number // parts, rows * (number + 1) // parts)
-
-        side_by_side(part, range(parts))
+    if tokens > FEW_TOKENS or x.dtype not in _HALVES:
+        if x.dtype not in _WRITTEN:
+            return reference.block_linear(x, packed, bits, bias)
+        return _by_weights(x, packed, bits, bias)
+    values, found, by = x.float().contiguous(), torch.empty(tokens, rows), workers()
+    shape = tokens, x.shape[1], rows, packed.shape[1], bits
+    numbers = *shape, values.data_ptr(), packed.data_ptr(), found.data_ptr()
+    by.run(multiply_blocks_part, numbers, by.threads(rows * x.shape[1], _LEAST_SHARED))
     return found if bias is None else found.add_(bias)
+
+
+def _by_weights(x: Tensor, packed: Tensor, bits: int, bias: Tensor | None) -> Tensor:
+    """Torch's product, with some rows' weights at a time."""
+    rows, columns = packed.shape[0], x.shape[1]
+    blocks_of(packed, bits, "weight")
+    step, by = max(_DECODED // max(columns, 1), 1), workers()
+    found = x.new_empty(len(x), rows)
+    for first in range(0, rows, step):
+        part = packed[first : first + step]
+        weight = x.new_empty(len(part), columns)
+        shape = columns, len(part), packed.shape[1], bits, weight.element_size()
+        threads = by.threads(weight.numel(), _LEAST_SHARED)
+        by.run(decode_blocks_part, (*shape, part.data_ptr(), weight.data_ptr()), threads)
+        of_part = None if bias is None else bias[first : first + step]
+        found[:, first : first + step] = functional.linear(x, weight, of_part)
+    return found
