@@ -125,19 +125,6 @@ def store(typing: Any, array: Any, at: Any, value: Any) -> Any:
 
 
 @intrinsic
-def store_low(typing: Any, array: Any, at: Any, value: Any) -> Any:
-    """Eight whole numbers into a contiguous array of the same or narrower ones: their low bits."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kept = ir.VectorType(context.get_value_type(signature.args[0].dtype), LANES)
-        low = arguments[2] if arguments[2].type == kept else builder.trunc(arguments[2], kept)
-        Builder(context, builder).store(signature.args[0], arguments[0], arguments[1], low)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, value), emit
-
-
-@intrinsic
 def fill(typing: Any, array: Any, value: Any) -> Any:
     """Eight times one number, of the array's type."""
 

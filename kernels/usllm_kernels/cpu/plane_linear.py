@@ -1,7 +1,7 @@
 """Products from codes in output order on the CPU.
 
 A few tokens look sums of four columns up. For more, signs become an exact matrix some outputs at a time, while it stays
-in the second cache, and torch multiplies; scales are left with the inputs and the outputs. Where most codes are wide,
+in the caches, and torch multiplies; scales are left with the inputs and the outputs. Where most codes are wide,
 or groups of inputs have factors of their own, weights are decoded instead.
 """
 
@@ -15,15 +15,18 @@ from usllm_kernels.cpu.plane_matrix import (
     decode_channels_part,
     finish_products_part,
     gather_inputs_part,
-    sign_columns_part,
+    sign_rows_part,
 )
 from usllm_kernels.cpu.planes import look_up_part
 from usllm_kernels.planes import OUTPUTS, Planes
 
 FEW_TOKENS = 24
 """Beyond, a matrix and torch's product are faster."""
-_MATRIX = 1 << 19
-"""Elements of the matrix that is made at a time; at least a block of outputs for each thread."""
+_MATRIX = 1 << 20
+"""Elements of the matrix that is made at a time, at least a block of outputs for each thread.
+
+Half as many stay in the second cache, and torch's product loses more with the narrower matrix (docs/log.md).
+"""
 _LEAST_SHARED = 1 << 18
 """Signs times tokens, for a few; below, other threads save less than it takes to ask them."""
 _LEAST_WRITTEN = 1 << 14
@@ -82,11 +85,10 @@ def _by_matrix(x: Tensor, planes: Planes) -> Tensor:
     for first in range(0, blocks, width):
         part = range(first, min(first + width, blocks))
         start, stop = first * OUTPUTS, min(part.stop * OUTPUTS, outputs)
-        matrix = _signs(planes, part, x.dtype) if exact else _decoded(planes, part, x.dtype)
-        product = held @ matrix[:, : stop - start]
         if not exact:
-            found[:, start:stop] = product
+            found[:, start:stop] = held @ _decoded(planes, part, x.dtype)[:, : stop - start]
             continue
+        product = held @ _signs(planes, part, x.dtype)[: stop - start].t()
         shape = tokens, stop - start, outputs, start, x.element_size()
         factors = planes.factors.data_ptr() + start * planes.factors.element_size()
         numbers = *shape, product.data_ptr(), added.data_ptr(), factors, found.data_ptr()
@@ -125,9 +127,9 @@ def _decoded(planes: Planes, blocks: range, dtype: torch.dtype, apart: bool = Fa
 
 
 def _signs(planes: Planes, blocks: range, dtype: torch.dtype) -> Tensor:
-    """Signs of some blocks of outputs, 1 and -1, [columns, len(blocks) * 64]."""
-    signs, by = torch.empty(planes.columns, len(blocks) * OUTPUTS, dtype=dtype), workers()
+    """Signs of some blocks of outputs, 1 and -1, [len(blocks) * 64, columns]."""
+    signs, by = torch.empty(len(blocks) * OUTPUTS, planes.columns, dtype=dtype), workers()
     shape = planes.columns, blocks.start, len(blocks), signs.element_size(), *_SIGNED[dtype]
     numbers = *shape, planes.addresses[4], signs.data_ptr()
-    by.run(sign_columns_part, numbers, by.threads(signs.numel(), _LEAST_WRITTEN))
+    by.run(sign_rows_part, numbers, by.threads(signs.numel(), _LEAST_WRITTEN))
     return signs

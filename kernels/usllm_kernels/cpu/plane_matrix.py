@@ -12,8 +12,9 @@ import numpy as np
 from numba import carray
 
 from usllm_kernels.cpu.compiled import compiled
-from usllm_kernels.cpu.lanes import LANES, add, fill, load, multiply, shift_left, store, store_low, where_less
+from usllm_kernels.cpu.lanes import LANES, add, fill, load, multiply, shift_left, store, where_less
 from usllm_kernels.cpu.planes import read_row
+from usllm_kernels.cpu.signs import store_signs
 from usllm_kernels.cpu.team import BEFORE, floats, halves, my_share, part_of_a_job, whole_numbers
 from usllm_kernels.cpu.tiles import store_element, store_lanes
 from usllm_kernels.planes import COLUMNS, OUTPUTS
@@ -70,43 +71,38 @@ def gather_inputs_part(job: Any) -> None:
 
 
 @compiled
-def sign_columns(
+def sign_rows(
     words: Any,  # int32 [blocks, columns / 32, 64]
     positive: int,  # bits of what a positive sign stands for
     negative: int,
-    signs: Any,  # int16 or int32, [columns, outputs from first_block on], written
+    signs: Any,  # int16 or int32, [outputs from first_block on, columns], written
     first_block: int,
     block: int,
 ) -> None:
-    """Signs of all columns and one block of outputs, as whatever number's bits they are to be."""
+    """Signs of one block of outputs, as whatever number's bits they are to be."""
     columns = words.shape[1]
-    nothing, plus, minus = fill(words, 0), fill(words, positive), fill(words, negative)
-    for word in range(columns):
-        at_word = (block * columns + word) * OUTPUTS
-        for place in range(COLUMNS):
-            up = COLUMNS - 1 - place
-            to = (word * COLUMNS + place) * signs.shape[1] + (block - first_block) * OUTPUTS
-            for i in range(0, OUTPUTS, LANES):
-                bits = shift_left(load(words, at_word + i), up)  # the sign bit is the column's
-                store_low(signs, to + i, where_less(bits, nothing, plus, minus))
+    for i in range(OUTPUTS):
+        at, to = block * columns * OUTPUTS + i, ((block - first_block) * OUTPUTS + i) * signs.shape[1]
+        for word in range(columns):
+            store_signs(words, at + word * OUTPUTS, positive, negative, signs, to + word * COLUMNS)
 
 
 @part_of_a_job
-def sign_columns_part(job: Any) -> None:
-    """:func:`sign_columns` of this thread's share of some blocks.
+def sign_rows_part(job: Any) -> None:
+    """:func:`sign_rows` of this thread's share of some blocks.
 
     A job's numbers: columns, first and number of the blocks, bytes of an element of what is written, bits of both
     signs; addresses of words and of what is written.
     """
     given = carray(job, (BEFORE + 8,))
     columns, start, blocks, size, positive, negative, words, signs = given[BEFORE:]
-    held, shape = whole_numbers(words, (start + blocks, columns // COLUMNS, OUTPUTS)), (columns, blocks * OUTPUTS)
+    held, shape = whole_numbers(words, (start + blocks, columns // COLUMNS, OUTPUTS)), (blocks * OUTPUTS, columns)
     first, last = my_share(given, blocks)
     for block in range(start + first, start + last):
         if size == 2:
-            sign_columns(held, positive, negative, halves(signs, shape), start, block)
+            sign_rows(held, positive, negative, halves(signs, shape), start, block)
         else:
-            sign_columns(held, positive, negative, whole_numbers(signs, shape), start, block)
+            sign_rows(held, positive, negative, whole_numbers(signs, shape), start, block)
 
 
 @compiled
