@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,14 +98,8 @@ class Planes:
         return self.channels, self.starts, self.scales, self.offsets, self.words, self.factors
 
     @cached_property
-    def arrays(self) -> tuple[Any, Any, Any, Any, Any, Any]:
-        """The same as NumPy arrays over the same memory, of planes on the CPU."""
-        channels, starts, scales, offsets, words, factors = (tensor.numpy() for tensor in self.tensors)
-        return channels, starts, scales, offsets, words, factors
-
-    @cached_property
     def addresses(self) -> tuple[int, int, int, int, int, int]:
-        """Where they begin, for code that is told no more of them.
+        """Where the tensors begin, for code that is told no more of them.
 
         Raises:
             ValueError: One is not contiguous, or of another type.

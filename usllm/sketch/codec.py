@@ -80,13 +80,13 @@ def channel_scales(states: States, plan: Plan) -> Tensor:
     value = decode_scale(states["scales"], states["scale_base"], CHANNEL_MANTISSA)
     if plan.divisors is not None:
         value = value / plan.divisors.to(device)
-    return torch.zeros(plan.shape[1], device=device).index_copy_(0, plan.channel_order.to(device), value)
+    return value.new_zeros(plan.shape[1]).index_copy_(0, plan.channel_order.to(device), value)
 
 
 def _bucket_values(weight: Tensor, plan: Plan, winners: Tensor | None) -> Tensor:
     """fp32 values of the states before quantisation, [states]."""
     operator, device = plan.operator, weight.device
-    flat = torch.empty(0, device=device)
+    flat = torch.empty(0, dtype=torch.float32, device=device)
     for span, rotation in chunks(plan):
         encoded = operator.encode(rotate(weight, span, rotation, plan.rotation_step)).index_select(
             0, rows_with_states(plan, span, device)
@@ -118,8 +118,8 @@ def _occupied(values: Tensor, plan: Plan) -> Tensor:
 def _query_unscaled(states: States, plan: Plan) -> Tensor:
     operator, device = plan.operator, states["codes"].device
     if not plan.blocks:
-        return torch.zeros(plan.shape, device=device)
-    decoded = torch.empty(plan.shape, device=device)
+        return torch.zeros(plan.shape, dtype=torch.float32, device=device)
+    decoded = torch.empty(plan.shape, dtype=torch.float32, device=device)
     encoded = operator.encode_codes(states["codes"], plan.config.query)
     for span, rotation in chunks(plan):
         n = span.size

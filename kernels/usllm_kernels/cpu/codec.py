@@ -42,7 +42,7 @@ def project(
     values = _values(weight, plan, keys, winners)
     tables = layout(plan)
     channels = plan.num_active
-    largest, scales = torch.empty(2, channels).numpy()
+    largest, scales = torch.empty(2, channels, dtype=torch.float32).numpy()
     total, squares = torch.empty(2, channels, dtype=torch.int64).numpy()
     mask, nearest = 0x7FFFFFFE if keys else 0x7FFFFFFF, plan.config.rounding == "nearest"
     channel_sums(values.numpy(), mask, tables.class_sizes, largest.view("int32"), total, squares)
@@ -63,7 +63,8 @@ def project(
     quantize_states(values.numpy(), keys, tables.class_sizes, scales, nearest, states["codes"].numpy())
     if plan.config.output_scale and output_scale is None:
         flat, pitch = flat_view(weight)
-        of_channels = torch.ones(plan.shape[1]) if second_moment is None else second_moment.float().contiguous()
+        moment = torch.ones(plan.shape[1], dtype=torch.float32) if second_moment is None else second_moment.float()
+        of_channels = moment.contiguous()
         product, square = torch.empty(2, plan.shape[0], dtype=torch.float64)
         decoded = decode(states, plan).numpy()
         output_sums(flat.numpy(), pitch, decoded, of_channels.numpy(), product.numpy(), square.numpy())
@@ -115,7 +116,7 @@ def decode(
         output: Scales of the outputs, fp32 [out]; without them the weights are unscaled.
     """
     if output is None:
-        output = torch.ones(plan.shape[0])
+        output = torch.ones(plan.shape[0], dtype=torch.float32)
     if not plan.blocks:
         if weight is not None and sums is not None:
             sums += weight.square().sum(0)
@@ -166,7 +167,7 @@ def decode_groups(
         weight, sums: As for :func:`decode`.
     """
     tables, span = layout(plan), plan.spans[span_index]
-    latent, pitch = flat_view(weight) if weight is not None else (torch.empty(0), 0)
+    latent, pitch = flat_view(weight) if weight is not None else (torch.empty(0, dtype=torch.float32), 0)
     query_span(
         codes.numpy(),
         scales.numpy(),
@@ -185,7 +186,7 @@ def decode_groups(
         joined_codes(codes.dtype, plan),
         latent.numpy(),
         pitch,
-        (torch.empty(2, 0) if sums is None else sums).numpy(),
+        (torch.empty(2, 0, dtype=torch.float32) if sums is None else sums).numpy(),
         (decoded.view(torch.int16) if decoded.dtype == torch.bfloat16 else decoded).numpy(),
     )
 

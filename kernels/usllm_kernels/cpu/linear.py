@@ -41,9 +41,9 @@ def sketch_linear(x: Tensor, states: States, plan: Plan) -> Tensor:
 
 def input_gradient(gradient: Tensor, states: States, plan: Plan) -> Tensor:
     """``dy Ŵ``, [tokens, in], in the dtype of ``gradient`` [tokens, out]; parts are added up in float32."""
-    found = torch.zeros(len(gradient), plan.shape[1])
+    found = torch.zeros(len(gradient), plan.shape[1], dtype=torch.float32)
     if plan.blocks:
-        total = torch.zeros(len(gradient), _padded(plan))
+        total = torch.zeros(len(gradient), _padded(plan), dtype=torch.float32)
         for start, part in _parts(states, plan, gradient.dtype):
             for group, weights in enumerate(part):
                 first = start + group * weights.shape[1]
@@ -80,7 +80,7 @@ def _few_tokens(x: Tensor, states: States, plan: Plan) -> Tensor:
     tables, stored, joined = layout(plan), _stored(states, plan), joined_codes(plan.code_dtype, plan)
     lanes = len(tables.lane_block)
     threads = min(torch.get_num_threads(), lanes) if plan.shape[0] * plan.num_active >= _LEAST_SHARED else 1
-    parts = torch.zeros(threads, len(x), plan.shape[0])
+    parts = torch.zeros(threads, len(x), plan.shape[0], dtype=torch.float32)
     tokens = x.float().contiguous().numpy()
 
     def work(part: int) -> None:

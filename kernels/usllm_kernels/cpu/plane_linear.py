@@ -101,8 +101,8 @@ def _gathered(x: Tensor, planes: Planes, exact: bool) -> tuple[Tensor, Tensor]:
     channels, starts, scales, offsets, *_ = planes.tensors
     if not exact:
         channels = channels[starts[:-1]]
-        scales, offsets = torch.ones(len(channels)), torch.zeros(len(channels))
-    added = torch.empty(len(x))
+        scales, offsets = scales.new_ones(len(channels)), scales.new_zeros(len(channels))
+    added = scales.new_empty(len(x))
     if x.dtype not in _SIGNED:
         return x.index_select(1, channels), added
     x, held, by = x.contiguous(), x.new_empty(len(x), len(channels)), workers()
@@ -117,7 +117,7 @@ def _decoded(planes: Planes, blocks: range, dtype: torch.dtype, apart: bool = Fa
     channels, inputs = planes.starts.shape[0] - 1, planes.shape[1]
     written = dtype if dtype == torch.bfloat16 else torch.float32
     rows = inputs if apart else channels
-    made = torch.zeros if rows > channels else torch.empty
+    made = planes.scales.new_zeros if rows > channels else planes.scales.new_empty
     weight, by = made(rows, len(blocks) * OUTPUTS, dtype=written), workers()
     shape = planes.columns, channels, planes.groups, planes.words.shape[0]
     written_to = blocks.start, len(blocks), rows, weight.element_size(), int(apart)
@@ -128,7 +128,7 @@ def _decoded(planes: Planes, blocks: range, dtype: torch.dtype, apart: bool = Fa
 
 def _signs(planes: Planes, blocks: range, dtype: torch.dtype) -> Tensor:
     """Signs of some blocks of outputs, 1 and -1, [len(blocks) * 64, columns]."""
-    signs, by = torch.empty(len(blocks) * OUTPUTS, planes.columns, dtype=dtype), workers()
+    signs, by = planes.scales.new_empty(len(blocks) * OUTPUTS, planes.columns, dtype=dtype), workers()
     shape = planes.columns, blocks.start, len(blocks), signs.element_size(), *_SIGNED[dtype]
     numbers = *shape, planes.addresses[4], signs.data_ptr()
     by.run(sign_rows_part, numbers, by.threads(signs.numel(), _LEAST_WRITTEN))

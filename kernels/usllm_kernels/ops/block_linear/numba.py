@@ -36,7 +36,8 @@ def block_linear(x: Tensor, packed: Tensor, bits: int, bias: Tensor | None = Non
         if x.dtype not in _WRITTEN:
             return reference.block_linear(x, packed, bits, bias)
         return _by_weights(x, packed, bits, bias)
-    values, found, by = x.float().contiguous(), torch.empty(tokens, rows), workers()
+    values, by = x.float().contiguous(), workers()
+    found = values.new_empty(tokens, rows)
     shape = tokens, x.shape[1], rows, packed.shape[1], bits
     numbers = *shape, values.data_ptr(), packed.data_ptr(), found.data_ptr()
     by.run(multiply_blocks_part, numbers, by.threads(rows * x.shape[1], _LEAST_SHARED))
