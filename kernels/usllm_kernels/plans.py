@@ -148,18 +148,22 @@ def check_states(states: States, plan: Plan) -> None:
     Raises:
         ValueError: Their number is another, or they do not lie in one piece.
     """
-    needed = {"codes": plan.num_states, "scales": plan.num_active, "scale_base": 1}
-    if states["codes"].dtype == torch.uint8:
-        needed["codes"] = plan.bit_breakdown()["states"] // 8
-    if plan.config.output_scale:
-        needed |= {"output_scales": plan.shape[0], "output_scale_base": 1}
-    for name, count in needed.items():
+    for name, count in _numbers_of_states(plan, states["codes"].dtype == torch.uint8).items():
         held = states.get(name, states["codes"][:0])
         if held.numel() < count or not held.is_contiguous():
             apart = "" if held.is_contiguous() else ", not in one piece"
             raise ValueError(
                 f"{plan.name}: {name} are {held.numel()} numbers{apart}; the plan wants {count} in one piece"
             )
+
+
+@cached_by_plan
+def _numbers_of_states(plan: Plan, packed: bool) -> dict[str, int]:
+    codes = plan.bit_breakdown()["states"] // 8 if packed else plan.num_states
+    needed = {"codes": codes, "scales": plan.num_active, "scale_base": 1}
+    if plan.config.output_scale:
+        needed |= {"output_scales": plan.shape[0], "output_scale_base": 1}
+    return needed
 
 
 def packed_states(packed: Tensor, plan: Plan) -> States:
@@ -182,7 +186,11 @@ def _flat_plan(handle: str) -> FlatPlan:
 
 def _first_bytes(handle: str) -> tuple[int, int, int]:
     """Where scales, output scales and codes begin in a packed layer, in bytes."""
-    plan = living_plan(handle)
+    return _beginnings(living_plan(handle))
+
+
+@cached_by_plan
+def _beginnings(plan: Plan) -> tuple[int, int, int]:
     size = {name: bits // 8 for name, bits in plan.bit_breakdown().items()}
     scales = size["header"] + size["classes"] + size["channel_classes"]
     output = scales + size["scales"]

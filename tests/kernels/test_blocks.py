@@ -92,3 +92,18 @@ def test_an_input_or_bytes_that_do_not_fit_are_refused(dtype: torch.dtype) -> No
             block_linear(torch.randn(1, width).to(dtype), codes, 8)
     with pytest.raises(ValueError, match="whole Q4_0 blocks"):
         block_linear(torch.randn(1, 64).to(dtype), codes, 4)
+
+
+@numba
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e3])
+def test_weights_that_many_tokens_multiply_are_the_decoded_ones(
+    bits: int, size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from usllm_kernels.ops.block_linear import numba as implementation
+
+    monkeypatch.setattr(implementation, "_DECODED", 7 * 96)  # some rows at a time
+    codes = packed(37, 96, bits, size)
+    found = block_linear(torch.eye(96).bfloat16(), codes, bits, backend="numba")
+    assert torch.equal(found.t(), unpack_blocks(codes, bits, torch.bfloat16))

@@ -90,11 +90,11 @@ def multiply_blocks_part(job: Any) -> None:
 def decode_blocks(
     packed: Any,  # uint8 [out, bytes of a row]
     bits: int,  # 8 or 4
-    weight: Any,  # float32, or int16 for the bits of bfloat16, [out, in], written
+    weight: Any,  # int16 for the bits of bfloat16, [out, in], written
     first: int,  # row
     last: int,
 ) -> None:
-    """Weights of some rows: ``d * q``, which float32 holds, rounded to what is written."""
+    """Weights of some rows: ``d * q``, which float32 holds, rounded."""
     size = _WIDE if bits == 8 else _NARROW
     blocks, columns, row_bytes = packed.shape[1] // size, weight.shape[1], packed.shape[1]
     codes, signed = packed.reshape(-1), packed.reshape(-1).view(np.int8)
@@ -122,14 +122,9 @@ def decode_blocks(
 def decode_blocks_part(job: Any) -> None:
     """:func:`decode_blocks` of this thread's share of the rows.
 
-    A job's numbers: inputs, rows, bytes of a row, bits, bytes of an element of what is written; addresses of ``packed``
-    and of that.
+    A job's numbers: inputs, rows, bytes of a row, bits; addresses of ``packed`` and of what is written.
     """
-    given = carray(job, (BEFORE + 7,))
-    inputs, rows, row_bytes, bits, size, packed, weight = given[BEFORE:]
+    given = carray(job, (BEFORE + 6,))
+    inputs, rows, row_bytes, bits, packed, weight = given[BEFORE:]
     first, last = my_share(given, rows)
-    codes = codes_of_bytes(packed, (rows, row_bytes))
-    if size == 2:
-        decode_blocks(codes, bits, halves(weight, (rows, inputs)), first, last)
-    else:
-        decode_blocks(codes, bits, floats(weight, (rows, inputs)), first, last)
+    decode_blocks(codes_of_bytes(packed, (rows, row_bytes)), bits, halves(weight, (rows, inputs)), first, last)

@@ -17,12 +17,14 @@ from usllm.sketch.codec import States
 from usllm_kernels.compiled_operators import combination
 from usllm_kernels.cpu.codec import joined_codes
 from usllm_kernels.cpu.layout import layout
-from usllm_kernels.cpu.parallel import side_by_side
-from usllm_kernels.cpu.product import product_span, weights_by_channel
+from usllm_kernels.cpu.parallel import side_by_side, workers
+from usllm_kernels.cpu.product import weights_by_channel
+from usllm_kernels.cpu.product_parts import spans_of
 
 FEW_TOKENS = 4  # beyond, decoding once and torch's product are faster
 _PADDING = 64
-_LEAST_SHARED = 1 << 21  # weights; below, starting a second thread takes longer than it saves
+_LEAST_SHARED = 1 << 18  # weights; below, asking a second thread takes longer than it saves
+_NONE = torch.empty(0, dtype=torch.uint8)
 
 
 def sketch_linear(x: Tensor, states: States, plan: Plan) -> Tensor:
@@ -77,35 +79,18 @@ def _stored(states: States, plan: Plan) -> _Stored:
 
 
 def _few_tokens(x: Tensor, states: States, plan: Plan) -> Tensor:
-    tables, stored, joined = layout(plan), _stored(states, plan), joined_codes(plan.code_dtype, plan)
-    lanes = len(tables.lane_block)
-    threads = min(torch.get_num_threads(), lanes) if plan.shape[0] * plan.num_active >= _LEAST_SHARED else 1
-    parts = torch.zeros(threads, len(x), plan.shape[0], dtype=torch.float32)
-    tokens = x.float().contiguous().numpy()
-
-    def work(part: int) -> None:
-        for span_index, span in enumerate(plan.spans):
-            product_span(
-                tokens,
-                parts[part].numpy(),
-                x.dtype == torch.bfloat16,
-                *stored,
-                span.start,
-                span.size,
-                span.groups,
-                plan.rotation(span),
-                plan.rotation_step,
-                combination(plan),
-                lanes * part // threads,
-                lanes * (part + 1) // threads,
-                tables.lane_channels,
-                tables.lane_block,
-                tables.shapes[span_index],
-                tables.buckets[span_index],
-                joined,
-            )
-
-    side_by_side(work, range(threads))
+    spans, by = spans_of(plan), workers()
+    names = "codes", "scales", "scale_base", "output_scales", "output_scale_base"
+    stored = [states[name].contiguous() if name in states else _NONE for name in names]
+    codes, scales, _, output_scales, _ = stored
+    threads = by.threads(plan.shape[0] * plan.num_active, _LEAST_SHARED)
+    tokens = x.float().contiguous()
+    parts = tokens.new_zeros(threads, len(x), plan.shape[0])
+    sizes = len(x), *plan.shape[::-1], int(x.dtype == torch.bfloat16), int(codes.dtype == torch.uint8)
+    counts = len(codes), len(scales), len(output_scales)
+    addresses = [tensor.data_ptr() for tensor in (tokens, parts, *stored)]
+    for numbers, tables in zip(spans.numbers, spans.tables, strict=True):
+        by.run(spans.part, (*sizes, *counts, *numbers, *addresses, *tables), threads)
     return (parts.sum(0) if threads > 1 else parts[0]).to(x.dtype)
 
 

@@ -139,16 +139,22 @@ def _asked(typing: Any, address: Any) -> Any:
 
 
 @compiled
-def my_share(job: Any, things: int) -> Any:
-    """First and last of ``things`` that are for the thread that does this part.
+def my_part(job: Any) -> Any:
+    """Which of a job's parts is this thread's, and how many there are.
 
     Args:
         job: Its numbers.
-        things: To be shared out.
     """
     part, parts = job[1], job[2]
     if job[0]:
         part, parts = np.int64(_asked(part)), np.int64(_asked(parts))
+    return part, parts
+
+
+@compiled
+def my_share(job: Any, things: int) -> Any:
+    """First and last of ``things`` that are for the thread that does this part."""
+    part, parts = my_part(job)
     return things * part // parts, things * (part + 1) // parts
 
 

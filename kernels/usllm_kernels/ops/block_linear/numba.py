@@ -17,8 +17,6 @@ _DECODED = 1 << 19
 """Weights that are decoded at a time, while they stay in the second cache."""
 _HALVES = (torch.bfloat16, torch.float16)
 """Types that few tokens are computed in here; in wider ones the bits are those of a product with the decoded weight."""
-_WRITTEN = (torch.bfloat16, torch.float32)
-"""Types that weights are decoded to here."""
 _LEAST_SHARED = 1 << 16
 """Weights; below, other threads save less than it takes to ask them."""
 
@@ -30,12 +28,10 @@ def supports(packed: Tensor) -> None:
 def block_linear(x: Tensor, packed: Tensor, bits: int, bias: Tensor | None = None) -> Tensor:
     """``x Ŵᵀ + b``, [tokens, rows]: fp32 for a few tokens in 16 bits, the same bits for every number of threads."""
     rows, tokens = packed.shape[0], x.shape[0]
-    if not tokens or not packed.is_contiguous():
-        return reference.block_linear(x, packed, bits, bias)
-    if tokens > FEW_TOKENS or x.dtype not in _HALVES:
-        if x.dtype not in _WRITTEN:
-            return reference.block_linear(x, packed, bits, bias)
+    if tokens > FEW_TOKENS and x.dtype == torch.bfloat16 and packed.is_contiguous():
         return _by_weights(x, packed, bits, bias)
+    if not 0 < tokens <= FEW_TOKENS or x.dtype not in _HALVES or not packed.is_contiguous():
+        return reference.block_linear(x, packed, bits, bias)
     values, by = x.float().contiguous(), workers()
     found = values.new_empty(tokens, rows)
     shape = tokens, x.shape[1], rows, packed.shape[1], bits
@@ -45,7 +41,7 @@ def block_linear(x: Tensor, packed: Tensor, bits: int, bias: Tensor | None = Non
 
 
 def _by_weights(x: Tensor, packed: Tensor, bits: int, bias: Tensor | None) -> Tensor:
-    """Torch's product, with some rows' weights at a time."""
+    """Torch's product in bfloat16, with some rows' weights at a time."""
     rows, columns = packed.shape[0], x.shape[1]
     blocks_of(packed, bits, "weight")
     step, by = max(_DECODED // max(columns, 1), 1), workers()
@@ -53,7 +49,7 @@ def _by_weights(x: Tensor, packed: Tensor, bits: int, bias: Tensor | None) -> Te
     for first in range(0, rows, step):
         part = packed[first : first + step]
         weight = x.new_empty(len(part), columns)
-        shape = columns, len(part), packed.shape[1], bits, weight.element_size()
+        shape = columns, len(part), packed.shape[1], bits
         threads = by.threads(weight.numel(), _LEAST_SHARED)
         by.run(decode_blocks_part, (*shape, part.data_ptr(), weight.data_ptr()), threads)
         of_part = None if bias is None else bias[first : first + step]

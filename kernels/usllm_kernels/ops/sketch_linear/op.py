@@ -45,12 +45,25 @@ def sketch_linear(
         raise ValueError(f"{plan.name}: the input has {x.shape[-1]} channels, the plan {plan.shape[1]}")
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    x, arguments = x.to(dtype), (list_states(states), *flatten(plan), backend or "")
-    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
-        y: Tensor = _SketchLinear.apply(x, weight, *arguments)
+    x, with_gradient = x.to(dtype), torch.is_grad_enabled() and (x.requires_grad or _needs_gradient(weight))
+    if not with_gradient and type(x) is Tensor and not torch.compiler.is_compiling():
+        y = _product(x, states, plan, backend)  # of one token, the custom op takes as long as the product
     else:
-        y = sketch_linear_op(x, *arguments)
+        arguments = list_states(states), *flatten(plan), backend or ""
+        y = _SketchLinear.apply(x, weight, *arguments) if with_gradient else sketch_linear_op(x, *arguments)
     return y if bias is None else y + bias.to(dtype)
+
+
+def _needs_gradient(weight: Tensor | None) -> bool:
+    return weight is not None and weight.requires_grad
+
+
+def _product(x: Tensor, states: States, plan: Plan, backend: str | None) -> Tensor:
+    check_states(states, plan)
+    with running_on(x.device):
+        computing = implementation("sketch_linear", plan, x.device, backend)
+        y: Tensor = computing.sketch_linear(x.reshape(-1, plan.shape[1]), states, plan)
+    return y.view(*x.shape[:-1], plan.shape[0])
 
 
 @torch.library.custom_op("usllm::sketch_linear", mutates_args=())
@@ -62,12 +75,7 @@ def sketch_linear_op(
     backend: str,
 ) -> Tensor:
     """``x Ŵᵀ``; see :mod:`usllm_kernels.plans`."""
-    of, named = unflatten(plan, numbers), name_states(states)
-    check_states(named, of)
-    with running_on(x.device):
-        computing = implementation("sketch_linear", of, x.device, backend)
-        y: Tensor = computing.sketch_linear(x.reshape(-1, of.shape[1]), named, of)
-    return y.view(*x.shape[:-1], of.shape[0])
+    return _product(x, name_states(states), unflatten(plan, numbers), backend)
 
 
 @torch.library.custom_op("usllm::sketch_linear_input_gradient", mutates_args=())
