@@ -33,6 +33,20 @@ _CELLS = {"triton": "triton", "numba": "numba", "torch": "reference"}  # file of
 _AUTOMATIC = {"cuda": ("triton", "torch"), "cpu": ("numba", "torch")}  # by type of device, the fastest first
 
 
+def traced(x: torch.Tensor) -> bool:
+    """Whether somebody watches what is done with a tensor, and has to be given a custom op of torch.
+
+    Parts of products on the CPU write to addresses, which no tracer, functional transform or fake tensor sees.
+    """
+    return (
+        type(x) is not torch.Tensor
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or bool(torch._C._len_torch_dispatch_stack())
+        or bool(torch._C._are_functorch_transforms_active())
+    )
+
+
 class Implementation(Protocol):
     """One operation on one back end, a module or an object. It also has the functions that the operation calls."""
 

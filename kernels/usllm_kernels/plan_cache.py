@@ -31,7 +31,7 @@ def cached_by_plan(make: Callable[Concatenate[Plan, P], T]) -> Callable[Concaten
             of_plan = cached.setdefault(plan, {})
         key = (args, *kwargs.items()) if kwargs else args
         if key not in of_plan:
-            of_plan[key] = make(plan, *args, **kwargs)
+            of_plan.setdefault(key, make(plan, *args, **kwargs))  # of two threads' results one is everybody's
         return of_plan[key]
 
     return look_up

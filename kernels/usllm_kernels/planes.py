@@ -14,9 +14,9 @@ columns can have.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,17 +97,26 @@ class Planes:
         """Channels, starts, scales, offsets, words and factors."""
         return self.channels, self.starts, self.scales, self.offsets, self.words, self.factors
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # a copy lies at other addresses
+
     @cached_property
     def addresses(self) -> tuple[int, int, int, int, int, int]:
         """Where the tensors begin, for code that is told no more of them.
 
         Raises:
-            ValueError: One is not contiguous, or of another type.
+            ValueError: One is not contiguous, not on the CPU, or of another type or shape.
         """
         whole_numbers, floats = (self.channels, self.starts, self.words), (self.scales, self.offsets, self.factors)
         for kind, tensors in ((torch.int32, whole_numbers), (torch.float32, floats)):
-            if any(tensor.dtype != kind or not tensor.is_contiguous() for tensor in tensors):
-                raise ValueError(f"planes of {self.shape} have a tensor that is not contiguous or not {kind}")
+            if any(tensor.dtype != kind or not tensor.is_contiguous() or not tensor.is_cpu for tensor in tensors):
+                raise ValueError(
+                    f"planes of {self.shape} have a tensor that is not contiguous or not {kind} on the CPU"
+                )
+        blocks, columns = self.words.shape[0], self.columns
+        shapes = [(columns,), (columns,), (blocks, columns // COLUMNS, OUTPUTS), (self.groups, blocks * OUTPUTS)]
+        if [tuple(t.shape) for t in (self.scales, self.offsets, self.words, self.factors)] != shapes:
+            raise ValueError(f"planes of {self.shape} have a tensor of another shape than their {columns} columns need")
         channels, starts, scales, offsets, words, factors = (tensor.data_ptr() for tensor in self.tensors)
         return channels, starts, scales, offsets, words, factors
 

@@ -146,10 +146,15 @@ def check_states(states: States, plan: Plan) -> None:
     """Refuse states that the plan was not made for: kernels read them without looking.
 
     Raises:
-        ValueError: Their number is another, or they do not lie in one piece.
+        ValueError: Their number or type is another, or they do not lie in one piece on one device.
     """
     for name, count in _numbers_of_states(plan, states["codes"].dtype == torch.uint8).items():
         held = states.get(name, states["codes"][:0])
+        kind = (torch.uint8, plan.code_dtype) if name == "codes" else (torch.uint8,)
+        if held.dtype not in kind or held.device != states["codes"].device:
+            raise ValueError(
+                f"{plan.name}: {name} are {held.dtype} on {held.device}; the plan wants {kind[-1]} on one device"
+            )
         if held.numel() < count or not held.is_contiguous():
             apart = "" if held.is_contiguous() else ", not in one piece"
             raise ValueError(

@@ -129,14 +129,15 @@ def best_scales(rounding: str, device: torch.device) -> Tensor:
         float32 [17, 2]: by width in bits, the factor for normal magnitudes, and the increment to that for exponential
         ones. 0 where nothing is clipped.
     """
-    table = torch.zeros(17, 2)
+    table = torch.zeros(17, 2, dtype=torch.float32)
     for (of_rounding, bits), (normal, exponential) in BEST_SCALE.items():
         if of_rounding == rounding:
-            table[bits] = torch.tensor((normal, exponential - normal))
+            table[bits] = torch.tensor((normal, exponential - normal), dtype=torch.float32)
     return table.to(device)
 
 
 @lru_cache(maxsize=8)
 def scale_ratios(device: torch.device) -> Tensor:
     """rms / mean of normal magnitudes, the increment to that of exponential ones, slope beyond; float32 [3]."""
-    return torch.tensor((NORMAL_RATIO, EXPONENTIAL_RATIO - NORMAL_RATIO, HEAVY_SLOPE)).to(device)
+    ratios = NORMAL_RATIO, EXPONENTIAL_RATIO - NORMAL_RATIO, HEAVY_SLOPE
+    return torch.tensor(ratios, dtype=torch.float32).to(device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from usllm_kernels import block_linear, plane_linear, plane_weight, project, project_query, query, sketch_linear
 from usllm_kernels.blocks import BLOCK, BLOCK_BYTES
 from usllm_kernels.sketch_planes import sketch_planes
+from usllm_kernels.tables import best_scales, scale_ratios
 
 _DRAW = torch.Generator().manual_seed(0)
 INPUTS = {tokens: torch.randn(tokens, BLOCK, generator=_DRAW) for tokens in (1, 5, 40)}
@@ -23,8 +24,10 @@ def of_states(layer: Case, backend: str) -> Iterator[Tensor]:
     weight, plan, moment, states, _ = layer
     yield from project(weight, plan, moment, backend=backend).values()
     yield query(states, plan, backend=backend)
-    for found in project_query(weight, plan, moment, backend=backend):
+    sums = weight.new_empty(2, plan.shape[1])
+    for found in project_query(weight, plan, moment, sums=sums, backend=backend):
         yield from found.values() if isinstance(found, dict) else [found]
+    yield sums
 
 
 def of_inputs(layer: Case, backend: str) -> Iterator[Tensor]:
@@ -69,6 +72,8 @@ def test_numbers_do_not_depend_on_the_default_type(
 ) -> None:
     layer = case(name)
     expected = list(made(layer, backend))
+    for kept in (best_scales, scale_ratios):
+        kept.cache_clear()
     try:
         torch.set_default_dtype(torch.bfloat16)
         found = list(made(layer, backend))

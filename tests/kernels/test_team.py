@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator
 
@@ -16,8 +15,10 @@ from usllm_kernels.dispatch import installed
 if not installed("numba"):
     pytest.skip("numba is not installed", allow_module_level=True)
 
+from cases import case
 from test_planes import made
 
+from usllm_kernels.cpu import linear as of_states
 from usllm_kernels.cpu import parallel, team
 from usllm_kernels.cpu import plane_linear as of_planes
 from usllm_kernels.ops.block_linear import numba as of_blocks
@@ -57,6 +58,25 @@ def products(dtype: torch.dtype, *tokens: int) -> list[torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("with_team", [True, False])
+@pytest.mark.parametrize("threads", [2, 3, 64])
+@pytest.mark.parametrize("name", ["mixed-widths", "mean", "16-bit", "two-group-sizes", "one-channel"])
+def test_states_are_multiplied_part_by_part(
+    name: str, threads: int, with_team: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp32 up to the order of their sums, which is that of the parts."""
+    layer = case(name)
+    monkeypatch.setattr(of_states, "_LEAST_SHARED", 0)
+    if not with_team:
+        monkeypatch.setattr(parallel, "team_of_torch", lambda: None)
+    x = torch.randn(2, layer.plan.shape[1], generator=torch.Generator().manual_seed(0))
+    for states in (layer.states, layer.packed):
+        torch.set_num_threads(threads)
+        found = of_states.sketch_linear(x, states, layer.plan)
+        torch.set_num_threads(1)
+        torch.testing.assert_close(found, of_states.sketch_linear(x, states, layer.plan), rtol=1e-5, atol=1e-5)
+
+
 def decoded(dtype: torch.dtype) -> list[torch.Tensor]:
     """Weights of the layers with codes in output order."""
     return [of_planes.plane_weight(made(*shape, backend="numba")[0], dtype) for shape in LAYERS]
@@ -92,16 +112,6 @@ def test_without_torchs_threads_bits_are_the_same(threads: int, monkeypatch: pyt
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("name", ["words", "scales"])
-def test_planes_that_addresses_would_misread_are_refused(name: str) -> None:
-    planes, _ = made(200, 150, SIGNS, None, backend="numba")
-    tensor = getattr(planes, name)
-    apart = torch.stack([tensor, tensor], -1)[..., 0]
-    for wrong in (apart, tensor.double()):
-        with pytest.raises(ValueError, match="not contiguous or not"):
-            of_planes.plane_linear(torch.ones(1, planes.shape[1]), dataclasses.replace(planes, **{name: wrong}))
-
-
 def test_what_a_task_raises_is_raised() -> None:
     torch.set_num_threads(2)
     done = []
@@ -113,7 +123,7 @@ def test_what_a_task_raises_is_raised() -> None:
 
     with pytest.raises(KeyError, match="3"):
         parallel.side_by_side(work, range(1000))
-    assert 3 not in done
+    assert len(done) < 1000
     parallel.side_by_side(done.append, range(1000, 1010))
     assert sorted(done)[-10:] == list(range(1000, 1010))
 

@@ -47,8 +47,7 @@ def multiply_blocks(
     for row in range(first, last):
         start = row * row_bytes
         for block in range(blocks):
-            half = np.int32(codes[start + block * size]) | (np.int32(codes[start + block * size + 1]) << 8)
-            scale_bits[block] = ((half & 0x7FFF) << 13) | ((half & 0x8000) << 16)
+            scale_bits[block] = _scale_bits(codes, start + block * size)
         for block in range(blocks):
             scales[block] *= np.float32(_FP16_BIAS)
         for token in range(tokens):
@@ -71,6 +70,14 @@ def multiply_blocks(
             store(sums, 0, total)
             whole = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]))
             found[token, row] = whole - taken
+
+
+@compiled
+def _scale_bits(codes: Any, at: int) -> Any:
+    """Bits of float32 of a scale in fp16 over :data:`_FP16_BIAS`; of one that is infinite or no number, itself."""
+    half = np.int32(codes[at]) | (np.int32(codes[at + 1]) << 8)
+    bits = ((half & 0x7FFF) << 13) | ((half & 0x8000) << 16)
+    return bits | 0x7F800000 if half & 0x7C00 == 0x7C00 else bits
 
 
 @part_of_a_job
@@ -103,8 +110,7 @@ def decode_blocks(
     for row in range(first, last):
         for block in range(blocks):
             at, to = row * row_bytes + block * size, row * columns + block * BLOCK
-            half = np.int32(codes[at]) | (np.int32(codes[at + 1]) << 8)
-            scale_bits[0] = ((half & 0x7FFF) << 13) | ((half & 0x8000) << 16)
+            scale_bits[0] = _scale_bits(codes, at)
             worth = fill(eights, scale[0] * np.float32(_FP16_BIAS))
             at += SCALE_BYTES
             if bits == 8:

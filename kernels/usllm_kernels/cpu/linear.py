@@ -80,14 +80,15 @@ def _stored(states: States, plan: Plan) -> _Stored:
 
 def _few_tokens(x: Tensor, states: States, plan: Plan) -> Tensor:
     spans, by = spans_of(plan), workers()
-    names = "codes", "scales", "scale_base", "output_scales", "output_scale_base"
-    stored = [states[name].contiguous() if name in states else _NONE for name in names]
+    stored = [states[name] for name in ("codes", "scales", "scale_base")]
+    of_outputs = ("output_scales", "output_scale_base") if plan.config.output_scale else ()
+    stored += [states[name] for name in of_outputs] or [_NONE, _NONE]
     codes, scales, _, output_scales, _ = stored
-    threads = by.threads(plan.shape[0] * plan.num_active, _LEAST_SHARED)
+    threads = min(by.threads(plan.shape[0] * plan.num_active, _LEAST_SHARED), spans.blocks)
     tokens = x.float().contiguous()
     parts = tokens.new_zeros(threads, len(x), plan.shape[0])
     sizes = len(x), *plan.shape[::-1], int(x.dtype == torch.bfloat16), int(codes.dtype == torch.uint8)
-    counts = len(codes), len(scales), len(output_scales)
+    counts = codes.numel(), scales.numel(), output_scales.numel()
     addresses = [tensor.data_ptr() for tensor in (tokens, parts, *stored)]
     for numbers, tables in zip(spans.numbers, spans.tables, strict=True):
         by.run(spans.part, (*sizes, *counts, *numbers, *addresses, *tables), threads)

@@ -33,7 +33,8 @@ class Pool:
 
     def run(self, part: Callable[[], Any], numbers: Iterable[int], threads: int) -> None:
         """Do a job on some threads, each of which does its part."""
-        others, function = tuple(numbers), CALLBACK(part().address)
+        others, compiled = tuple(numbers), part()
+        function = CALLBACK(compiled.address)
         jobs = [array("q", (0, number, threads, *others)) for number in range(threads)]
         self.call(lambda job: function(job.buffer_info()[0]), jobs, threads)
 

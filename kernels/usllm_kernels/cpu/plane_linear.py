@@ -25,12 +25,13 @@ FEW_TOKENS = 24
 _MATRIX = 1 << 20
 """Elements of the matrix that is made at a time, at least a block of outputs for each thread.
 
-Half as many stay in the second cache, and torch's product loses more with the narrower matrix (docs/log.md).
+With half as many it would stay in the second cache, but torch's product loses more by the narrower matrix
+(docs/log.md).
 """
 _LEAST_SHARED = 1 << 18
 """Signs times tokens, for a few; below, other threads save less than it takes to ask them."""
 _LEAST_WRITTEN = 1 << 14
-"""Elements, for many tokens."""
+"""Elements that many tokens have written; below, other threads save less than it takes to ask them."""
 _MOST_COLUMNS = 1.5
 """Of a channel, in the mean, that are multiplied as signs."""
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,7 +64,8 @@ def plane_linear(x: Tensor, planes: Planes) -> Tensor:
         threads = by.threads(blocks * OUTPUTS * columns * tokens, _LEAST_SHARED)
         by.run(look_up_part, (*shape, held.data_ptr(), found.data_ptr(), channels, *others), threads)
         return found
-    return _by_matrix(x, planes)
+    with torch.autocast(x.device.type, enabled=False):  # products are read in the type of x
+        return _by_matrix(x, planes)
 
 
 def plane_weight(planes: Planes, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -85,7 +87,7 @@ def _by_matrix(x: Tensor, planes: Planes) -> Tensor:
     for first in range(0, blocks, width):
         part = range(first, min(first + width, blocks))
         start, stop = first * OUTPUTS, min(part.stop * OUTPUTS, outputs)
-        if not exact:
+        if added is None:
             found[:, start:stop] = held @ _decoded(planes, part, x.dtype)[:, : stop - start]
             continue
         product = held @ _signs(planes, part, x.dtype)[: stop - start].t()
@@ -96,20 +98,23 @@ def _by_matrix(x: Tensor, planes: Planes) -> Tensor:
     return found
 
 
-def _gathered(x: Tensor, planes: Planes, exact: bool) -> tuple[Tensor, Tensor]:
-    """Inputs of the columns, with their scales rounded in, and what offsets add to each token; or of channels."""
+def _gathered(x: Tensor, planes: Planes, exact: bool) -> tuple[Tensor, Tensor | None]:
+    """Inputs of the columns, with their scales rounded in, and what offsets add to each token.
+
+    Where signs are not multiplied exactly, inputs of the channels as they are, and ``None``.
+    """
     channels, starts, scales, offsets, *_ = planes.tensors
     if not exact:
         channels = channels[starts[:-1]]
         scales, offsets = scales.new_ones(len(channels)), scales.new_zeros(len(channels))
-    added = scales.new_empty(len(x))
     if x.dtype not in _SIGNED:
-        return x.index_select(1, channels), added
+        return x.index_select(1, channels), None
+    added = scales.new_empty(len(x))
     x, held, by = x.contiguous(), x.new_empty(len(x), len(channels)), workers()
     places = (tensor.data_ptr() for tensor in (x, channels, scales, offsets, held, added))
     threads = by.threads(held.numel(), _LEAST_WRITTEN)
     by.run(gather_inputs_part, (*x.shape, len(channels), x.element_size(), *places), threads)
-    return held, added
+    return held, added if exact else None
 
 
 def _decoded(planes: Planes, blocks: range, dtype: torch.dtype, apart: bool = False) -> Tensor:

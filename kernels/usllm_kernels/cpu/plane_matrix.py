@@ -1,4 +1,7 @@
-"""Compiled loops around torch's product of many tokens with codes in output order: what it multiplies, and its ends.
+"""Compiled loops before and behind torch's product of many tokens with codes in output order.
+
+Before it inputs are gathered, and signs or decoded weights are written out; behind it offsets and outputs' factors are
+applied. Whole weights are decoded here, too.
 
 Must stay bit-equal to ``ops/plane_linear/reference.py`` in what is decoded: a channel's signs times scales, added up
 one after another, times factor, each rounded, then bfloat16 to nearest, ties to even.
@@ -35,6 +38,7 @@ def gather_inputs(
     columns = channels.size
     whole = columns // LANES * LANES
     row, kept, sums = np.empty(x.shape[1], np.float32), np.empty(columns, np.float32), np.empty(LANES, np.float32)
+    nothing = fill(sums, np.float32(0.0))
     places = channels.view(np.uint32)  # numba looks whether a signed one is negative
     for token in range(first, last):
         read_row(x, token, row)
@@ -42,12 +46,14 @@ def gather_inputs(
             kept[column] = row[places[column]]
         total = fill(sums, np.float32(0.0))
         for column in range(0, whole, LANES):
-            values = load(kept, column)
-            total = add(total, multiply(values, load(offsets, column)))
+            values, shift = load(kept, column), load(offsets, column)
+            part = multiply(values, shift)  # of an infinite input no number, even where nothing is added
+            total = add(total, where_less(shift, nothing, part, where_less(nothing, shift, part, nothing)))
             store_lanes(gathered, token * columns + column, multiply(values, load(scales, column)))
         store(sums, 0, total)
         for column in range(whole, columns):
-            sums[column - whole] += kept[column] * offsets[column]
+            if offsets[column] != 0:
+                sums[column - whole] += kept[column] * offsets[column]
             store_element(gathered, token * columns + column, kept[column] * scales[column])
         added[token] = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]))
 
@@ -118,10 +124,10 @@ def finish_products(
     """``(product + added) * factors`` in its place among all outputs."""
     width = product.shape[1]
     whole = width // LANES * LANES
-    row, ones = np.empty(width, np.float32), np.empty(1, np.float32)
+    row = np.empty(width, np.float32)
     for token in range(first, last):
         read_row(product, token, row)
-        more, to = fill(ones, added[token]), token * found.shape[1] + start
+        more, to = fill(row, added[token]), token * found.shape[1] + start
         for i in range(0, whole, LANES):
             store_lanes(found, to + i, multiply(add(load(row, i), more), load(factors, i)))
         for i in range(whole, width):

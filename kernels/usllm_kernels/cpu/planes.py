@@ -78,7 +78,7 @@ def look_up_part(job: Any) -> None:
 
 @compiled
 def read_row(x: Any, token: int, row: Any) -> None:
-    """One token's inputs in float32."""
+    """One row in float32."""
     if x.itemsize == 2:
         bits = row.view(np.int32)
         for i in range(row.size):
@@ -96,7 +96,8 @@ def _fill_tables(
     totals[:] = np.float32(0.0)
     for first in range(0, channels.size, 4):
         for i in range(first, first + 4):
-            totals[first // group_columns] += row[channels[i]] * offsets[i]
+            if offsets[i] != 0:  # an infinite input would leave no number, even where nothing is added
+                totals[first // group_columns] += row[channels[i]] * offsets[i]
         one = row[channels[first]] * scales[first]
         two = row[channels[first + 1]] * scales[first + 1]
         three = row[channels[first + 2]] * scales[first + 2]

@@ -13,7 +13,7 @@ from usllm.sketch.plan import Plan
 from usllm_kernels.compiled_operators import combination
 from usllm_kernels.cpu.codec import joined_codes
 from usllm_kernels.cpu.compiled import compiled
-from usllm_kernels.cpu.layout import layout
+from usllm_kernels.cpu.layout import Layout, layout
 from usllm_kernels.cpu.product import product_span
 from usllm_kernels.cpu.team import BEFORE, codes_of_bytes, floats, my_part, part_of_a_job, pointer
 from usllm_kernels.plan_cache import cached_by_plan
@@ -97,12 +97,16 @@ class Spans(NamedTuple):
         part: What each thread does.
         numbers: Of each span: first output, outputs of a group, groups, rotation, its step, how rows are joined, blocks
             of lanes, classes, and buckets.
-        tables: Of each span: addresses of the tables of the last three, which the plan keeps.
+        tables: Of each span: addresses of the channels and the numbers of blocks of lanes, of classes and of buckets.
+        blocks: Of lanes: no more parts have anything to do.
+        kept: What lies at those addresses.
     """
 
     part: Callable[[], Any]
     numbers: list[tuple[int, ...]]
     tables: list[tuple[int, ...]]
+    blocks: int
+    kept: Layout
 
 
 @cached_by_plan
@@ -117,4 +121,4 @@ def spans_of(plan: Plan) -> Spans:
         sizes = lanes, len(shape), buckets.size
         numbers.append((span.start, span.size, span.groups, plan.rotation(span), *how, *sizes))
         tables.append(tuple(array.ctypes.data for array in (made.lane_channels, made.lane_block, shape, buckets)))
-    return Spans(part, numbers, tables)
+    return Spans(part, numbers, tables, lanes, made)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -32,7 +32,7 @@ T = TypeVar("T")
 CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 """What a part is to C."""
 BEFORE = 3
-"""Numbers of a job that say who does which part: whether the others are functions to ask, or the part and how many."""
+"""How many numbers of a job come first: whether the next two are functions to ask; which part, and of how many."""
 
 _forked: list[bool] = []
 if hasattr(os, "register_at_fork"):  # elsewhere there is no fork
@@ -58,9 +58,10 @@ class Team(NamedTuple):
             threads: At most; a part asks how many there are.
         """
         job = array("q", (1, *self.who, *numbers))
-        self.begin(part().address, job.buffer_info()[0], threads, 0)
+        function = part()
+        self.begin(function.address, job.buffer_info()[0], threads, 0)
 
-    def call(self, work: Callable[[T], object], tasks: Iterable[T], threads: int) -> None:
+    def call(self, work: Callable[[T], object], tasks: Sequence[T], threads: int) -> None:
         """Do ``work`` on every task, each on the next thread that is free. For what is worth some 50 microseconds.
 
         Args:
@@ -83,6 +84,7 @@ class Team(NamedTuple):
                 raised.append(error)
 
         self.begin(CALLBACK(part), None, threads, 0)
+        part(None)  # what is left where an interrupt met a thread before its first task
         if raised:
             raise raised[0]
 

@@ -86,7 +86,7 @@ def _measured(group: int, rows: int, config: SketchConfig) -> _Prices:
     from usllm.sketch.codec import project, query  # the codec needs plans, plans need allocations
     from usllm.sketch.plan import Plan
 
-    weight = torch.randn(group, _CHANNELS, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(group, _CHANNELS, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     energy = float(weight.square().sum())
     channel_class = torch.zeros(_CHANNELS, dtype=torch.uint8)
     config = replace(config, rows=rows, group_size=group)

@@ -16,7 +16,7 @@ FEW_TOKENS = 6
 _DECODED = 1 << 19
 """Weights that are decoded at a time, while they stay in the second cache."""
 _HALVES = (torch.bfloat16, torch.float16)
-"""Types that few tokens are computed in here; in wider ones the bits are those of a product with the decoded weight."""
+"""Types of few tokens that are multiplied here; wider ones have the bits of a product with the decoded weight."""
 _LEAST_SHARED = 1 << 16
 """Weights; below, other threads save less than it takes to ask them."""
 
@@ -26,11 +26,12 @@ def supports(packed: Tensor) -> None:
 
 
 def block_linear(x: Tensor, packed: Tensor, bits: int, bias: Tensor | None = None) -> Tensor:
-    """``x Ŵᵀ + b``, [tokens, rows]: fp32 for a few tokens in 16 bits, the same bits for every number of threads."""
+    """``x Ŵᵀ + b``, [tokens, rows]; of a few tokens in 16 bits fp32, of the same bits for every number of threads."""
     rows, tokens = packed.shape[0], x.shape[0]
-    if tokens > FEW_TOKENS and x.dtype == torch.bfloat16 and packed.is_contiguous():
+    plain = tokens > 0 and packed.is_contiguous()
+    if plain and tokens > FEW_TOKENS and x.dtype == torch.bfloat16:
         return _by_weights(x, packed, bits, bias)
-    if not 0 < tokens <= FEW_TOKENS or x.dtype not in _HALVES or not packed.is_contiguous():
+    if not plain or tokens > FEW_TOKENS or x.dtype not in _HALVES:
         return reference.block_linear(x, packed, bits, bias)
     values, by = x.float().contiguous(), workers()
     found = values.new_empty(tokens, rows)

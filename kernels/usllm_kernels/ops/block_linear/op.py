@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from usllm_kernels.blocks import BLOCK, blocks_of
-from usllm_kernels.dispatch import implementation, running_on
+from usllm_kernels.dispatch import implementation, running_on, traced
 
 
 def block_linear(
@@ -22,9 +22,10 @@ def block_linear(
         backend: See :func:`usllm_kernels.dispatch.choose`.
 
     Raises:
-        ValueError: The back end cannot run, the bytes are no whole number of blocks, or ``x`` is not [..., in].
+        ValueError: The back end cannot run, the bytes are no whole number of blocks, or ``x`` is not [..., in] or on
+            another device.
     """
-    if torch.compiler.is_compiling():
+    if traced(x):
         return block_linear_op(x, packed, bits, bias, backend or "")
     return _computed(x, packed, bits, bias, backend)
 
@@ -33,6 +34,8 @@ def _computed(x: Tensor, packed: Tensor, bits: int, bias: Tensor | None, backend
     columns = blocks_of(packed, bits, "weight").shape[-2] * BLOCK
     if x.shape[-1] != columns:
         raise ValueError(f"the input has {x.shape[-1]} channels, the weight {columns}")
+    if packed.device != x.device:
+        raise ValueError(f"the weight is on {packed.device}, the input on {x.device}")
     with running_on(x.device):
         computing = implementation("block_linear", packed, x.device, backend)
         y: Tensor = computing.block_linear(x.reshape(-1, x.shape[-1]), packed, bits, bias)

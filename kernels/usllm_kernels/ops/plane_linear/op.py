@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from usllm_kernels.dispatch import implementation, running_on
+from usllm_kernels.dispatch import implementation, running_on, traced
 from usllm_kernels.planes import Planes
 
 
@@ -29,7 +29,7 @@ def plane_linear(x: Tensor, planes: Planes, *, backend: str | None = None) -> Te
     device, dtype, (*rows, width) = x.device, x.dtype, x.shape
     if width != inputs:
         raise ValueError(f"the input has {width} channels, the layer {inputs}")
-    if torch.compiler.is_compiling():
+    if traced(x):
         return plane_linear_op(x, list(planes.tensors), outputs, backend or "")
     # Of one token, each call takes as long as a part of the product: there are no more of them than needed.
     with running_on(device):

@@ -67,9 +67,8 @@ def output_sums(weight: Tensor, states: States, plan: Plan, second_moment: Tenso
     """
     device, outputs = weight.device, plan.shape[0]
     known, sketch = sketch_argument(states, plan, output_scale=False)
-    of_channels = (
-        torch.ones(plan.shape[1], device=device) if second_moment is None else second_moment.float().contiguous()
-    )
+    ones = torch.ones(plan.shape[1], dtype=torch.float32, device=device)
+    of_channels = ones if second_moment is None else second_moment.float().contiguous()
     size = max(power_of_two(span.size, 16, 32) for span in known.spans)
     tiles = sum(span.groups * triton.cdiv(span.size, size) for span in known.spans)
     splits = max(min(_PROGRAMS // tiles, triton.cdiv(plan.num_active, 2 * _CHANNELS)), 1)

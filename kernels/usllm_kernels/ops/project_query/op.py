@@ -70,7 +70,7 @@ def project_query_op(
     """Decoded weight, states, winners and sums; see :mod:`usllm_kernels.plans`."""
     of, device = unflatten(plan, numbers), weight.device
     members = torch.empty(of.num_states, dtype=torch.int16, device=device) if winners else None
-    squares = torch.empty(2, of.shape[1], device=device) if sums else None
+    squares = torch.empty(2, of.shape[1], dtype=torch.float32, device=device) if sums else None
     with running_on(device):
         computing = implementation("project_query", of, device, backend)
         states, decoded = computing.project_query(weight, of, second_moment, dtype, members, squares, output_scale)
@@ -99,7 +99,7 @@ def _(
         torch.empty(sizes.out_features, sizes.in_features, dtype=dtype, device=device),
         fake_states(numbers, device),
         torch.empty(sizes.num_states if winners else 0, dtype=torch.int16, device=device),
-        torch.empty((2, sizes.in_features) if sums else (0,), device=device),
+        torch.empty((2, sizes.in_features) if sums else (0,), dtype=torch.float32, device=device),
     )
 
 

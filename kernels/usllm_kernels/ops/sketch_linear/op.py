@@ -9,7 +9,7 @@ from torch import Tensor
 
 from usllm.sketch import Plan
 from usllm.sketch.codec import States
-from usllm_kernels.dispatch import implementation, running_on
+from usllm_kernels.dispatch import implementation, running_on, traced
 from usllm_kernels.plans import PlanNumbers, check_states, flatten, list_states, name_states, unflatten
 
 SLAB = 1 << 25
@@ -46,7 +46,7 @@ def sketch_linear(
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     x, with_gradient = x.to(dtype), torch.is_grad_enabled() and (x.requires_grad or _needs_gradient(weight))
-    if not with_gradient and type(x) is Tensor and not torch.compiler.is_compiling():
+    if not with_gradient and not traced(x):
         y = _product(x, states, plan, backend)  # of one token, the custom op takes as long as the product
     else:
         arguments = list_states(states), *flatten(plan), backend or ""
@@ -60,6 +60,8 @@ def _needs_gradient(weight: Tensor | None) -> bool:
 
 def _product(x: Tensor, states: States, plan: Plan, backend: str | None) -> Tensor:
     check_states(states, plan)
+    if states["codes"].device != x.device:
+        raise ValueError(f"{plan.name}: states are on {states['codes'].device}, the input on {x.device}")
     with running_on(x.device):
         computing = implementation("sketch_linear", plan, x.device, backend)
         y: Tensor = computing.sketch_linear(x.reshape(-1, plan.shape[1]), states, plan)

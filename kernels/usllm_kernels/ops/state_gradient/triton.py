@@ -165,13 +165,13 @@ def state_gradient_(gradient: Tensor, plan: Plan, states: States) -> None:
     rows_first = gradient if gradient.stride(1) == 1 else gradient.contiguous()
     device, (_, width) = gradient.device, plan.shape
     known, sketch = sketch_argument(states, plan, output_scale=False)
-    means = torch.empty(plan.num_states, device=device)
+    means = torch.empty(plan.num_states, dtype=torch.float32, device=device)
     choosing = known.rows > 1 and combination(plan) != compiled_operators.TOTAL
     order, query = launch_parameters("order", device), launch_parameters("query", device)
     block = power_of_two(known.states, 16, 256)
     for span in known.spans:
         step = min(max(ORDERED_BYTES // (4 * plan.num_active * span.size), 1), span.groups)
-        ordered = torch.empty(step, plan.num_active, span.size, device=device)
+        ordered = torch.empty(step, plan.num_active, span.size, dtype=torch.float32, device=device)
         taken = torch.empty(ordered.shape if choosing else (0,), dtype=torch.int8, device=device)
         ordering = power_of_two(span.size, 16, order["outputs"])
         writing = power_of_two(span.size, 16, query["outputs"])
