@@ -44,6 +44,7 @@ def traced(x: torch.Tensor) -> bool:
         or torch.jit.is_tracing()
         or bool(torch._C._len_torch_dispatch_stack())
         or bool(torch._C._are_functorch_transforms_active())
+        or torch.autograd.forward_ad._current_level >= 0
     )
 
 
