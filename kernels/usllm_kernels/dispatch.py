@@ -37,14 +37,19 @@ def traced(x: torch.Tensor) -> bool:
     """Whether somebody watches what is done with a tensor, and has to be given a custom op of torch.
 
     Parts of products on the CPU write to addresses, which no tracer, functional transform or fake tensor sees.
+
+    Raises:
+        NotImplementedError: It carries a forward-mode derivative, which neither way hands on.
     """
+    forward = torch.autograd.forward_ad
+    if forward._current_level >= 0 and forward.unpack_dual(x).tangent is not None:
+        raise NotImplementedError("products with compressed weights have no forward-mode derivative; go backward")
     return (
         type(x) is not torch.Tensor
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or bool(torch._C._len_torch_dispatch_stack())
         or bool(torch._C._are_functorch_transforms_active())
-        or torch.autograd.forward_ad._current_level >= 0
     )
 
 

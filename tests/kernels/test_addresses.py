@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import case
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from usllm_kernels import Codes, block_linear, make_planes, plane_linear, sketch_linear
@@ -52,6 +53,29 @@ WATCHERS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
 def test_who_watches_sees_the_product(name: str, watcher: str, tokens: int) -> None:
     x = torch.randn(tokens, INPUTS).bfloat16()
     assert torch.equal(WATCHERS[watcher](PRODUCTS[name], x), PRODUCTS[name](x))
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_forward_mode_derivatives_are_refused(name: str, tokens: int) -> None:
+    x = torch.randn(tokens, INPUTS)
+    with forward_ad.dual_level():
+        assert torch.equal(PRODUCTS[name](x), PRODUCTS[name](x.clone()))  # where somebody differentiates something else
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            PRODUCTS[name](forward_ad.make_dual(x, torch.ones_like(x)))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(PRODUCTS[name], (x,), (torch.ones_like(x),))
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_output_scales_that_a_plan_has_not_are_not_read(tokens: int) -> None:
+    layer, x = case("plain"), torch.randn(tokens, 13)
+    expected = sketch_linear(x, layer.states, layer.plan, backend="numba")
+    stray = {
+        "output_scales": torch.full((1,), 9, dtype=torch.uint8),
+        "output_scale_base": torch.zeros(1, dtype=torch.uint8),
+    }
+    assert torch.equal(sketch_linear(x, {**layer.states, **stray}, layer.plan, backend="numba"), expected)
 
 
 @pytest.mark.parametrize("computed", [torch.bfloat16, torch.float16])

@@ -123,7 +123,6 @@ def test_what_a_task_raises_is_raised() -> None:
 
     with pytest.raises(KeyError, match="3"):
         parallel.side_by_side(work, range(1000))
-    assert len(done) < 1000
     parallel.side_by_side(done.append, range(1000, 1010))
     assert sorted(done)[-10:] == list(range(1000, 1010))
 

@@ -65,25 +65,23 @@ class _Stored(NamedTuple):
     output_scale_base: Any
 
 
+def _read(states: States, plan: Plan) -> list[Tensor]:
+    """Codes, scales and their base, output scales and their base: those that the plan has, and empty ones."""
+    of_outputs = ("output_scales", "output_scale_base") if plan.config.output_scale else ()
+    found = [states[name] for name in ("codes", "scales", "scale_base", *of_outputs)]
+    return found if of_outputs else [*found, _NONE, _NONE]
+
+
 def _stored(states: States, plan: Plan) -> _Stored:
-    codes, none = states["codes"], torch.empty(0, dtype=torch.uint8)
+    codes, *others = _read(states, plan)
     packed = codes.dtype == torch.uint8
-    return _Stored(
-        (codes if packed else none).numpy(),
-        (torch.empty(0, dtype=plan.code_dtype) if packed else codes).numpy(),
-        states["scales"].numpy(),
-        states["scale_base"].numpy(),
-        states.get("output_scales", none).numpy(),
-        states.get("output_scale_base", none).numpy(),
-    )
+    stream, whole = (codes, torch.empty(0, dtype=plan.code_dtype)) if packed else (_NONE, codes)
+    return _Stored(*(tensor.numpy() for tensor in (stream, whole, *others)))
 
 
 def _few_tokens(x: Tensor, states: States, plan: Plan) -> Tensor:
     spans, by = spans_of(plan), workers()
-    stored = [states[name] for name in ("codes", "scales", "scale_base")]
-    of_outputs = ("output_scales", "output_scale_base") if plan.config.output_scale else ()
-    stored += [states[name] for name in of_outputs] or [_NONE, _NONE]
-    codes, scales, _, output_scales, _ = stored
+    stored = codes, scales, _, output_scales, _ = _read(states, plan)
     threads = min(by.threads(plan.shape[0] * plan.num_active, _LEAST_SHARED), spans.blocks)
     tokens = x.float().contiguous()
     parts = tokens.new_zeros(threads, len(x), plan.shape[0])

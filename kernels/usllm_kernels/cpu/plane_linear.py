@@ -54,7 +54,7 @@ def plane_linear(x: Tensor, planes: Planes) -> Tensor:
         return x.new_zeros(tokens, outputs)
     if x.dtype not in _COMPUTED:
         return x @ plane_weight(planes).to(x.dtype).t()
-    channels, _, *others = planes.addresses
+    channels, _, *others = planes.addresses  # looked at for many tokens, too
     if tokens <= FEW_TOKENS:
         held = (x if x.dtype == torch.bfloat16 else x.float()).contiguous()
         found = held.new_empty(tokens, outputs)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from usllm_kernels.blocks import blocks_of
 from usllm_kernels.cpu.blocks import decode_blocks_part, multiply_blocks_part
 from usllm_kernels.cpu.parallel import workers
 from usllm_kernels.ops.block_linear import reference
@@ -44,7 +43,6 @@ def block_linear(x: Tensor, packed: Tensor, bits: int, bias: Tensor | None = Non
 def _by_weights(x: Tensor, packed: Tensor, bits: int, bias: Tensor | None) -> Tensor:
     """Torch's product in bfloat16, with some rows' weights at a time."""
     rows, columns = packed.shape[0], x.shape[1]
-    blocks_of(packed, bits, "weight")
     step, by = max(_DECODED // max(columns, 1), 1), workers()
     found = x.new_empty(len(x), rows)
     for first in range(0, rows, step):

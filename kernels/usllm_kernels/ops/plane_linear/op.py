@@ -26,11 +26,15 @@ def plane_linear(x: Tensor, planes: Planes, *, backend: str | None = None) -> Te
         ValueError: ``x`` is not [..., in], or the back end cannot run.
     """
     outputs, inputs = planes.shape
-    device, dtype, (*rows, width) = x.device, x.dtype, x.shape
-    if width != inputs:
-        raise ValueError(f"the input has {width} channels, the layer {inputs}")
+    if x.shape[-1] != inputs:
+        raise ValueError(f"the input has {x.shape[-1]} channels, the layer {inputs}")
     if traced(x):
         return plane_linear_op(x, list(planes.tensors), outputs, backend or "")
+    return _computed(x, planes, backend)
+
+
+def _computed(x: Tensor, planes: Planes, backend: str | None) -> Tensor:
+    (outputs, inputs), device, dtype, rows = planes.shape, x.device, x.dtype, x.shape[:-1]
     # Of one token, each call takes as long as a part of the product: there are no more of them than needed.
     with running_on(device):
         computing = implementation("plane_linear", planes, device, backend)
@@ -55,7 +59,7 @@ def plane_weight(planes: Planes, dtype: torch.dtype = torch.float32, *, backend:
 @torch.library.custom_op("usllm::plane_linear", mutates_args=())
 def plane_linear_op(x: Tensor, planes: list[Tensor], outputs: int, backend: str) -> Tensor:
     """``x Ŵᵀ`` for compiled callers, with the tensors of the planes."""
-    y = plane_linear(x, Planes((outputs, x.shape[-1]), *planes), backend=backend)
+    y = _computed(x, Planes((outputs, x.shape[-1]), *planes), backend)
     return y if y.is_contiguous() else y.contiguous()
 
 
