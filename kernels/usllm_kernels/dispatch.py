@@ -36,7 +36,8 @@ _AUTOMATIC = {"cuda": ("triton", "torch"), "cpu": ("numba", "torch")}  # by type
 def traced(x: torch.Tensor) -> bool:
     """Whether somebody watches what is done with a tensor, and has to be given a custom op of torch.
 
-    Parts of products on the CPU write to addresses, which no tracer, functional transform or fake tensor sees.
+    Parts of products on the CPU read and write addresses: no tracer, functional transform or fake tensor sees that, and
+    where torch has put off a change of signs the numbers there are the others.
 
     Raises:
         NotImplementedError: It carries a forward-mode derivative, which neither way hands on.
@@ -46,6 +47,7 @@ def traced(x: torch.Tensor) -> bool:
         raise NotImplementedError("products with compressed weights have no forward-mode derivative; go backward")
     return (
         type(x) is not torch.Tensor
+        or x.is_neg()
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or bool(torch._C._len_torch_dispatch_stack())

@@ -68,6 +68,15 @@ def test_forward_mode_derivatives_are_refused(name: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_signs_that_torch_changes_later(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, padded = torch.randn(tokens, INPUTS).bfloat16(), torch.nn.functional.pad
+    expected = PRODUCTS[name](x)
+    monkeypatch.setattr(torch.nn.functional, "pad", lambda *a: torch._neg_view(-padded(*a)))
+    assert torch.equal(PRODUCTS[name](torch._neg_view(-x)), expected)
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
 def test_output_scales_that_a_plan_has_not_are_not_read(tokens: int) -> None:
     layer, x = case("plain"), torch.randn(tokens, 13)
     expected = sketch_linear(x, layer.states, layer.plan, backend="numba")
