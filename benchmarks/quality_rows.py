@@ -21,6 +21,8 @@ LITTLEBIT = (
 )
 ROUNDING = (*RECIPE, "sketch=rounding", "allocation.layer_budget=equal")
 PAPER = ("experiment=paper_smollm2",)
+MODEL = "SmolLM2-135M"
+GEMMA = (*RECIPE, "model=gemma3_270m", "evaluation.windows=[128]")  # windows as in the one published figure
 PAPER_PLUS = (*RECIPE, "sketch.operator=absmaxmin")
 
 
@@ -35,6 +37,7 @@ class Row:
         rate_of: The row whose achieved bits this one gets as its ceiling.
         long: Whether it is also measured on all windows of 2,048 of WikiText-2.
         trained: Whether it is, on as many tokens as all others.
+        model: The one that is compressed; each has tables of its own.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Row:
     rate_of: str | None = None
     long: bool = False
     trained: bool = True
+    model: str = MODEL
 
 
 def _rows() -> list[Row]:
@@ -63,6 +67,8 @@ def _rows() -> list[Row]:
         found.append(Row(f"littlebit_as_{strict}", "LittleBit", (*LITTLEBIT, "seed=0"), rate_of=strict))
     untrained = ("sketch.bits=4", "sketch.group_size=64", "~stages.reconstruct", "trainer.max_steps=0", "seed=0")
     found.append(Row("rounding_4bit", "rounding, 4 bit, untrained", (*ROUNDING, *untrained), trained=False))
+    asked = ("sketch.bits_per_weight=1.0", "seed=0")
+    found.append(Row("gemma_1.0", "sign sketch", (*GEMMA, *asked), model="Gemma-3-270M"))
     return found
 
 

