@@ -60,7 +60,7 @@ def stand_ins(runs: Path, text: Path) -> None:
     for rate in (0.5, 1.0):
         asked = ["sketch=sign", f"sketch.bits_per_weight={rate}", "stages=recipe", "stages.reconstruct.steps=12"]
         tiny = ["experiment=tiny", f"data.train.path={text}", "trainer.max_steps=1", "~callbacks.progress"]
-        command = [sys.executable, "-m", "usllm.cli.train", *tiny, *asked, f"run_dir={runs / f'sign_{rate}_seed0'}"]
+        command = [sys.executable, "-m", "usllm.cli.train", *tiny, *asked, f"run_dir={runs / f'sign_{rate}_seed1'}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
 
