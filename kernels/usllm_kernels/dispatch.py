@@ -47,8 +47,8 @@ def traced(x: torch.Tensor) -> bool:
         raise NotImplementedError("products with compressed weights have no forward-mode derivative; go backward")
     return (
         type(x) is not torch.Tensor
-        or x.is_neg()
         or torch.compiler.is_compiling()
+        or x.is_neg()  # behind it: a compiler cannot follow the question
         or torch.jit.is_tracing()
         or bool(torch._C._len_torch_dispatch_stack())
         or bool(torch._C._are_functorch_transforms_active())

@@ -32,7 +32,8 @@ def kept(name: str, **changed: Any) -> dict[str, Any]:
         "intervals": {f"{text}/512": {"finetuned": entry} for text in quality_table.TEXTS},
         "window_losses": {f"{text}/512": {"finetuned": [4.0, 5.0]} for text in quality_table.TEXTS},
         "tokens": 122_880,
-        "seconds": {"total": 2700.0},
+        "seconds": {"total": 2700.0, "training": 600.0},
+        "stages": {"reconstruct": [{"seconds": 61.0}, {"seconds": 59.0}]},
         "machine": {"cpu": "a processor"},
         "long_windows": None,
         "config": {"seed": int(name.endswith("seed1"))},
@@ -92,6 +93,7 @@ def test_tables_hold_every_row_in_the_order_of_the_comparison(tmp_path: Path) ->
     text = quality_table.full(rows)
     assert "| sign sketch | 0.4999 | 0 | 120 (110 to 130), 4 (3.8 to 4.2) |" in text
     assert "| LittleBit | 0.4999 | 4.91 | 82.6 | 1.0e+07, 200 |" in text
+    assert "| 122,880 | 2, 10 |" in text
     assert "| sign sketch | 4, 4 (0.500 bits) |  |" in quality_table.short(rows)
     assert quality_table.short(rows).count("\n") == 2  # the second seed is not in the short one
     assert quality_table.full([]) == quality_table.short([]) == quality_table.NONE

@@ -38,6 +38,13 @@ def shown(content: dict[str, Any]) -> str:
     return screen.getvalue()
 
 
+def test_time_of_a_run_that_was_continued_says_what_it_leaves_out() -> None:
+    seconds = {"training": 61.0, "total": 92.5}
+    assert "but what calls that were cut off" not in shown(report(seconds={**seconds, "continued": False}))
+    told = " ".join(shown(report(seconds={**seconds, "continued": True})).split())
+    assert "in all but what calls that were cut off spent beside training" in told
+
+
 def test_closing_table_names_everything() -> None:
     text = shown(report())
     for part in (

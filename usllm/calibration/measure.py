@@ -71,6 +71,8 @@ def measure_statistics(
             stack.enter_context(gradients)
             stack.enter_context(_differentiable_from_embeddings(model))
         task = bar.add_task("Measuring importance", total=sequences)
+        if progress and not bar.console.is_terminal:  # which draws no bar, and it takes minutes
+            bar.console.print("Measuring importance …")
         for number, batch, counts in dealt(batches):
             inputs = model_inputs(batch, torch.device(device))
             moments.counting = gradients.counting = counts

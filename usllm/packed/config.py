@@ -114,7 +114,10 @@ class PackedConfig:
                 named.
         """
         if not isinstance(content, Mapping) or content.get("quant_method") != QUANT_METHOD:
-            raise PackedFormatError(f"quantization_config: is not that of a packed usllm model: {shorten(content)}")
+            raise PackedFormatError(
+                f"quantization_config: is not that of a packed usllm model: {shorten(content)}; give a folder that "
+                "usllm-export has written in the form packed (others are for transformers and llama.cpp)"
+            )
         version = content.get("format_version")
         if type(version) is not int or version not in range(1, FORMAT_VERSION + 1):
             raise PackedFormatError(

@@ -187,7 +187,8 @@ def local_folder(model: str | Path, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     if path.exists() or str(model).startswith(("/", ".", "~")) or str(model).count("/") != 1:
-        raise UserError(f"model={model}: no such folder; give one written by usllm-export, or owner/name on the hub")
+        what = "is no folder" if path.exists() else "no such folder"
+        raise UserError(f"model={model}: {what}; give a packed one from usllm-export, or owner/name on the hub")
     from huggingface_hub import snapshot_download
 
     try:

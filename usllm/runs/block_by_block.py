@@ -36,6 +36,7 @@ from usllm.runs.inputs import program, sharing
 from usllm.runs.measure import intervals, merge_stages, window_losses
 from usllm.runs.report import print_report
 from usllm.runs.sizes import sizes_of
+from usllm.runs.time_spent import seconds_in_blocks
 from usllm.runs.tracking import log_results
 from usllm.stages import Calibrate, Reconstruct, Work
 from usllm.stages.block_statistics import prepare_
@@ -79,6 +80,7 @@ def block_by_block(
         RunError: A weight or a perplexity is not finite, or the disk takes no more.
     """
     started, run_dir = time.perf_counter(), Path(config.run_dir)
+    earlier = seconds_in_blocks(run_dir)
     console = Console(stderr=True)
     if any(checkpoint_folder(run_dir).glob("*.ckpt")):
         raise UserError(
@@ -123,7 +125,11 @@ def block_by_block(
         "ended_early": None,
         "tokens": 0,
         "streams": begun.data.stream_facts(),
-        "seconds": {"training": trained, "total": time.perf_counter() - started},
+        "seconds": {
+            "training": trained + earlier,
+            "total": time.perf_counter() - started + earlier,
+            "continued": earlier > 0,
+        },
         "precision": choose_precision(str(config.trainer.get("precision", "auto")), _accelerator(config)),
         "tokenizer": {"name": tokenizer_name(begun.tokenizer), "bos": bos_rule(begun.tokenizer, window_start)},
         "checkpoint": "none: no model was held",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, Timer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
@@ -42,6 +42,7 @@ from usllm.runs.measure import BaselinePerplexity, intervals, measure, merge_sta
 from usllm.runs.report import print_outcome, print_report
 from usllm.runs.side_by_side import SideBySide
 from usllm.runs.sizes import sizes
+from usllm.runs.time_spent import seconds_in_blocks, seconds_spent
 from usllm.runs.tracking import finishing, log_results
 from usllm.runs.trainer import build_nodes, build_trainer, devices_in, refuse_by_lightning, steps_of
 from usllm.stages import Preparation
@@ -105,6 +106,7 @@ def _finetune(
     """The run itself, in a directory that is its own."""
     started = time.perf_counter()
     run_dir = Path(config.run_dir)
+    earlier = seconds_in_blocks(run_dir)
     checkpoint = latest_checkpoint(checkpoint_folder(run_dir)) if config.resume else None
     if checkpoint is not None:
         refuse_to_continue(checked_section(load_checkpoint(checkpoint)), f"resume=true: {checkpoint}")
@@ -189,7 +191,7 @@ def _finetune(
         "ended_early": early_end(trainer, max_steps, callbacks),
         "tokens": trainer.global_step * per_step,
         "streams": data.stream_facts(),
-        "seconds": _seconds(timer, time.perf_counter() - started),
+        "seconds": seconds_spent(timer, time.perf_counter() - started, earlier, checkpoint is not None or earlier > 0),
         "precision": str(trainer.precision),
         "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer, config.evaluation.window_start)},
         "checkpoint": str(saved) if saved else "none was written",
@@ -246,11 +248,3 @@ def next_commands(config: TrainConfig, command: str) -> list[str]:
         words = [word for word in shlex.split(command)[1:] if not word.startswith(changed)]
         commands.append(shlex.join([program("usllm-train"), *words, f"sketch.bits_per_weight={rate / 2:g}"]))
     return commands
-
-
-def _seconds(timer: Timer, invocation: float) -> dict[str, float]:
-    """Seconds of training and in all; what earlier, killed parts of the run spent on training is counted."""
-    started, ended = timer.start_time(), timer.end_time()
-    here = ended - started if started is not None and ended is not None else 0.0
-    training = timer.time_elapsed()
-    return {"training": training, "total": invocation + training - here}

@@ -61,6 +61,8 @@ def measure(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with ProgressBar(*columns, console=Console(stderr=True), transient=True, disable=not show_progress) as bar:
         task = bar.add_task(title, total=None)
+        if show_progress and not bar.console.is_terminal:  # which draws no bar, and it takes minutes
+            bar.console.print(f"{title}: measuring …")
         results = evaluate(
             model,
             tokenizer,

@@ -42,12 +42,17 @@ class BlockProgress:
         words = f"Reconstructing {blocks}, step {step + 1} of {self._steps}, error {error:.3f}"
         self._bar.update(self._task, completed=done, description=words)
 
-    def finished(self, row: dict[str, Any]) -> None:
-        """A block will not change any more; ``row`` is what is reported of it."""
+    def finished(self, row: dict[str, Any], before: bool = False) -> None:
+        """A block will not change any more.
+
+        Args:
+            row: What is reported of it.
+            before: Whether an earlier call has trained it.
+        """
         if self._shown:
             self._bar.console.print(
                 f"block {row['block'] + 1}: error of the stream {row['stream_error']:.4f}, of what the block adds "
-                f"{row['increment_error']:.4f}, {row['seconds']:.0f} s",
+                f"{row['increment_error']:.4f}, {row['seconds']:.0f} s{', in an earlier call' if before else ''}",
                 highlight=False,
             )
 

@@ -76,6 +76,8 @@ def dense_statistics(
     stream, arguments = source.captured(batches, work.context, as_computed=False)
     found: dict[str, Statistics] = {}
     with Progress(disable=not work.shows_progress, transient=True) as bar:
+        if work.shows_progress and not bar.console.is_terminal:
+            bar.console.print("Measuring importance …")
         for number in bar.track(range(source.count), description="Measuring importance"):
             block, prefix = source.dense(number), source.name(number)
             layers = {name: block.get_submodule(name.removeprefix(f"{prefix}.")) for name in source.layers(number)}

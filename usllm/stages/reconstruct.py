@@ -166,7 +166,7 @@ class Reconstruct(Stage):
             for window in windows:
                 together = source.window(window)
                 found = states.load_finished(window.number, together, work.compressor)
-                targets = dense.before(window.blocks.stop)
+                targets, trained_before = dense.before(window.blocks.stop), found is not None
                 if found is None:
                     if self.statistics == "student" and not states.load_plans(window.number, together, work.compressor):
                         self._plan_(work, window, together, source, student, inputs)
@@ -188,7 +188,7 @@ class Reconstruct(Stage):
                         **found,
                     }
                     work.tell(self, row)
-                    progress.finished(row)
+                    progress.finished(row, trained_before)
                     student = after
                     dense.forget_before(number + 1)
                 progress.window_done(window.number)
