@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds 
 from benchmarks.page_sections import between_markers
 from benchmarks.quality_rows import MODEL, RATES, ROWS
 from usllm.eval.bootstrap import interval
+from usllm.runs.time_spent import seconds_in_blocks
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "benchmarks" / "results" / "quality"
@@ -69,7 +70,7 @@ def _of_model(rows: Sequence[Mapping[str, Any]]) -> str:
         ),
         "",
         "The same runs before training (untrained figures mislead, [method.md](method.md) §5), after the blocks, and",
-        "what they took:",
+        "what they took by the clock, which goes on while a process is stopped:",
         "",
         *_table(
             [
@@ -194,7 +195,7 @@ def _size(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _minutes(row: Mapping[str, Any]) -> str:
-    blocks = math.fsum(each["seconds"] for each in row["stages"].get("reconstruct", ()))
+    blocks = seconds_in_blocks(row["stages"].get("reconstruct", ()))
     return f"{blocks / 60:.0f}, {row['seconds']['training'] / 60:.0f}"
 
 

@@ -37,7 +37,7 @@ def traced(x: torch.Tensor) -> bool:
     """Whether somebody watches what is done with a tensor, and has to be given a custom op of torch.
 
     Parts of products on the CPU read and write addresses: no tracer, functional transform or fake tensor sees that, and
-    where torch has put off a change of signs the numbers there are the others.
+    where torch has put off a change of signs, or zeros, the numbers there are others or none.
 
     Raises:
         NotImplementedError: It carries a forward-mode derivative, which neither way hands on.
@@ -48,7 +48,8 @@ def traced(x: torch.Tensor) -> bool:
     return (
         type(x) is not torch.Tensor
         or torch.compiler.is_compiling()
-        or x.is_neg()  # behind it: a compiler cannot follow the question
+        or x.is_neg()  # behind it: a compiler cannot follow these two questions
+        or x._is_zerotensor()
         or torch.jit.is_tracing()
         or bool(torch._C._len_torch_dispatch_stack())
         or bool(torch._C._are_functorch_transforms_active())

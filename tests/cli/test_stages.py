@@ -57,6 +57,10 @@ def test_run_killed_in_a_stage_continues_bit_for_bit(
     assert killed.status == -signal.SIGKILL, killed.output
     resumed = train(tiny_text, folder, method, *RECONSTRUCT, "resume=true")
     assert resumed.status == 0, resumed.output
+    assert [
+        json.loads((place / "run" / "report.json").read_text())["seconds"]["continued"]
+        for place in (whole[method], folder)
+    ] == [False, True]
     ours, theirs = final(folder)["state_dict"], final(whole[method])["state_dict"]
     assert ours.keys() == theirs.keys()
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []

@@ -145,6 +145,8 @@ PLACES = [
     Row("eval", ["ckpt=TEXT"], USER, ["checkpoint TEXT cannot be read"]),
     Row("generate", ["prompt=hi"], USER, ["model and ckpt: neither is given"]),
     Row("generate", ["prompt=hi", "model=no/pe"], USER, ["model=no/pe: is no folder here"]),
+    Row("generate", ["prompt=hi", "model=DENSE"], USER, ["model=DENSE", "written in the form packed"]),
+    Row("generate", ["prompt=hi", "model=FILE"], USER, ["model=FILE: is no folder; give a packed one"]),
     generate("folder=PACKED", "model=… and folder=… are one thing"),
     Row("inspect", [], USER, ["model: needs a value; pass model=…"]),
     Row("inspect", ["model="], USER, ["model=: is empty"]),

@@ -77,6 +77,13 @@ def test_signs_that_torch_changes_later(name: str, tokens: int, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_zeros_that_lie_nowhere(name: str, tokens: int) -> None:
+    x = torch.zeros(tokens, INPUTS)
+    assert torch.equal(PRODUCTS[name](torch._efficientzerotensor(x.shape)), PRODUCTS[name](x))
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
 def test_output_scales_that_a_plan_has_not_are_not_read(tokens: int) -> None:
     layer, x = case("plain"), torch.randn(tokens, 13)
     expected = sketch_linear(x, layer.states, layer.plan, backend="numba")

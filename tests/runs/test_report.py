@@ -38,11 +38,11 @@ def shown(content: dict[str, Any]) -> str:
     return screen.getvalue()
 
 
-def test_time_of_a_run_that_was_continued_says_what_it_leaves_out() -> None:
+def test_time_of_a_run_that_was_continued_is_not_called_all_of_it() -> None:
     seconds = {"training": 61.0, "total": 92.5}
-    assert "but what calls that were cut off" not in shown(report(seconds={**seconds, "continued": False}))
+    assert "1 min 32 s in all" in shown(report(seconds={**seconds, "continued": False}))
     told = " ".join(shown(report(seconds={**seconds, "continued": True})).split())
-    assert "in all but what calls that were cut off spent beside training" in told
+    assert "1 min 32 s in the last of its calls" in told and "in all" not in told
 
 
 def test_closing_table_names_everything() -> None:

@@ -16,6 +16,7 @@ from usllm.calibration.output_gradients import OutputGradients
 from usllm.calibration.second_moments import SecondMoments
 from usllm.compress import Statistics, compressed_layers
 from usllm.data.batches import model_inputs
+from usllm.system.announce import announce
 from usllm.system.errors import UserError
 from usllm.system.modes import evaluating
 from usllm.system.ranks import dealt, ranks
@@ -71,8 +72,7 @@ def measure_statistics(
             stack.enter_context(gradients)
             stack.enter_context(_differentiable_from_embeddings(model))
         task = bar.add_task("Measuring importance", total=sequences)
-        if progress and not bar.console.is_terminal:  # which draws no bar, and it takes minutes
-            bar.console.print("Measuring importance …")
+        announce(bar, "Measuring importance")
         for number, batch, counts in dealt(batches):
             inputs = model_inputs(batch, torch.device(device))
             moments.counting = gradients.counting = counts

@@ -80,7 +80,7 @@ def block_by_block(
         RunError: A weight or a perplexity is not finite, or the disk takes no more.
     """
     started, run_dir = time.perf_counter(), Path(config.run_dir)
-    earlier = seconds_in_blocks(run_dir)
+    continued = (run_dir / STAGES_FOLDER).is_dir()
     console = Console(stderr=True)
     if any(checkpoint_folder(run_dir).glob("*.ckpt")):
         raise UserError(
@@ -100,9 +100,7 @@ def block_by_block(
         reconstruct = next(stage for stage in begun.stages if isinstance(stage, Reconstruct))
         rows = {"dense": _dense_rows(begun, work, source)}
         prepare_(work, source, calibrate, reconstruct)
-        trained = time.perf_counter()
         reconstruct.run(work)
-        trained = time.perf_counter() - trained
         source.without_window()
         states = reconstruct.states(work, reconstruct.text(work))
         finished = FinishedBlocks(source, states, reconstruct.windows(source.count), work.compressor)
@@ -110,7 +108,7 @@ def block_by_block(
         rows["finetuned"] = measured("Finished model", work.shows_progress)
         console.print("Packing …")
         packed = _pack(begun, finished, merge_stages(**rows), command)
-    losses = window_losses(**rows)
+    losses, stages = window_losses(**rows), found_by_stages(run_dir)
     window_start = config.evaluation.window_start
     report = {
         "finished": True,
@@ -126,9 +124,9 @@ def block_by_block(
         "tokens": 0,
         "streams": begun.data.stream_facts(),
         "seconds": {
-            "training": trained + earlier,
-            "total": time.perf_counter() - started + earlier,
-            "continued": earlier > 0,
+            "training": seconds_in_blocks(stages.get(reconstruct.name, ())),
+            "total": time.perf_counter() - started,
+            "continued": continued,
         },
         "precision": choose_precision(str(config.trainer.get("precision", "auto")), _accelerator(config)),
         "tokenizer": {"name": tokenizer_name(begun.tokenizer), "bos": bos_rule(begun.tokenizer, window_start)},
@@ -138,7 +136,7 @@ def block_by_block(
         "coverage": {**begun.covered.to_dict(), "line": begun.covered.line()},
         "health": {},
         "samples": [],
-        "stages": found_by_stages(run_dir),
+        "stages": stages,
         "next": _next_commands(packed.path),
         "machine": machine(),
         "code": code_version(),

@@ -27,6 +27,7 @@ from usllm.runs.measure import row_of
 from usllm.stages.block_arguments import Arguments
 from usllm.stages.blocks import run_block
 from usllm.stages.stored_blocks import StoredBlocks
+from usllm.system.announce import announce
 from usllm.system.errors import RunError
 from usllm.system.machine import choose_autocast
 
@@ -92,6 +93,7 @@ def measure_blocks(
             cut = measured_windows(ids, window, config.max_windows, name=name, first=first).long()
             parts[name, window] = list(_parts(source, cut, config.batch_size, context))
     with Progress(console=Console(stderr=True), transient=True, disable=not show_progress) as bar:
+        announce(bar, f"{title}: measuring, block by block")
         for number in bar.track(range(source.count), description=f"{title}, block by block"):
             current = block(number)
             for part in (part for found in parts.values() for part in found):

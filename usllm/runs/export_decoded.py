@@ -147,5 +147,5 @@ def _print_decoded(form: str, size: DecodedSize) -> None:
     ]
     print_facts(facts, console)
     console.print("\nNext, try")
-    line = shlex.join([program("usllm-eval"), f"model={size.path}"]) + ' "data=[…]"'
+    line = shlex.join([program("usllm-eval"), f"model={size.path}", "data=[<file>]"])
     console.print(f"  {line}", style="bold", markup=False, soft_wrap=True, highlight=False)

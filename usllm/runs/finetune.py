@@ -42,7 +42,7 @@ from usllm.runs.measure import BaselinePerplexity, intervals, measure, merge_sta
 from usllm.runs.report import print_outcome, print_report
 from usllm.runs.side_by_side import SideBySide
 from usllm.runs.sizes import sizes
-from usllm.runs.time_spent import seconds_in_blocks, seconds_spent
+from usllm.runs.time_spent import seconds_spent
 from usllm.runs.tracking import finishing, log_results
 from usllm.runs.trainer import build_nodes, build_trainer, devices_in, refuse_by_lightning, steps_of
 from usllm.stages import Preparation
@@ -106,7 +106,7 @@ def _finetune(
     """The run itself, in a directory that is its own."""
     started = time.perf_counter()
     run_dir = Path(config.run_dir)
-    earlier = seconds_in_blocks(run_dir)
+    has_stages = (run_dir / STAGES_FOLDER).is_dir()
     checkpoint = latest_checkpoint(checkpoint_folder(run_dir)) if config.resume else None
     if checkpoint is not None:
         refuse_to_continue(checked_section(load_checkpoint(checkpoint)), f"resume=true: {checkpoint}")
@@ -130,7 +130,7 @@ def _finetune(
     seed_everything(config.seed, workers=True, verbose=False)
     if checkpoint is not None:
         console.print(f"Continuing from {checkpoint}", markup=False)
-    elif config.resume and not (run_dir / STAGES_FOLDER).is_dir():
+    elif config.resume and not has_stages:
         console.print(
             f"{run_dir} holds no checkpoint and no stage to go on from: a new run begins", markup=False, soft_wrap=True
         )
@@ -191,7 +191,7 @@ def _finetune(
         "ended_early": early_end(trainer, max_steps, callbacks),
         "tokens": trainer.global_step * per_step,
         "streams": data.stream_facts(),
-        "seconds": seconds_spent(timer, time.perf_counter() - started, earlier, checkpoint is not None or earlier > 0),
+        "seconds": seconds_spent(timer, time.perf_counter() - started, checkpoint is not None or has_stages),
         "precision": str(trainer.precision),
         "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer, config.evaluation.window_start)},
         "checkpoint": str(saved) if saved else "none was written",

@@ -27,6 +27,7 @@ from usllm.eval.bootstrap import interval
 from usllm.eval.perplexity import evaluate
 from usllm.eval.windows import PerplexityResult
 from usllm.models.identity import weights_digest
+from usllm.system.announce import announce
 from usllm.system.files import read_json, write_json
 from usllm.system.machine import choose_autocast
 from usllm.system.ranks import failing_together
@@ -61,8 +62,7 @@ def measure(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with ProgressBar(*columns, console=Console(stderr=True), transient=True, disable=not show_progress) as bar:
         task = bar.add_task(title, total=None)
-        if show_progress and not bar.console.is_terminal:  # which draws no bar, and it takes minutes
-            bar.console.print(f"{title}: measuring …")
+        announce(bar, f"{title}: measuring")
         results = evaluate(
             model,
             tokenizer,

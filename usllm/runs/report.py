@@ -147,7 +147,7 @@ def _size_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _run_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     seconds = report["seconds"]
-    apart = " but what calls that were cut off spent beside training" if seconds.get("continued") else ""
+    where = "the last of its calls" if seconds.get("continued") else "all"
     early = report.get("ended_early")
     steps = f"{report['steps']:,} of {report['max_steps']:,} steps" if early else f"{report['steps']:,} steps"
     trained = f"{steps}, {report['tokens']:,} tokens, precision {report['precision']}"
@@ -155,7 +155,7 @@ def _run_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("training", trained if report["steps"] or early else "none: the model is as its stages leave it"),
         *([("ended early", str(early))] if early else []),
         *[(f"stream {key}", _stream(seen)) for key, seen in (report.get("streams") or {}).items()],
-        ("time", f"{human_seconds(seconds['training'])} training, {human_seconds(seconds['total'])} in all{apart}"),
+        ("time", f"{human_seconds(seconds['training'])} training, {human_seconds(seconds['total'])} in {where}"),
         ("tokenizer", f"{report['tokenizer']['name']}, beginning-of-text token: {report['tokenizer']['bos']}"),
         ("machine", machine_line(report["machine"])),
         ("checkpoint", str(report["checkpoint"])),

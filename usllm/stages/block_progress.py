@@ -54,6 +54,7 @@ class BlockProgress:
                 f"block {row['block'] + 1}: error of the stream {row['stream_error']:.4f}, of what the block adds "
                 f"{row['increment_error']:.4f}, {row['seconds']:.0f} s{', in an earlier call' if before else ''}",
                 highlight=False,
+                soft_wrap=True,
             )
 
     def window_done(self, number: int) -> None:

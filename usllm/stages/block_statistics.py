@@ -20,6 +20,7 @@ from usllm.stages.blocks import outputs
 from usllm.stages.calibrate import Calibrate, statistics_needed
 from usllm.stages.reconstruct import Reconstruct
 from usllm.stages.stored_blocks import StoredBlocks
+from usllm.system.announce import announce
 from usllm.system.errors import UserError
 
 
@@ -76,8 +77,7 @@ def dense_statistics(
     stream, arguments = source.captured(batches, work.context, as_computed=False)
     found: dict[str, Statistics] = {}
     with Progress(disable=not work.shows_progress, transient=True) as bar:
-        if work.shows_progress and not bar.console.is_terminal:
-            bar.console.print("Measuring importance …")
+        announce(bar, "Measuring importance")
         for number in bar.track(range(source.count), description="Measuring importance"):
             block, prefix = source.dense(number), source.name(number)
             layers = {name: block.get_submodule(name.removeprefix(f"{prefix}.")) for name in source.layers(number)}
