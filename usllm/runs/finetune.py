@@ -42,7 +42,6 @@ from usllm.runs.measure import BaselinePerplexity, intervals, measure, merge_sta
 from usllm.runs.report import print_outcome, print_report
 from usllm.runs.side_by_side import SideBySide
 from usllm.runs.sizes import sizes
-from usllm.runs.time_spent import seconds_spent
 from usllm.runs.tracking import finishing, log_results
 from usllm.runs.trainer import build_nodes, build_trainer, devices_in, refuse_by_lightning, steps_of
 from usllm.stages import Preparation
@@ -191,7 +190,11 @@ def _finetune(
         "ended_early": early_end(trainer, max_steps, callbacks),
         "tokens": trainer.global_step * per_step,
         "streams": data.stream_facts(),
-        "seconds": seconds_spent(timer, time.perf_counter() - started, checkpoint is not None or has_stages),
+        "seconds": {
+            "training": timer.time_elapsed(),  # goes on from checkpoint to checkpoint
+            "total": time.perf_counter() - started,
+            "continued": checkpoint is not None or has_stages,  # then this call's is not all of it
+        },
         "precision": str(trainer.precision),
         "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer, config.evaluation.window_start)},
         "checkpoint": str(saved) if saved else "none was written",
