@@ -112,6 +112,7 @@ def test_a_part_that_cannot_be_imported(made: Any, tmp_path: Path) -> None:
     assert statuses(tmp_path)["good", ""] == COMPLETE
 
 
+@pytest.mark.slow
 def test_what_hangs_past_its_patience_is_ended_and_the_rest_of_its_part_runs(made: Any, tmp_path: Path) -> None:
     assert run([made("hangs", HANGS, patience=4.0), made("good", GOOD)], tmp_path) == 1
     found = statuses(tmp_path)
@@ -121,6 +122,7 @@ def test_what_hangs_past_its_patience_is_ended_and_the_rest_of_its_part_runs(mad
     assert "threading" in error and "part_hangs.py" in error  # where it was
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_past_its_share_leaves_time_for_the_next(made: Any, tmp_path: Path) -> None:
     minutes = 20.0 / 60  # a share is enough for a process to start on a machine that has other work
     started = time.monotonic()
@@ -147,6 +149,7 @@ def test_a_lost_card_ends_the_process_and_another_goes_on(made: Any, tmp_path: P
     assert not is_lost(RuntimeError("CUDA out of memory"))
 
 
+@pytest.mark.slow
 def test_processes_that_a_part_started_end_with_it(made: Any, tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     assert run([made("another", STARTS_ANOTHER, patience=6.0)], tmp_path, pid=str(pid)) == 1

@@ -85,6 +85,7 @@ def test_plain_text_may_be_mixed_in(chat: list[str], tiny_text: Path, tmp_path: 
         assert done.status == 0, done.output
 
 
+@pytest.mark.slow
 def test_blocks_of_a_model_that_is_not_held_are_the_same(chat: list[str], tmp_path: Path) -> None:
     few = ["trainer.max_steps=0", *RECONSTRUCT]
     done = train(chat, tmp_path / "held", *few)

@@ -164,7 +164,8 @@ def test_window_start_is_measured_and_said(
         ("ckpt={run}", "is also data.train"),
         ("ckpt={run} model=random", "model=random: ckpt="),
         ("ckpt=/no/such/run", "no such file or folder"),
-        ("ckpt={empty}", "holds no checkpoint"),
+        ("ckpt={empty}", "holds no checkpoint; give the directory of a run"),
+        ("ckpt={above}", "holds no checkpoint; give ckpt={run}"),
         ("ckpt={text}", "cannot be read"),
         ("model=/no/such/folder", "/no/such/folder"),
         ("model={text}.gguf", "no such file"),
@@ -182,9 +183,14 @@ def test_bad_input_ends_in_one_message(
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.json").write_text('[{"text": "one"}]')
     (tmp_path / "x.txt").write_bytes("text".encode("utf-16"))
-    places = {"empty": tmp_path / "empty", "json": tmp_path / "x.json", "utf16": tmp_path / "x.txt"}
+    places = {
+        "empty": tmp_path / "empty",
+        "above": run_dir.parent,
+        "json": tmp_path / "x.json",
+        "utf16": tmp_path / "x.txt",
+    }
     arguments = argument.format(text=tiny_text, run=run_dir, **places).split()
     with pytest.raises(SystemExit) as ended:
         evaluate(monkeypatch, tmp_path, *arguments, "evaluation=files", f"evaluation.test_sets.text.path={tiny_text}")
     assert ended.value.code == 2
-    assert named in capsys.readouterr().err
+    assert named.format(run=run_dir) in capsys.readouterr().err

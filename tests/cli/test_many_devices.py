@@ -80,8 +80,8 @@ def two_ranks(text: Path, run_dir: Path, strategy: str, callback: str, step: int
     return arguments(text, run_dir.parent, f"run_dir={run_dir}", *devices, *few, *end)
 
 
-@pytest.mark.first
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2_cpu_offload", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2_cpu_offload"])
 def test_full_disk_of_rank_0_ends_all_ranks_with_its_message_and_whole_checkpoints(
     strategy: str, tiny_text: Path, tmp_path: Path
 ) -> None:

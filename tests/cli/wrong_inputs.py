@@ -70,6 +70,8 @@ VALUES = [
     train("seed=99999999999999999999999", "seed=99999999999999999999999: must fit into 64 bits"),
     train("trainer.max_steps=99999999999999999999999", "trainer.max_steps=99999999999999999999999"),
     train(["trainer.max_steps=null", "trainer.epochs=1e300"], "trainer.epochs", "must be below 2147483648 steps"),
+    train("trainer.max_steps=many", "trainer.max_steps=many: must be a whole number, such as 1000"),
+    train(["trainer.max_steps=null", "trainer.epochs=one"], "trainer.epochs=one: must be a number, such as 0.5"),
     train("trainer.tokens=100", "trainer.max_steps=2, trainer.epochs=None and trainer.tokens=100: set exactly one"),
     train(["trainer.epochs=1", "trainer.tokens=9", "trainer.max_steps=null"], "trainer.tokens=9: set exactly one"),
     train(["trainer.max_steps=null", "trainer.tokens=-5"], "trainer.tokens=-5: must be a whole number of at least 1"),

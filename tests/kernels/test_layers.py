@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from cases import slow_interpreted
 from torch import Tensor, nn
 
 from usllm.compress import CompressedLinear
@@ -42,8 +43,8 @@ def step(made: CompressedLinear, x: Tensor, autocast: bool) -> list[Tensor]:
     return [y.detach(), x.grad, made.weight.grad, made.bias.grad]
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("tokens", [2, 20])
+@pytest.mark.parametrize("autocast", [False, *slow_interpreted(True)], ids=["float32", "autocast"])
+@pytest.mark.parametrize("tokens", [2, *slow_interpreted(20)])
 def test_fused_training_is_that_with_a_decoded_copy(
     tokens: int, autocast: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,8 +72,8 @@ def test_fused_layers_keep_no_decoded_weight(device: torch.device, monkeypatch: 
     assert not any(value.shape == SHAPE and value.data_ptr() != made.weight.data_ptr() for value in kept)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("dtype", [*slow_interpreted(torch.float32), torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [*slow_interpreted(1), 20])
 def test_packed_layers_compute_straight_from_their_bytes(
     tokens: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

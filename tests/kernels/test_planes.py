@@ -51,7 +51,7 @@ def place(backend: str) -> torch.device:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=20 if interpreted() else 60, deadline=None)  # 60 are 12 seconds there
+@settings(max_examples=8 if interpreted() else 60, deadline=None)  # 60 are 12 seconds there
 @given(layer=layers, tokens=st.sampled_from([0, 1, 2, 5, 24, 25, 40]), dtype=st.sampled_from(DTYPES))
 def test_planes_hold_the_weight_and_multiply_with_it(
     backend: str, layer: tuple[int, int, Levels, int | None], tokens: int, dtype: torch.dtype

@@ -252,9 +252,9 @@ def check_trainer(trainer: dict[str, Any], warmup_steps: int, problems: Problems
             f"trainer.max_steps={steps}, trainer.epochs={epochs} and trainer.tokens={tokens}: set exactly one, the "
             "others to null (an epoch is one pass over the packed training text)"
         )
-    for key, value, kind in (("max_steps", steps, int), ("epochs", epochs, (int, float))):
+    for key, value, kind, example in (("max_steps", steps, int, 1000), ("epochs", epochs, (int, float), 0.5)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-            problems.append(f"trainer.{key}={value}: must be a number")
+            problems.append(f"trainer.{key}={value}: must be a {'whole ' * (kind is int)}number, such as {example}")
         else:
             bounds = (0, None) if kind is int else (None, 0)
             problems.number(f"trainer.{key}", value, least=bounds[0], above=bounds[1])

@@ -196,6 +196,11 @@ def _finetune(
             "continued": checkpoint is not None or has_stages,  # then this call's is not all of it
         },
         "precision": str(trainer.precision),
+        "devices": {
+            "processes": trainer.world_size,
+            "kind": device.type,
+            "strategy": type(trainer.strategy).__name__,
+        },
         "tokenizer": {"name": tokenizer_name(tokenizer), "bos": bos_rule(tokenizer, config.evaluation.window_start)},
         "checkpoint": str(saved) if saved else "none was written",
         "report": str(run_dir / REPORT_FILE),

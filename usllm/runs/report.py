@@ -157,10 +157,19 @@ def _run_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         *[(f"stream {key}", _stream(seen)) for key, seen in (report.get("streams") or {}).items()],
         ("time", f"{human_seconds(seconds['training'])} training, {human_seconds(seconds['total'])} in {where}"),
         ("tokenizer", f"{report['tokenizer']['name']}, beginning-of-text token: {report['tokenizer']['bos']}"),
-        ("machine", machine_line(report["machine"])),
+        ("machine", machine_line(report["machine"]) + _devices(report)),
         ("checkpoint", str(report["checkpoint"])),
         ("report", str(report["report"])),
     ]
+
+
+def _devices(report: Mapping[str, Any]) -> str:
+    """What a run was trained on, for the line about the machine; reports of older versions do not say it."""
+    found = report.get("devices")
+    if found is None:
+        return ""
+    shared = f" by {found['processes']} processes ({found['strategy']})" * (found["processes"] > 1)
+    return f"; trained on {found['kind']}{shared}"
 
 
 def _stream(seen: Mapping[str, Any]) -> str:

@@ -16,9 +16,10 @@ from usllm.packed.folder import is_packed
 from usllm.system.cache import cache_root
 from usllm.system.errors import UserError
 from usllm.system.files import expanded
-from usllm.system.run_files import PACKED_FOLDER, checkpoint_folder
+from usllm.system.run_files import CHECKPOINT_FOLDER, PACKED_FOLDER, checkpoint_folder
 from usllm.training import latest_checkpoint
 from usllm.training.checkpoint_section import CHECKPOINT_KEY, check_format
+from usllm.training.checkpoints import SUFFIX
 from usllm.training.differences import ADDED_LATER
 
 
@@ -40,8 +41,17 @@ def find_checkpoint(ckpt: str) -> Path:
                 f"ckpt={ckpt}: that run held one block at a time and wrote no checkpoint; its result is "
                 f"model={path / PACKED_FOLDER}"
             )
-        raise UserError(f"ckpt={ckpt}: the folder holds no checkpoint; give the directory of a run, or a .ckpt file")
+        raise UserError(f"ckpt={ckpt}: the folder holds no checkpoint; {_way_out(path)}")
     raise UserError(f"ckpt={ckpt}: no such file or folder")
+
+
+def _way_out(folder: Path) -> str:
+    """What to give in place of a folder without a checkpoint: the newest run below it, where there are any."""
+    below = {file.parents[1]: file.stat().st_mtime for file in folder.glob(f"*/{CHECKPOINT_FOLDER}/*{SUFFIX}")}
+    if not below:
+        return "give the directory of a run, or a .ckpt file"
+    newest = max(below, key=lambda run: below[run])
+    return f"give ckpt={newest}" + f", or another of the {len(below)} runs in it" * (len(below) > 1)
 
 
 def stored_config(saved: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
