@@ -66,9 +66,12 @@ $(VENV)/.tools: $(VENV)/.installed
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	@touch $@
 
-$(OLDEST)/.tools: pyproject.toml constraints.txt
+$(OLDEST)/.torch:
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install torch==2.13.0
+	@touch $@
+
+$(OLDEST)/.tools: $(OLDEST)/.torch pyproject.toml constraints.txt
 	grep -Ev '^(transformers|huggingface.hub|tokenizers|hf-xet|datasets|dill|multiprocess|fsspec|evaluate)==' constraints.txt > $(OLDEST)/constraints.txt
 	echo 'transformers==4.57.1' >> $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -c $(OLDEST)/constraints.txt -e '.[test]'
