@@ -77,6 +77,7 @@ def test_steps_do_not_depend_on_how_their_conversations_are_shared_out(chat: lis
             torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=1e-5, msg=key)
 
 
+@pytest.mark.slow
 def test_plain_text_may_be_mixed_in(chat: list[str], tiny_text: Path, tmp_path: Path) -> None:
     text = [f"+data.mixture.text.{key}" for key in ("kind=text", f"path={tiny_text}", "share=0.25")]
     for name, streaming in (("packed", "false"), ("streamed", "true")):

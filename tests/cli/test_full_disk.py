@@ -106,6 +106,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_report_on_a_full_disk_leaves_the_old_one_or_none(home: Path, tiny_text: Path, tmp_path: Path) -> None:
     assert run("report", home, tiny_text, tmp_path, FullAtFlush(0, tmp_path / "calls")).status == 0
     before, flushes = files(tmp_path / "report"), int((tmp_path / "calls").read_text())

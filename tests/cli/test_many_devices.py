@@ -52,7 +52,8 @@ def test_sharded_run_is_killed_continued_by_one_process_and_reported_as_if_it_ha
     assert perplexities(tmp_path / "killed") == pytest.approx(perplexities(tmp_path / "one"), rel=1e-5)
 
 
-@pytest.mark.parametrize(("strategy", "window"), [("ddp", 1), pytest.param("fsdp2", 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "window"), [("ddp", 1), ("fsdp2", 2)])
 def test_two_ranks_reconstruct_as_one_process_does(
     strategy: str, window: int, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

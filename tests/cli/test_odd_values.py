@@ -12,7 +12,7 @@ import pytest
 from commands import command
 from odd_values import SECONDS, STOPPED, Bounded, Odd, odd_configurations
 
-FAST, CHUNK, ALL, PROCESSES = 20, 10, 2000, 20
+FAST, CHUNK, ALL, PROCESSES = 10, 10, 2000, 20
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,12 @@ RECIPE = (
     "experiment=tiny",
     "stages=recipe",
     "stages.calibrate.sequences=4",
-    "stages.reconstruct.steps=10",
-    "stages.reconstruct.sequences=8",
-    "stages.reconstruct.save_every_n_steps=5",
+    "stages.reconstruct.steps=4",
+    "stages.reconstruct.warmup_steps=1",
+    "stages.reconstruct.sequences=4",
+    "stages.reconstruct.save_every_n_steps=2",
     "stages.reconstruct.calibration_sequences=4",
-    "trainer.max_steps=3",
+    "trainer.max_steps=2",
 )
 METHODS = {
     "sign": ("sketch=sign", "sketch.bits_per_weight=2.0", "allocation.layer_budget=sensitivity"),

@@ -187,6 +187,7 @@ def test_wildcard_takes_tasks_and_not_the_groups_that_hold_them(task_folder: Pat
     assert harness._matches("choose_all", index) == ["choose_all"]
 
 
+@pytest.mark.slow
 def test_unknown_task_names_the_nearest(task_folder: Path) -> None:
     with pytest.raises(UserError, match=r"harness\.tasks=choose_a_wrod: .*did you mean choose_a_word"):
         find_tasks(["choose_a_wrod"], task_folder)

@@ -81,6 +81,7 @@ def test_operator_rules_and_stage_of_a_plug_in_resume_bit_for_bit(tiny_text: Pat
     assert any(not torch.equal(tensor, theirs[name]) for name, tensor in weights(tmp_path / "quiet").items())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not installed("triton"), reason="triton is not installed")
 def test_kernel_of_a_plug_in_is_chosen_by_name_and_decodes_what_the_reference_does(
     tiny_text: Path, tmp_path: Path

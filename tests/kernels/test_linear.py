@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import Case, assert_product, case, products_of
+from cases import Case, assert_product, case, products_of, slow_interpreted
 from torch import Tensor
 from torch.nn import functional
 
@@ -72,7 +72,7 @@ def test_shapes_of_the_input(backend: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
-@pytest.mark.parametrize("name", ["plain", "mixed-widths", "16-bit"])
+@pytest.mark.parametrize("name", [*slow_interpreted("plain"), "mixed-widths", *slow_interpreted("16-bit")])
 def test_weights_are_multiplied_as_rounded_to_the_inputs_dtype(
     name: str, tokens: int, backend: str, device: torch.device
 ) -> None:

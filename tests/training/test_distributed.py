@@ -92,7 +92,7 @@ def rank_record(folder: Path, rank: int) -> dict[tuple[str, int], Any]:
     return record(folder, "record.jsonl" if rank == 0 else f"record.jsonl.{rank}")
 
 
-@pytest.mark.parametrize("settings", [DDP, FSDP2], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("settings", [pytest.param(DDP, marks=pytest.mark.slow), FSDP2], ids=["ddp", "fsdp2"])
 def test_two_ranks_train_as_one_process_does(settings: Settings, finished: Any) -> None:
     assert_equal_to_rounding(finished(ONE), finished(settings))
     assert_same_losses(finished(ONE), finished(settings), 2)
