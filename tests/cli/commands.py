@@ -116,6 +116,12 @@ def _child(
     try:
         if before is not None:
             before()
+        if not any("hydra" in argument or argument.startswith("-") for argument in arguments):
+            from hydra._internal.hydra import Hydra
+
+            # Hydra composes everything a first time to look for hydra.mode, which no configuration here sets: half of
+            # what most commands of the tests do.
+            Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
         importlib.import_module(f"usllm.cli.{name}").main()
         status = 0
     except SystemExit as leaving:

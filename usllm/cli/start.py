@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
-from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 
 from usllm.cli.arguments import readable
@@ -47,7 +45,7 @@ def start(program: str, entry: Callable[[], object], prepared: Callable[[list[st
         if named_in(arguments) and not found:
             arguments = with_search_path(arguments)
         sys.argv[1:] = readable(prepared(arguments))
-        with hydra_errors_in_one_line(program), _composed_once(sys.argv[1:]):
+        with hydra_errors_in_one_line(program):
             entry()
     except UserError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -56,23 +54,6 @@ def start(program: str, entry: Callable[[], object], prepared: Callable[[list[st
         sys.exit(error.status)
     except KeyboardInterrupt:  # before the command's own work, such as while libraries are imported
         interrupted(program)
-
-
-@contextlib.contextmanager
-def _composed_once(arguments: Sequence[str]) -> Iterator[None]:
-    """Spare Hydra the first of two compositions of everything, in which it looks for ``hydra.mode``.
-
-    The configurations of this package set none, so only a setting of Hydra's or configurations from elsewhere could.
-    """
-    if any("hydra" in argument or argument.startswith("-") for argument in arguments):
-        yield
-        return
-    ordinary = Hydra.get_mode
-    Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Hydra.get_mode = ordinary  # type: ignore[method-assign]
 
 
 def check_options(arguments: Sequence[str]) -> None:
