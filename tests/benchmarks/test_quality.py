@@ -120,6 +120,16 @@ def test_rows_of_equal_bits_are_compared_in_pairs() -> None:
     assert "windows in pairs" not in quality_table.full([ours])
 
 
+def test_aims_stand_beside_what_came_out() -> None:
+    trained, published = kept("paper_plus_0.5"), kept("paper_0.5")
+    for figures in published["perplexity"]:
+        figures["finetuned"] = 480.0
+    text = quality_table.full([kept("sign_0.5_seed0"), kept("sign_0.5_seed1"), trained, published])
+    assert "| sign sketch, 0.5 bits, times dense | at most 5, 3.2 | 0: 4, 4; 1: 4, 4 |" in text
+    assert "| AbsMaxMin over the paper's sketch, 0.5 bits, perplexity | shown | 0: 0.25, 0.25 |" in text
+    assert "asked for" not in quality_table.full([trained])
+
+
 def test_a_page_without_its_markers_is_refused() -> None:
     assert between_markers("a\nB\nold\nE\nc", "B", "E", " new\n") == "a\nB\n\nnew\n\nE\nc"
     for page in ("a page", "B only", "B E B"):
