@@ -10,7 +10,6 @@ from usllm.compress import compress_, compressed_layers
 from usllm.models.random_model import random_model
 
 
-@pytest.mark.slow
 def test_page_holds_what_the_script_counts() -> None:
     page = scaling.PAGE.read_text(encoding="utf-8")
     assert scaling.page_with(page, "\n".join(scaling.tables())) == page, "run python benchmarks/scaling.py --write"

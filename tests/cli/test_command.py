@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 from preloaded import PRELOADED
 
 from usllm.cli.command import EXIT_BROKEN_PIPE, EXIT_USER_ERROR, report_errors
@@ -28,6 +29,16 @@ def test_user_error_is_a_message_and_status_two(
         report_errors("usllm-train", task)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "usllm-train: error: sketch.rows=0: too few\n"
+
+
+def test_no_configuration_says_in_which_mode_hydra_runs() -> None:
+    """Commands of the tests go by that (``commands.py``)."""
+    files = [path for path in (Path(__file__).parents[2] / "conf").rglob("*.yaml") if path.parent.name != "local"]
+    read = {path: OmegaConf.load(path) for path in files}
+    assert read
+    for path, content in read.items():
+        hydra = content if path.parent.name == "hydra" else content.get("hydra")
+        assert not isinstance(hydra, DictConfig) or "mode" not in hydra, path
 
 
 @pytest.mark.parametrize(("choice", "advice"), [("triton", "leave it at auto"), ("tritn", "choose one of")])

@@ -52,8 +52,7 @@ def test_sharded_run_is_killed_continued_by_one_process_and_reported_as_if_it_ha
     assert perplexities(tmp_path / "killed") == pytest.approx(perplexities(tmp_path / "one"), rel=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "window"), [("ddp", 1), ("fsdp2", 2)])
+@pytest.mark.parametrize(("strategy", "window"), [("ddp", 1), pytest.param("fsdp2", 2, marks=pytest.mark.slow)])
 def test_two_ranks_reconstruct_as_one_process_does(
     strategy: str, window: int, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +63,8 @@ def test_two_ranks_reconstruct_as_one_process_does(
     two = ["trainer.devices=2", f"trainer.strategy={strategy}", "data.batch_size=1"]
     done = run_apart(*arguments(tiny_text, tmp_path, f"run_dir={tmp_path}/two", *alike, *two))
     assert done.returncode == 0, done.stderr
+    devices = json.loads((tmp_path / "two" / "report.json").read_text())["devices"]
+    assert devices["processes"] == 2 and devices["kind"] == "cpu"
     (one,) = (tmp_path / "one" / "checkpoints").iterdir()
     (other,) = (tmp_path / "two" / "checkpoints").iterdir()
     expected, found = load_checkpoint(one)["state_dict"], load_checkpoint(other)["state_dict"]

@@ -59,6 +59,7 @@ def test_stages_finetuning_and_measuring_keep_devices_apart(
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     assert report["machine"]["gpus"] == ["emulated card"]
+    assert report["devices"]["kind"] == "cuda" and report["devices"]["processes"] == 1
     for row in report["perplexity"]:
         assert all(row[point] > 1 for point in ("dense", "sketched", "reconstructed", "finetuned"))
 

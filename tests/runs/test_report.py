@@ -48,13 +48,14 @@ def test_time_of_a_run_that_was_continued_is_not_called_all_of_it() -> None:
 @pytest.mark.parametrize(
     ("devices", "words"),
     [
-        ({"processes": 1, "kind": "cuda", "strategy": "SingleDeviceStrategy"}, "torch 2.13.0; trained on cuda"),
-        ({"processes": 2, "kind": "cpu", "strategy": "DDPStrategy"}, "trained on cpu by 2 processes (DDPStrategy)"),
+        ({"processes": 1, "kind": "cuda", "strategy": "SingleDeviceStrategy"}, "torch 2.13.0; computed on cuda"),
+        ({"processes": 2, "kind": "cpu", "strategy": "DDPStrategy"}, "computed on cpu by 2 processes (DDPStrategy)"),
     ],
     ids=["one", "two"],
 )
-def test_closing_table_says_on_what_a_run_was_trained(devices: dict[str, Any], words: str) -> None:
-    assert words in " ".join(shown(report(devices=devices)).split())
+def test_closing_table_says_on_what_a_run_computed(devices: dict[str, Any], words: str) -> None:
+    told = " ".join(shown(report(devices=devices)).split())
+    assert words in told and ("processes" in told) == (devices["processes"] > 1)
 
 
 def test_closing_table_names_everything() -> None:

@@ -129,7 +129,7 @@ def block_by_block(
             "continued": continued,
         },
         "precision": choose_precision(str(config.trainer.get("precision", "auto")), _accelerator(config)),
-        "devices": {"processes": 1, "kind": source.device.type, "strategy": "one block in memory"},
+        "devices": {"processes": 1, "kind": source.device.type, "strategy": None},
         "tokenizer": {"name": tokenizer_name(begun.tokenizer), "bos": bos_rule(begun.tokenizer, window_start)},
         "checkpoint": "none: no model was held",
         "packed": str(packed.path),

@@ -164,12 +164,12 @@ def _run_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _devices(report: Mapping[str, Any]) -> str:
-    """What a run was trained on, for the line about the machine; reports of older versions do not say it."""
+    """What a run computed on, for the line about the machine; reports of older versions do not say it."""
     found = report.get("devices")
     if found is None:
         return ""
     shared = f" by {found['processes']} processes ({found['strategy']})" * (found["processes"] > 1)
-    return f"; trained on {found['kind']}{shared}"
+    return f"; computed on {found['kind']}{shared}"
 
 
 def _stream(seen: Mapping[str, Any]) -> str:

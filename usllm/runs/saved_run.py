@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,12 @@ def find_checkpoint(ckpt: str) -> Path:
 
 def _way_out(folder: Path) -> str:
     """What to give in place of a folder without a checkpoint: the newest run below it, where there are any."""
-    below = {file.parents[1]: file.stat().st_mtime for file in folder.glob(f"*/{CHECKPOINT_FOLDER}/*{SUFFIX}")}
+    below: dict[Path, float] = {}
+    for depth in ("*", "*/*"):  # of a name's runs, and of all names
+        for file in folder.glob(f"{depth}/{CHECKPOINT_FOLDER}/step=*{SUFFIX}"):
+            with suppress(OSError):  # a run that goes on replaces its checkpoints
+                run = file.parents[1]
+                below[run] = max(below.get(run, 0.0), file.stat().st_mtime)
     if not below:
         return "give the directory of a run, or a .ckpt file"
     newest = max(below, key=lambda run: below[run])
