@@ -82,7 +82,8 @@ def slow_interpreted(*values: Any) -> list[Any]:
     return [pytest.param(value, marks=[pytest.mark.slow] if interpreted() else []) for value in values]
 
 
-every_case = pytest.mark.parametrize("name", FIELDS)
+_LONG = ("shared-mean", "random-buckets", "3-bit", "16-bit")
+every_case = pytest.mark.parametrize("name", [*(n for n in FIELDS if n not in _LONG), *slow_interpreted(*_LONG)])
 
 # All products decode by the same function: in the interpreter, which is slow, a few layers do.
 products_of = pytest.mark.parametrize(
