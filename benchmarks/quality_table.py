@@ -155,8 +155,8 @@ def _aims(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
         trained, published = named.get(f"paper_plus_{rate}"), named.get(f"paper_{rate}")
         if trained and published:
             shares = (_figures(trained, t)["finetuned"] / _figures(published, t)["finetuned"] for t in texts)
-            figures = ", ".join(f"{share:.3g}" for share in shares)
-            yield [f"AbsMaxMin over the paper's sketch, {rate} bits, perplexity", "shown to be lower", f"0: {figures}"]
+            both = ", ".join(f"{share:.3g}" for share in shares)
+            yield [f"AbsMaxMin over the paper's sketch, {rate} bits, perplexity", "shown to be lower", f"0: {both}"]
 
 
 def short(rows: Sequence[Mapping[str, Any]]) -> str:
