@@ -20,7 +20,7 @@ from usllm.system.files import expanded
 from usllm.system.run_files import CHECKPOINT_FOLDER, PACKED_FOLDER, checkpoint_folder
 from usllm.training import latest_checkpoint
 from usllm.training.checkpoint_section import CHECKPOINT_KEY, check_format
-from usllm.training.checkpoints import SUFFIX
+from usllm.training.checkpoints import checkpoints_in
 from usllm.training.differences import ADDED_LATER
 
 
@@ -50,10 +50,9 @@ def _way_out(folder: Path) -> str:
     """What to give in place of a folder without a checkpoint: the newest run below it, where there are any."""
     below: dict[Path, float] = {}
     for depth in ("*", "*/*"):  # of a name's runs, and of all names
-        for file in folder.glob(f"{depth}/{CHECKPOINT_FOLDER}/step=*{SUFFIX}"):
-            with suppress(OSError):  # a run that goes on replaces its checkpoints
-                run = file.parents[1]
-                below[run] = max(below.get(run, 0.0), file.stat().st_mtime)
+        for kept in folder.glob(f"{depth}/{CHECKPOINT_FOLDER}"):
+            with suppress(OSError, ValueError):  # a run that goes on replaces its checkpoints; another has none
+                below[kept.parent] = max(file.stat().st_mtime for _, file in checkpoints_in(kept))
     if not below:
         return "give the directory of a run, or a .ckpt file"
     newest = max(below, key=lambda run: below[run])

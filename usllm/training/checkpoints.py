@@ -191,6 +191,12 @@ def load_checkpoint(path: str | Path, mmap: bool = True) -> dict[str, Any]:
     return loaded
 
 
+def checkpoints_in(folder: str | Path) -> list[tuple[int, Path]]:
+    """Step and file of every checkpoint in ``folder``, read or not, the highest step first."""
+    files = Path(folder).glob(f"*{SUFFIX}")
+    return sorted(((int(match[1]), path) for path in files if (match := _STEP.search(path.stem))), reverse=True)
+
+
 def latest_checkpoint(folder: str | Path) -> Path | None:
     """The checkpoint of the highest step in ``folder`` that can be read, or ``None`` where there is none.
 
@@ -199,9 +205,8 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     Raises:
         UserError: there are checkpoints and none can be read.
     """
-    found = [(int(match[1]), path) for path in Path(folder).glob(f"*{SUFFIX}") if (match := _STEP.search(path.stem))]
     broken: list[Path] = []
-    for _, path in sorted(found, reverse=True):
+    for _, path in checkpoints_in(folder):
         try:
             load_checkpoint(path)
         except UserError as error:
