@@ -1,7 +1,9 @@
 """Real commands in forked children of one parent that has imported everything, and ways to kill them.
 
 The parent is a process of its own that only imports (``preloaded.py`` says what), so that no thread of a test's
-computations is lost in a fork.
+computations is lost in a fork. What a command is spared is Hydra's first composition of everything, half of what most
+do in tests: Hydra looks for ``hydra.mode`` in it, which no configuration here sets (``test_command.py``), and where an
+argument could set it, nothing is spared.
 """
 
 from __future__ import annotations
@@ -119,8 +121,6 @@ def _child(
         if not any("hydra" in argument or argument.startswith("-") for argument in arguments):
             from hydra._internal.hydra import Hydra
 
-            # Hydra composes everything a first time to look for hydra.mode, which no configuration here sets: half of
-            # what most commands of the tests do.
             Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
         importlib.import_module(f"usllm.cli.{name}").main()
         status = 0

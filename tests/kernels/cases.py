@@ -82,6 +82,9 @@ def slow_interpreted(*values: Any) -> list[Any]:
     return [pytest.param(value, marks=[pytest.mark.slow] if interpreted() else []) for value in values]
 
 
+slow_when_interpreted = pytest.mark.slow if interpreted() else pytest.mark.usefixtures()
+"""The same of a whole test."""
+
 _LONG = ("shared-mean", "random-buckets", "3-bit", "16-bit")
 every_case = pytest.mark.parametrize("name", [*(n for n in FIELDS if n not in _LONG), *slow_interpreted(*_LONG)])
 

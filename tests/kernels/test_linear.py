@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import Case, assert_product, case, products_of, slow_interpreted
+from cases import Case, assert_product, case, products_of, slow_interpreted, slow_when_interpreted
 from torch import Tensor
 from torch.nn import functional
 
@@ -173,7 +173,7 @@ def test_custom_ops_pass_opcheck(name: str, backend: str, device: torch.device) 
         torch.library.opcheck(op.default, arguments)
 
 
-@pytest.mark.skipif(interpreted(), reason="a compiler sees the ops, not what computes them")
+@slow_when_interpreted
 def test_compile_takes_them_whole_with_a_plan_never_used_before(backend: str, device: torch.device) -> None:
     layer = case("one-channel", device)
     plans = [layer.plan]
